@@ -1,0 +1,50 @@
+"""Encoder Transformers that drop the tokens they do not need.
+
+import token_pruning as tp
+tp.prune(model, tp.LearnedThreshold(final_token_threshold=0.01))
+with tp.record(model) as trace:
+    model(**batch)
+"""
+
+from token_pruning.attach import prune, record, unprune
+from token_pruning.checkpoint import from_pretrained
+from token_pruning.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TokenPruningError,
+    UnsupportedModelError,
+)
+from token_pruning.flops import Flops, count_flops
+from token_pruning.pruners import (
+    FixedThreshold,
+    LearnedThreshold,
+    Pruner,
+    RelativeThreshold,
+    RisingThreshold,
+    TopK,
+)
+from token_pruning.state import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FixedThreshold",
+    "Flops",
+    "LearnedThreshold",
+    "Pruner",
+    "RelativeThreshold",
+    "RisingThreshold",
+    "TokenPruningError",
+    "TopK",
+    "Trace",
+    "UnsupportedModelError",
+    "count_flops",
+    "from_pretrained",
+    "prune",
+    "record",
+    "unprune",
+]

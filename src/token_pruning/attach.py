@@ -1,0 +1,342 @@
+"""Attaching a pruner to a Hugging Face model, and taking it off again.
+
+No model code is copied or subclassed. One registered attention function takes the decisions; forward hooks pack the
+batch at the encoder's entry, drop rows after each attention block, and put every token back in its place at the exit.
+"""
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, PreTrainedModel
+
+from token_pruning.attention import masked_attention, packed_attention
+from token_pruning.checks import choice
+from token_pruning.errors import ConfigError, UnsupportedModelError
+from token_pruning.models import family_of, supported_model_types
+from token_pruning.pruners import Pruner
+from token_pruning.ragged import pack, row_bucket, unpack
+from token_pruning.state import ForwardState, TokenPruner, Trace, recording
+
+Execution = Literal["packed", "masked"]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+ATTENTION_NAME = "token_pruning"
+_STATE = "token_pruning_state"  # the forward keyword argument that carries the state
+_MODULE_NAME = "token_pruner"
+
+# Between a layer's attention and the module its rows are dropped at, which may receive nothing but a tensor
+# (DistilBERT's LayerNorm), the state is handed over within the thread. Both run again under gradient checkpointing.
+_handover = threading.local()
+
+
+class Attachment:
+    """The hooks on one model. A deep copy of the model gets hooks of its own, bound to a copy of this object."""
+
+    def __init__(self, model: PreTrainedModel, pruner: Pruner, execution: Execution) -> None:
+        """Attach; nothing is changed if that fails."""
+        base = model.base_model
+        self.family = family_of(base.config)
+        self.shape = self.family.shape(base.config)
+        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device).train(model.training)
+        self.packed = execution == "packed"
+        self.parameter_names = tuple(inspect.signature(base.forward).parameters)
+        self.model = model
+        self.original_config = model.config
+        self.handles: list[RemovableHandle] = []
+
+        encoder = self.family.encoder(base)
+        layers = list(self.family.layers(encoder))
+        self.layer_numbers = {self.family.attention(layer): number for number, layer in enumerate(layers, start=1)}
+
+        # Its masks are never built: without a registered mask function a model passes None, and the state has the mask.
+        AttentionInterface.register(ATTENTION_NAME, _attention_function)
+        # Models built from one config object share it; what is written below must not reach the others.
+        config = copy.deepcopy(model.config)
+        _replace_config(model, model.config, config)
+        model.set_attn_implementation(ATTENTION_NAME)
+        if base.config._attn_implementation != ATTENTION_NAME:
+            _replace_config(model, config, self.original_config)
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not let its attention function be replaced, so it cannot be pruned"
+            )
+        for key, value in pruner.config().items():
+            if value is not None:
+                setattr(config, key, value)
+            elif hasattr(config, key):
+                delattr(config, key)
+        model.add_module(_MODULE_NAME, self.token_pruner)
+
+        self.handles.append(base.register_forward_pre_hook(self.enter_model, with_kwargs=True))
+        self.handles.append(encoder.register_forward_pre_hook(self.enter_encoder, with_kwargs=True))
+        self.handles.append(encoder.register_forward_hook(self.leave_encoder, with_kwargs=True))
+        for number, layer in enumerate(layers, start=1):
+            self.handles.append(self.family.attention_output(layer).register_forward_hook(self.leave_attention))
+            # Before any hook that records hidden states, so that they see what the next layer sees.
+            self.handles.append(
+                layer.register_forward_hook(partial(self.leave_layer, number), with_kwargs=True, prepend=True)
+            )
+
+    def detach(self) -> None:
+        """Undo everything."""
+        for handle in self.handles:
+            handle.remove()
+        delattr(self.model, _MODULE_NAME)
+        _replace_config(self.model, self.model.config, self.original_config)
+
+    # The hooks, in the order they run.
+
+    def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Start a state, and hand it to the layers in place of the attention mask."""
+        kwargs = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if inputs is None:
+            return (), kwargs  # the model itself says what is missing
+        shape, device = inputs.shape[:2], inputs.device
+        if shape[1] > self.shape.max_positions:
+            raise ConfigError(
+                f"the sequence length is {shape[1]} tokens; the model has positions for at most "
+                f"{self.shape.max_positions}: truncate the input"
+            )
+        config: Any = module.config
+        for output in ("output_attentions", "output_hidden_states"):
+            if self.packed and kwargs.get(output, getattr(config, output, False)):
+                raise UnsupportedModelError(
+                    f"{output}=True is not possible in packed execution, where layers hold different tokens; "
+                    'use prune(model, pruner, execution="masked")'
+                )
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=device)
+        elif mask.shape != shape:
+            raise ConfigError(f"attention_mask has shape {list(mask.shape)}; it must be {list(shape)}, as the input")
+        state = ForwardState(self.token_pruner, mask.to(device, torch.bool), self.layer_numbers, packed=self.packed)
+        return (), {**kwargs, "attention_mask": None, _STATE: state}
+
+    def enter_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leave padding behind."""
+        state = _state(kwargs)
+        if not state.packed:
+            return None
+        if args:
+            return (self._pack(args[0], state), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._pack(kwargs["hidden_states"], state)}
+
+    def _pack(self, hidden_states: Tensor, state: ForwardState) -> Tensor:
+        return _with_filler(pack(hidden_states, state.valid))[None]
+
+    def leave_attention(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Drop the rows that leave, and remember their states."""
+        state, layer = cast(tuple[ForwardState, int], _handover.value)
+        _handover.value = None
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        record = state.layers[layer]
+        if not state.packed:
+            state.attention_outputs[layer] = hidden_states
+            return None
+        if record.kept_rows is None or record.dropped_rows is None:
+            return None
+        rows = hidden_states[0]
+        state.last_states[layer] = (record.entering.indices[record.dropped_rows], rows[record.dropped_rows])
+        kept = _with_filler(rows[record.kept_rows])[None]
+        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+    def leave_layer(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Soft stage: multiply by the soft mask. Masked execution: tokens that are gone keep their last state."""
+        state = _state(kwargs)
+        record = state.layers[layer]
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if record.soft_mask is not None:
+            if state.packed:
+                factor = torch.nn.functional.pad(
+                    record.soft_mask, (0, hidden_states.shape[1] - record.entering.total), value=1.0
+                )[None, :, None]
+            else:
+                ones = torch.ones(state.mask.numel(), device=hidden_states.device)
+                factor = ones.index_copy(0, record.entering.indices, record.soft_mask).view(*state.mask.shape, 1)
+            hidden_states = hidden_states * factor.to(hidden_states.dtype)
+        elif not state.packed:
+            before = args[0] if args else kwargs["hidden_states"]
+            entered, stays = (_as_mask(which.indices, state)[..., None] for which in (record.entering, record.leaving))
+            last = torch.where(entered, state.attention_outputs[layer], before)
+            hidden_states = torch.where(stays, hidden_states, last)
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+    def leave_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Put every token back in its place, and give the pass to those who record."""
+        state = _state(kwargs)
+        hidden_states = output.last_hidden_state
+        if state.packed:
+            last = state.layers[self.shape.num_layers].leaving
+            places = [last.indices, *(indices for indices, _ in state.last_states.values())]
+            rows = [hidden_states[0, : last.total], *(rows for _, rows in state.last_states.values())]
+            output.last_hidden_state = unpack(torch.cat(rows), torch.cat(places), *state.mask.shape)
+        else:  # packed execution never sees padding; neither do heads in the reference
+            output.last_hidden_state = hidden_states.masked_fill(~state.mask[..., None], 0.0)
+        for token_pruner, trace in recording.get():
+            if token_pruner is self.token_pruner:
+                trace.passes.append(state.record)
+        return output
+
+
+def _state(kwargs: dict[str, Any]) -> ForwardState:
+    state: ForwardState | None = kwargs.get(_STATE)
+    if state is None:
+        raise ConfigError("a pruned model must be called as model(...): forward() of an inner module skips its hooks")
+    return state
+
+
+def _as_mask(indices: Tensor, state: ForwardState) -> Tensor:
+    """``[batch, width]`` bool, True at the given places."""
+    mask = torch.zeros(state.mask.numel(), dtype=torch.bool, device=indices.device)
+    return mask.index_fill(0, indices, True).view(state.mask.shape)
+
+
+def _with_filler(rows: Tensor) -> Tensor:
+    """Rows with zeros appended up to a bucketed count, where half-precision CPU products would need that."""
+    if rows.device.type != "cpu" or (rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")):
+        return rows
+    return torch.nn.functional.pad(rows, (0, 0, 0, row_bucket(rows.shape[0]) - rows.shape[0]))
+
+
+def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a pruned model calls: attention over the surviving tokens, and the layer's decision.
+
+    ``query``, ``key`` and ``value`` are ``[batch, heads, width, head_dim]``, in packed execution ``[1, heads, rows,
+    head_dim]``. The mask is unused: the state knows the tokens.
+    """
+    state = _state(kwargs)
+    if state.soft and state.with_grad and not torch.is_grad_enabled():
+        raise ConfigError(
+            "the soft stage cannot train through re-entrant gradient checkpointing; "
+            'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    layer = state.layer_numbers[module]
+    entering, prunes = state.entering(layer), state.prunes(layer)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    probabilities: Tensor | None = None
+    if state.packed:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        context, received = packed_attention(q, k, v, entering, scaling, dropout, needs_importance=prunes)
+        context = context[None]
+    else:
+        alive = _as_mask(entering.indices, state)
+        context, probabilities, padded = masked_attention(query, key, value, alive, scaling, dropout)
+        context = context.transpose(1, 2)
+        received = padded.flatten()[entering.indices] if prunes else None
+    state.decide(layer, received)
+    _handover.value = (state, layer)
+    return context.contiguous(), probabilities
+
+
+def prune(model: ModelT, pruner: Pruner, *, execution: Execution = "packed") -> ModelT:
+    """Make a Hugging Face encoder drop tokens, in place.
+
+    The model stays what it was: same class, same call, same outputs. Its configuration gets the method's keys and its
+    state dict the thresholds (``token_pruner.thresholds``), so ``save_pretrained`` saves both.
+
+    Args:
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT model with any head, or without.
+        pruner: the method.
+        execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
+            gone: a slow reference with the same results, which can return attentions and hidden states.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: for a model without an adapter.
+        ConfigError: if the model is pruned already, or the thresholds do not fit its layers.
+    """
+    choice("execution", execution, get_args(Execution))
+    if not isinstance(pruner, Pruner):
+        raise ConfigError(f"pruner is {pruner!r}; it must be an instance of a pruner such as LearnedThreshold()")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
+        )
+    if _find_attachment(model) is not None:
+        raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
+    Attachment(model, pruner, execution)
+    return model
+
+
+def unprune(model: ModelT) -> ModelT:
+    """Take the pruner off a model, in place: it then computes bit for bit what it computed before :func:`prune`.
+
+    Args:
+        model: a pruned model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment_of(model).detach()
+    return model
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record what happens to the tokens of every forward pass of ``model`` inside the block, in this thread.
+
+    Args:
+        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``.
+
+    Yields:
+        The trace; it can be read after the block too.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    token_pruner = attachment_of(model).token_pruner
+    trace = Trace(token_pruner.pruner.max_seq_length)
+    token = recording.set((*recording.get(), (token_pruner, trace)))
+    try:
+        yield trace
+    finally:
+        recording.reset(token)
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The attachment of a pruned model, its base model, or a wrapper around either.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment = _find_attachment(model)
+    if attachment is None:
+        raise ConfigError(f"this {type(model).__name__} is not pruned; call prune(model, pruner) first")
+    return attachment
+
+
+def _find_attachment(model: nn.Module) -> Attachment | None:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Attachment):
+                return owner
+    return None

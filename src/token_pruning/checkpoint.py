@@ -1,0 +1,231 @@
+"""Loading checkpoints: hand-written ``config.json`` keys, learned thresholds, I-BERT and LTP names."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from token_pruning.attach import Execution, prune
+from token_pruning.checks import choice
+from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
+from token_pruning.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
+from token_pruning.models import supported_model_types
+from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, RelativeThreshold, RisingThreshold, TopK
+
+PRUNERS: dict[str, type[Pruner]] = {
+    cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
+}
+_THRESHOLDS = "token_pruner.thresholds"
+_REQUIRED = {"topk": "token_keep_rate", "threshold": "token_threshold"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """A model directory that was read but not yet built.
+
+    Attributes:
+        path: the directory.
+        config: ``config.json`` as it stands there.
+        thresholds: learned thresholds found in the weights, or None.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    thresholds: tuple[float, ...] | None = None
+
+    @property
+    def is_ibert(self) -> bool:
+        """Whether it has I-BERT's key names, and is RoBERTa in all but name."""
+        return self.config.get("model_type") in IBERT_MODEL_TYPES
+
+    def pruner(self, *, learned: bool = False, temperature: float | None = None) -> Pruner:
+        """The method that ``config.json`` names, with the thresholds found in the weights.
+
+        Args:
+            learned: for absolute thresholds, a :class:`LearnedThreshold`.
+            temperature: the soft stage's, where ``learned``.
+
+        Raises:
+            ConfigError: for a missing or unknown ``prune_mode``, or a key with a value that is not allowed.
+        """
+        try:
+            return pruner_from_config(self.config, self.thresholds, learned=learned, temperature=temperature)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path / 'config.json'}: {error}") from None
+
+
+def pruner_from_config(
+    config: Mapping[str, Any],
+    thresholds: tuple[float, ...] | None = None,
+    *,
+    learned: bool = False,
+    temperature: float | None = None,
+) -> Pruner:
+    """A pruner from ``config.json``'s keys; see :meth:`Checkpoint.pruner`."""
+    if "prune_mode" not in config:
+        raise ConfigError(f"prune_mode is missing; it must be one of {', '.join(PRUNERS)}")
+    mode = choice("prune_mode", config["prune_mode"], PRUNERS)
+    cls = PRUNERS[mode]
+    if cls is FixedThreshold and learned:
+        cls = LearnedThreshold
+    if (required := _REQUIRED.get(mode)) and required not in config:
+        raise ConfigError(f"{required} is missing; prune_mode {mode!r} needs it")
+    if mode in ("absolute_threshold", "rising_threshold") and not (
+        "final_token_threshold" in config or config.get("thresholds") or thresholds
+    ):
+        raise ConfigError(f"final_token_threshold is missing; prune_mode {mode!r} needs it")
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    if issubclass(cls, FixedThreshold) and thresholds is not None:
+        values.setdefault("thresholds", thresholds)  # a list written into config.json wins
+    if cls is LearnedThreshold:
+        values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
+    return cls(**values)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read what a model directory says of itself, weights left alone but for the thresholds.
+
+    Raises:
+        CheckpointError: if there is no such directory, no readable ``config.json``, or no safetensors weights.
+        ConfigError: if ``config.json`` is not JSON.
+        UnsupportedModelError: for I-BERT weights in quantised mode.
+    """
+    path = Path(path)
+    config_file = path / "config.json"
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory; a checkpoint is a folder with config.json and safetensors weights"
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{config_file} does not exist; a checkpoint is a folder with config.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config_file} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{config_file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{config_file} holds a {type(config).__name__}; it must be a JSON object")
+    checkpoint = Checkpoint(path, config)
+    if checkpoint.is_ibert and config.get("quant_mode"):
+        raise UnsupportedModelError(
+            f"{config_file}: quant_mode is true; only I-BERT checkpoints in float mode (quant_mode false) are supported"
+        )
+    checkpoint.thresholds = _read_thresholds(checkpoint)
+    return checkpoint
+
+
+def from_pretrained(
+    path: str | Path,
+    pruner: Pruner | None = None,
+    *,
+    execution: Execution = "packed",
+    model_class: type[transformers.PreTrainedModel] | None = None,
+    **kwargs: Any,
+) -> transformers.PreTrainedModel:
+    """Load a checkpoint with its pruning attached, in evaluation mode.
+
+    Args:
+        path: a directory written by ``save_pretrained`` on a pruned model, or one whose ``config.json`` got
+            ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa.
+        pruner: the method to attach instead of the one ``config.json`` names.
+        execution: as for :func:`token_pruning.prune`.
+        model_class: the class to build; else the one ``config.json`` names under ``architectures``.
+        **kwargs: passed to the class's ``from_pretrained``, for example ``dtype`` or ``num_labels``.
+
+    Raises:
+        CheckpointError: if the directory is missing, unreadable or holds only pickled weights.
+        ConfigError: if ``config.json`` is malformed or has a value that is not allowed.
+        UnsupportedModelError: for an architecture without an adapter.
+    """
+    checkpoint = read_checkpoint(path)
+    if pruner is None:
+        pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
+    return prune(load_model(checkpoint, model_class=model_class, **kwargs), pruner, execution=execution)
+
+
+def load_model(
+    checkpoint: Checkpoint, *, model_class: type[transformers.PreTrainedModel] | None = None, **kwargs: Any
+) -> transformers.PreTrainedModel:
+    """The checkpoint's model, dense, in evaluation mode; arguments and errors as for :func:`from_pretrained`."""
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in supported_model_types() and not checkpoint.is_ibert:
+        raise UnsupportedModelError(
+            f"{checkpoint.path / 'config.json'}: model_type is {model_type!r}; supported are "
+            f"{', '.join([*supported_model_types(), *IBERT_MODEL_TYPES])}"
+        )
+    config = as_roberta_config(checkpoint.config) if checkpoint.is_ibert else checkpoint.config
+    if model_class is None:
+        name = (config.get("architectures") or ["AutoModel"])[0]
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            raise UnsupportedModelError(
+                f"{checkpoint.path / 'config.json'}: architectures names {name!r}, which transformers does not have"
+            )
+    # The thresholds are ours to load; transformers would report them as unexpected weights.
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        if checkpoint.is_ibert:
+            arguments = {k: v for k, v in config.items() if k != "model_type"}
+            roberta = transformers.RobertaConfig(**{**arguments, **_config_overrides(kwargs)})
+            weights = as_roberta_weights(_read_weights(checkpoint.path), checkpoint.path)
+            return model_class.from_pretrained(None, config=roberta, state_dict=weights, **kwargs)
+        return model_class.from_pretrained(checkpoint.path, use_safetensors=True, **kwargs)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {' '.join(str(error).split())}") from None
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments out of ``kwargs`` that ``from_pretrained`` would pass on to the config."""
+    names = ("num_labels", "id2label", "label2id", "problem_type")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.ckpt")]
+    if pickled:
+        raise CheckpointError(
+            f"{pickled[0]} is a pickle, which can run any code when it is read, so it is never loaded; convert one you "
+            'trust, in its folder, with: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickled[0].name}', weights_only=True)"
+            ".items()}, 'model.safetensors', {'format': 'pt'})\""
+        )
+    raise CheckpointError(f"{path} has no *.safetensors weights")
+
+
+def _read_weights(path: Path, prefix: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, or those whose name ends with one of ``prefix``."""
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    if not prefix or name.endswith(prefix):
+                        weights[name] = tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from None
+    return weights
+
+
+def _read_thresholds(checkpoint: Checkpoint) -> tuple[float, ...] | None:
+    found = _read_weights(checkpoint.path, (_THRESHOLDS, "pruner.keep_threshold"))
+    if _THRESHOLDS in found:
+        return tuple(found[_THRESHOLDS].to(torch.float32).tolist())
+    return ltp_thresholds(found, checkpoint.config)

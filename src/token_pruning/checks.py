@@ -1,0 +1,53 @@
+"""Checks of settings; each names the key, the value and what is allowed."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from token_pruning.errors import ConfigError
+
+
+def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> float:
+    """A finite number with ``low <= value <= high`` and ``value > above``.
+
+    Raises:
+        ConfigError: otherwise, bools and strings included.
+    """
+    limits = [
+        f"> {above:g}" if above > -math.inf else "",
+        f">= {low:g}" if low > -math.inf else "",
+        f"<= {high:g}" if high < math.inf else "",
+    ]
+    allowed = " and ".join(filter(None, limits))
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+        or value <= above
+    ):
+        raise ConfigError(f"{name} is {value!r}; it must be a finite number{' ' + allowed if allowed else ''}")
+    return float(value)
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number >= 1")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """One of the allowed strings.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    allowed = list(allowed)
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value

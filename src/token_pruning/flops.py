@@ -1,0 +1,78 @@
+"""Floating-point operations in closed form, from token counts per layer.
+
+Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
+feed-forward) at two operations per multiply–accumulate. Embeddings, normalisations, softmax and heads are not counted.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_pruning.models import ModelShape, shape_of
+from token_pruning.state import Trace
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per example, averaged over a trace, three ways that always stand together.
+
+    Attributes:
+        padded: the dense model with every sequence padded to the maximum length.
+        dense: the dense model on valid tokens only. Savings are measured against this one.
+        pruned: with the tokens that were really computed.
+    """
+
+    padded: float
+    dense: float
+    pruned: float
+
+    @property
+    def relative(self) -> float:
+        """``pruned / dense``."""
+        return self.pruned / self.dense
+
+    def gflops(self) -> dict[str, float]:
+        """The three figures in units of 10⁹."""
+        return {name: value / 1e9 for name, value in asdict(self).items()}
+
+
+def layer_flops(shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor) -> Tensor:
+    """FLOPs of single layers.
+
+    Args:
+        shape: the model's sizes.
+        attention_lengths: tokens in the layer's attention, any shape.
+        ffn_lengths: tokens in its feed-forward, the same shape.
+
+    Returns:
+        float64, the same shape.
+    """
+    attending, remaining = attention_lengths.double(), ffn_lengths.double()
+    projections = 4 * attending * shape.hidden_size**2
+    attention = 2 * attending**2 * shape.hidden_size
+    feed_forward = shape.ffn_matrices * remaining * shape.hidden_size * shape.intermediate_size
+    return 2 * (projections + attention + feed_forward)
+
+
+def count_flops(model: Any, trace: Trace) -> Flops:
+    """FLOPs per example of the forward passes in a trace.
+
+    Args:
+        model: the model that was recorded, or its config.
+        trace: from :func:`token_pruning.record`.
+
+    Returns:
+        The three figures, each the mean over the trace's examples. Sequences are padded to the pruner's
+        ``max_seq_length``, or to the longest sequence of the trace if that is longer.
+    """
+    shape = shape_of(getattr(model, "config", model))
+    attending, remaining = trace.attention_lengths, trace.ffn_lengths
+    valid = attending[0].expand_as(attending)
+    padded = torch.full_like(attending, max(trace.max_seq_length, int(valid.max())))
+    totals = [
+        layer_flops(shape, entering, leaving).sum(0).mean().item()
+        for entering, leaving in ((padded, padded), (valid, valid), (attending, remaining))
+    ]
+    return Flops(*totals)

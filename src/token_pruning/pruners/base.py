@@ -1,0 +1,83 @@
+"""What every pruning method is: a frozen configuration with one decision per layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from token_pruning.checks import choice, positive_integer
+from token_pruning.importance import SCORING_MODES, ScoringMode
+from token_pruning.ragged import Layout
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """What a pruner sees of one layer.
+
+    Attributes:
+        layer: 1 for the first layer.
+        num_layers: number of layers of the model.
+        layout: the tokens that entered the layer, packed.
+        scores: importance scores, ``[layout.total]`` float32.
+        input_lengths: valid tokens per sequence at the model's input, ``[batch]`` int64.
+        threshold: this layer's threshold as a float32 scalar, or None for methods without thresholds.
+    """
+
+    layer: int
+    num_layers: int
+    layout: Layout
+    scores: Tensor
+    input_lengths: Tensor
+    threshold: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(ABC):
+    """The base of every method.
+
+    A method is a dataclass whose fields are its configuration (and its keys in ``config.json``), with a
+    ``prune_mode``, and :meth:`keep`. The first token of a sequence is kept whatever :meth:`keep` says: heads read it.
+
+    Args:
+        scoring_mode: what divides received attention, see :func:`token_pruning.importance.normalizer`.
+        max_seq_length: that divisor in ``"mean"`` mode, and the length "padded" FLOPs are counted for; tokens.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    prune_mode: ClassVar[str]
+    learned: ClassVar[bool] = False
+    """Whether thresholds are trained: if so, a model in training mode masks softly and removes nothing."""
+
+    scoring_mode: ScoringMode = "mean"
+    max_seq_length: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        choice("scoring_mode", self.scoring_mode, SCORING_MODES)
+        positive_integer("max_seq_length", self.max_seq_length)
+
+    @abstractmethod
+    def keep(self, tokens: LayerTokens) -> Tensor:
+        """Which tokens stay after this layer's attention: ``[tokens.layout.total]`` bool."""
+
+    def prunes(self, layer: int, num_layers: int) -> bool:
+        """Whether anything can be dropped at ``layer`` (1-based); where not, no importance is computed."""
+        return True
+
+    def initial_thresholds(self, num_layers: int) -> Sequence[float] | None:
+        """One threshold per layer to start from, or None for methods without thresholds."""
+        return None
+
+    @property
+    def stores_thresholds(self) -> bool:
+        """Whether thresholds must be saved as a tensor, because the configuration does not determine them."""
+        return self.learned
+
+    def config(self) -> dict[str, Any]:
+        """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}

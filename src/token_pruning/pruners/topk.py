@@ -1,0 +1,61 @@
+"""Top-k: the same fraction of every sequence stays (the SpAtten-style baseline, arXiv 2012.09852)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from token_pruning.checks import number
+from token_pruning.pruners.base import LayerTokens, Pruner
+
+_FIRST_LAYERS_KEEP_ALL = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Pruner):
+    """Keep the most important tokens, fewer in every layer.
+
+    The first three layers keep all; then the keep rate falls linearly to ``token_keep_rate`` at the last layer, each
+    layer's rate being ``max(0, rate)``. A sequence of ``n`` valid tokens at the input keeps ``round(n · rate)`` of them
+    (half to even), never fewer than its first. Among equal scores the earlier token stays. A model of three layers or
+    fewer is not pruned.
+
+    Args:
+        token_keep_rate: the last layer's keep rate, at most 1; may be negative.
+
+    Raises:
+        ConfigError: for a rate above 1 or one that is not a finite number.
+    """
+
+    prune_mode: ClassVar[str] = "topk"
+
+    token_keep_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the configuration."""
+        super().__post_init__()
+        number("token_keep_rate", self.token_keep_rate, high=1)
+
+    def keep_rate(self, layer: int, num_layers: int) -> float:
+        """The fraction of the input's tokens that stay after ``layer`` (1-based)."""
+        if not self.prunes(layer, num_layers):
+            return 1.0
+        depth = (layer - _FIRST_LAYERS_KEEP_ALL) / (num_layers - _FIRST_LAYERS_KEEP_ALL)
+        return max(0.0, 1.0 + (self.token_keep_rate - 1.0) * depth)
+
+    def prunes(self, layer: int, num_layers: int) -> bool:
+        """From the fourth layer on."""
+        return layer > _FIRST_LAYERS_KEEP_ALL and self.token_keep_rate < 1
+
+    def keep(self, tokens: LayerTokens) -> Tensor:
+        """The ``round(n · rate)`` highest scores of each sequence, the first token counted among them."""
+        layout = tokens.layout
+        rate = self.keep_rate(tokens.layer, tokens.num_layers)
+        counts = (tokens.input_lengths.double() * rate).round().long().clamp(min=1)  # round() is half to even
+        scores = tokens.scores.index_fill(0, layout.first_rows, torch.inf)
+        # Two stable sorts: by score, then by sequence. Rows end up sequence by sequence, best first.
+        by_score = scores.argsort(descending=True, stable=True)
+        order = by_score[layout.sequence_ids[by_score].argsort(stable=True)]
+        rank = torch.arange(layout.total, device=scores.device) - layout.cu_seqlens.long()[layout.sequence_ids]
+        return torch.zeros_like(scores, dtype=torch.bool).index_put((order,), rank < counts[layout.sequence_ids])

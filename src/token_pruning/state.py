@@ -1,0 +1,251 @@
+"""The state of one forward pass, and the trace a user can record of it.
+
+State travels as a keyword argument of the forward calls, so that several threads can run one model at once. Everything
+is keyed by layer and written once, so that gradient checkpointing can run a layer again.
+"""
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from token_pruning.importance import normalizer
+from token_pruning.pruners import LayerTokens, LearnedThreshold, Pruner
+from token_pruning.ragged import Layout, drop, layout_from_mask
+
+
+class TokenPruner(nn.Module):
+    """What :func:`token_pruning.prune` adds to a model as ``model.token_pruner``: the method and its thresholds.
+
+    Attributes:
+        pruner: the method.
+        thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer. It stays
+            float32 when the model is cast to a half-precision dtype, since rounding it would change decisions.
+    """
+
+    thresholds: Tensor | None
+
+    def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
+        """Start from the method's initial thresholds."""
+        super().__init__()
+        self.pruner = pruner
+        self.num_layers = num_layers
+        initial = pruner.initial_thresholds(num_layers)
+        if initial is None:
+            self.thresholds = None
+            return
+        values = torch.tensor(initial, dtype=torch.float32, device=device)
+        if pruner.learned:
+            self.thresholds = nn.Parameter(values)
+        else:
+            self.register_buffer("thresholds", values, persistent=pruner.stores_thresholds)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the next forward pass masks softly instead of removing tokens."""
+        return self.training and self.pruner.learned
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return repr(self.pruner)
+
+
+@dataclass
+class LayerRecord:
+    """What happened in one layer.
+
+    Attributes:
+        entering: tokens that took part in the layer's attention.
+        leaving: tokens left after its pruning.
+        kept_rows: rows of ``entering`` that stay, int64; None where nothing was pruned.
+        dropped_rows: rows of ``entering`` that leave, int64; None where nothing was pruned.
+        soft_mask: ``[entering.total]`` float32 in the soft stage, else None.
+        scores: ``[entering.total]`` float32 importance, or None where none was computed.
+    """
+
+    entering: Layout
+    leaving: Layout
+    kept_rows: Tensor | None = None
+    dropped_rows: Tensor | None = None
+    soft_mask: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass
+class PassRecord:
+    """What happened in one forward pass.
+
+    Attributes:
+        pruner: the method.
+        mask: ``[batch, width]`` bool, True for a valid token.
+        valid: the valid tokens.
+        layers: a record per layer, 1-based.
+    """
+
+    pruner: Pruner
+    mask: Tensor
+    valid: Layout
+    layers: dict[int, LayerRecord] = field(default_factory=dict)
+
+
+class ForwardState:
+    """Everything one forward pass knows about its tokens."""
+
+    def __init__(
+        self, token_pruner: TokenPruner, mask: Tensor, layer_numbers: Mapping[nn.Module, int], *, packed: bool
+    ) -> None:
+        """Start with the valid tokens.
+
+        Args:
+            token_pruner: the method and its thresholds.
+            mask: ``[batch, width]`` bool, True for a valid token.
+            layer_numbers: the number (1-based) of the layer an attention module belongs to.
+            packed: packed execution, or the masked reference.
+        """
+        self.token_pruner = token_pruner
+        self.layer_numbers = layer_numbers
+        self.packed = packed
+        self.soft = token_pruner.soft
+        self.with_grad = torch.is_grad_enabled()
+        self.mask = mask
+        self.valid = layout_from_mask(mask)
+        self.record = PassRecord(token_pruner.pruner, mask, self.valid)
+        self.layers = self.record.layers
+        self.last_states: dict[int, tuple[Tensor, Tensor]] = {}
+        """Per layer, the places in the padded batch of the tokens dropped there, and their hidden states."""
+        self.attention_outputs: dict[int, Tensor] = {}
+        """Masked execution: per layer, the attention block's output, the last state of tokens dropped there."""
+
+    def entering(self, layer: int) -> Layout:
+        """The tokens that take part in ``layer``'s attention (1-based)."""
+        return self.valid if layer == 1 else self.layers[layer - 1].leaving
+
+    def prunes(self, layer: int) -> bool:
+        """Whether ``layer`` needs importance scores."""
+        return self.soft or self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
+
+    def decide(self, layer: int, received: Tensor | None) -> None:
+        """Take the layer's decision from the attention its tokens received, and record it.
+
+        Args:
+            layer: 1-based.
+            received: ``[entering.total]`` float32, or None where nothing is pruned.
+        """
+        entering = self.entering(layer)
+        if received is None:
+            self.layers.setdefault(layer, LayerRecord(entering, entering))
+            return
+        module = self.token_pruner
+        pruner = module.pruner
+        divisor = normalizer(entering, pruner.scoring_mode, pruner.max_seq_length)
+        scores = received / divisor[entering.sequence_ids]
+        threshold = None if module.thresholds is None else module.thresholds[layer - 1]
+        tokens = LayerTokens(layer, module.num_layers, entering, scores, self.valid.lengths_tensor, threshold)
+        if self.soft:
+            assert isinstance(pruner, LearnedThreshold)
+            # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
+            soft_mask = pruner.soft_mask(tokens)
+            self.layers.setdefault(layer, LayerRecord(entering, entering, soft_mask=soft_mask, scores=scores))
+        elif layer not in self.layers:
+            with torch.no_grad():
+                keep = pruner.keep(tokens).index_fill(0, entering.first_rows, True)
+                leaving, kept, dropped = drop(entering, keep)
+            self.layers[layer] = LayerRecord(entering, leaving, kept, dropped, scores=scores.detach())
+
+
+@dataclass
+class Trace:
+    """What happened to the tokens of every forward pass run under :func:`token_pruning.record`.
+
+    Batches of several forward passes follow one another along the ``batch`` axis.
+    """
+
+    max_seq_length: int = 128
+    passes: list[PassRecord] = field(default_factory=list)
+
+    def _per_layer(self, which: str) -> Tensor:
+        if not self.passes:
+            raise RuntimeError("the trace is empty: no forward pass of this model was run under record()")
+        return torch.cat(
+            [
+                torch.stack([getattr(done.layers[layer], which).lengths_tensor for layer in sorted(done.layers)])
+                for done in self.passes
+            ],
+            dim=1,
+        )
+
+    @property
+    def attention_lengths(self) -> Tensor:
+        """Tokens that entered each layer's attention, ``[layers, batch]`` int64."""
+        return self._per_layer("entering")
+
+    @property
+    def ffn_lengths(self) -> Tensor:
+        """Tokens left after each layer's pruning, ``[layers, batch]`` int64. In the soft stage nothing leaves."""
+        return self._per_layer("leaving")
+
+    @property
+    def soft_lengths(self) -> Tensor:
+        """``Σ_i m_i`` of each layer in the soft stage, ``[layers, batch]`` float32, differentiable.
+
+        Raises:
+            RuntimeError: when the model was not in the soft stage.
+        """
+        return self._soft_sums(normalized=False)
+
+    @property
+    def soft_rates(self) -> Tensor:
+        """``Σ_i m_i / N`` of each layer, ``[layers, batch]`` float32, differentiable: the regularizer's terms.
+
+        ``N`` is that of the scoring mode. Raises as :attr:`soft_lengths`.
+        """
+        return self._soft_sums(normalized=True)
+
+    def _soft_sums(self, *, normalized: bool) -> Tensor:
+        batches = []
+        for done in self.passes:
+            pruner = done.pruner
+            sums = []
+            for layer in sorted(done.layers):
+                record = done.layers[layer]
+                if record.soft_mask is None:
+                    raise RuntimeError("nothing was masked softly: the soft stage needs LearnedThreshold and train()")
+                layout = record.entering
+                total = record.soft_mask.new_zeros(layout.batch_size).index_add(
+                    0, layout.sequence_ids, record.soft_mask
+                )
+                sums.append(
+                    total / normalizer(layout, pruner.scoring_mode, pruner.max_seq_length) if normalized else total
+                )
+            batches.append(torch.stack(sums))
+        if not batches:
+            raise RuntimeError("the trace is empty: no forward pass of this model was run under record()")
+        return torch.cat(batches, dim=1)
+
+    @property
+    def survived_layers(self) -> list[Tensor]:
+        """For every sequence, the number of layers after which each valid token was still there.
+
+        A list with one ``[valid tokens]`` int64 tensor per sequence; 0 means dropped in the first layer, the number of
+        layers means never dropped.
+        """
+        result: list[Tensor] = []
+        for done in self.passes:
+            survived = torch.zeros(done.mask.numel(), dtype=torch.long, device=done.mask.device)
+            for record in done.layers.values():
+                survived[record.leaving.indices] += 1
+            result += torch.split(survived[done.valid.indices], done.valid.lengths)
+        return result
+
+
+recording: ContextVar[tuple[tuple[TokenPruner, Trace], ...]] = ContextVar("token_pruning_recording", default=())
+"""The traces being recorded in this thread or task."""
