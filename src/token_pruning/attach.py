@@ -21,7 +21,7 @@ from token_pruning.attention import masked_attention, packed_attention
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.models import family_of, supported_model_types
-from token_pruning.pruners import Pruner
+from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner
 from token_pruning.ragged import pack, row_bucket, unpack
 from token_pruning.state import ForwardState, TokenPruner, Trace, recording
 
@@ -67,11 +67,7 @@ class Attachment:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not let its attention function be replaced, so it cannot be pruned"
             )
-        for key, value in pruner.config().items():
-            if value is not None:
-                setattr(config, key, value)
-            elif hasattr(config, key):
-                delattr(config, key)
+        _write_keys(config, pruner)
         model.add_module(_MODULE_NAME, self.token_pruner)
 
         self.handles.append(base.register_forward_pre_hook(self.enter_model, with_kwargs=True))
@@ -206,6 +202,15 @@ def _with_filler(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, row_bucket(rows.shape[0]) - rows.shape[0]))
 
 
+def _write_keys(config: Any, pruner: Pruner) -> None:
+    """Describe the method in the model's config, and so in ``config.json``."""
+    for key, value in pruner.config().items():
+        if value is not None:
+            setattr(config, key, value)
+        elif hasattr(config, key):
+            delattr(config, key)
+
+
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is old:
@@ -277,7 +282,7 @@ def prune(model: ModelT, pruner: Pruner, *, execution: Execution = "packed") -> 
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
         )
-    if _find_attachment(model) is not None:
+    if is_pruned(model):
         raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
     Attachment(model, pruner, execution)
     return model
@@ -319,6 +324,35 @@ def record(model: nn.Module) -> Iterator[Trace]:
         yield trace
     finally:
         recording.reset(token)
+
+
+def freeze_thresholds(model: nn.Module) -> None:
+    """End the soft stage in place: the thresholds learned so far become fixed, and tokens are removed from now on.
+
+    Args:
+        model: a model pruned with :class:`LearnedThreshold`.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment = attachment_of(model)
+    token_pruner = attachment.token_pruner
+    learned = token_pruner.pruner
+    if not isinstance(learned, LearnedThreshold) or token_pruner.thresholds is None:
+        return
+    token_pruner.thresholds.requires_grad_(False)
+    token_pruner.pruner = FixedThreshold(
+        scoring_mode=learned.scoring_mode,
+        max_seq_length=learned.max_seq_length,
+        final_token_threshold=learned.final_token_threshold,
+        thresholds=token_pruner.thresholds.tolist(),
+    )
+    _write_keys(attachment.model.config, token_pruner.pruner)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a pruner is attached to the model, or to the model inside a wrapper."""
+    return _find_attachment(model) is not None
 
 
 def attachment_of(model: nn.Module) -> Attachment:

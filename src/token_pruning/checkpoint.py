@@ -1,7 +1,7 @@
 """Loading checkpoints: hand-written ``config.json`` keys, learned thresholds, I-BERT and LTP names."""
 
 import json
-import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -23,9 +24,8 @@ PRUNERS: dict[str, type[Pruner]] = {
     cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
 }
 _THRESHOLDS = "token_pruner.thresholds"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _REQUIRED = {"topk": "token_keep_rate", "threshold": "token_threshold"}
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +46,14 @@ class Checkpoint:
     def is_ibert(self) -> bool:
         """Whether it has I-BERT's key names, and is RoBERTa in all but name."""
         return self.config.get("model_type") in IBERT_MODEL_TYPES
+
+    def label_names(self) -> list[str] | None:
+        """The labels in the order of the outputs; empty for a regression, None where the checkpoint names none."""
+        id2label = self.config.get("id2label") or {}
+        if len(id2label) == 1 or self.config.get("problem_type") == "regression":
+            return []
+        names = [str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+        return names or None
 
     def pruner(self, *, learned: bool = False, temperature: float | None = None) -> Pruner:
         """The method that ``config.json`` names, with the thresholds found in the weights.
@@ -92,19 +100,18 @@ def pruner_from_config(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read what a model directory says of itself, weights left alone but for the thresholds.
+    """Read what a model says of itself, weights left alone but for the thresholds.
+
+    Args:
+        path: a folder, or a model's name on the hub, which is then downloaded.
 
     Raises:
-        CheckpointError: if there is no such directory, no readable ``config.json``, or no safetensors weights.
+        CheckpointError: if there is no such folder or model, no readable ``config.json``, or no safetensors weights.
         ConfigError: if ``config.json`` is not JSON.
         UnsupportedModelError: for I-BERT weights in quantised mode.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).is_dir() else _download(str(path))
     config_file = path / "config.json"
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory; a checkpoint is a folder with config.json and safetensors weights"
-        )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,6 +133,18 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def _download(name: str) -> Path:
+    """A model of the hub as a local folder."""
+    missing = f"{name} is not a folder; a checkpoint is a folder with config.json and safetensors weights"
+    if not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(missing)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{missing}, and as a hub model it cannot be had: {reason}") from None
+
+
 def from_pretrained(
     path: str | Path,
     pruner: Pruner | None = None,
@@ -137,7 +156,7 @@ def from_pretrained(
     """Load a checkpoint with its pruning attached, in evaluation mode.
 
     Args:
-        path: a directory written by ``save_pretrained`` on a pruned model, or one whose ``config.json`` got
+        path: a folder (or hub model) written by ``save_pretrained`` on a pruned model, or one whose ``config.json`` got
             ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa.
         pruner: the method to attach instead of the one ``config.json`` names.
         execution: as for :func:`token_pruning.prune`.

@@ -56,6 +56,24 @@ def layer_flops(shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tenso
     return 2 * (projections + attention + feed_forward)
 
 
+def flops_from_lengths(shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor, max_seq_length: int) -> Flops:
+    """FLOPs per example from token counts.
+
+    Args:
+        shape: the model's sizes.
+        attention_lengths: tokens that entered each layer's attention, ``[layers, examples]`` int64.
+        ffn_lengths: tokens left after each layer's pruning, ``[layers, examples]`` int64.
+        max_seq_length: what sequences are padded to for the padded figure, in tokens; the longest sequence if longer.
+    """
+    valid = attention_lengths[0].expand_as(attention_lengths)
+    padded = torch.full_like(attention_lengths, max(max_seq_length, int(valid.max())))
+    totals = [
+        layer_flops(shape, entering, leaving).sum(0).mean().item()
+        for entering, leaving in ((padded, padded), (valid, valid), (attention_lengths, ffn_lengths))
+    ]
+    return Flops(*totals)
+
+
 def count_flops(model: Any, trace: Trace) -> Flops:
     """FLOPs per example of the forward passes in a trace.
 
@@ -68,11 +86,4 @@ def count_flops(model: Any, trace: Trace) -> Flops:
         ``max_seq_length``, or to the longest sequence of the trace if that is longer.
     """
     shape = shape_of(getattr(model, "config", model))
-    attending, remaining = trace.attention_lengths, trace.ffn_lengths
-    valid = attending[0].expand_as(attending)
-    padded = torch.full_like(attending, max(trace.max_seq_length, int(valid.max())))
-    totals = [
-        layer_flops(shape, entering, leaving).sum(0).mean().item()
-        for entering, leaving in ((padded, padded), (valid, valid), (attending, remaining))
-    ]
-    return Flops(*totals)
+    return flops_from_lengths(shape, trace.attention_lengths, trace.ffn_lengths, trace.max_seq_length)

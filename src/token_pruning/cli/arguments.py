@@ -1,0 +1,235 @@
+"""The arguments of every command, and what they run."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from token_pruning.errors import ConfigError
+from token_pruning.training.options import ARCHITECTURES, MASKING_MODES, TrainOptions
+
+# Learning rates of the published code where --lr is not given.
+_LEARNING_RATES = {"MRPC": 2e-5}
+_LEARNING_RATE = 4e-5
+_KEYS = ("prune_mode", "final_token_threshold", "token_keep_rate", "token_threshold", "scoring_mode")
+
+
+def add_train(commands: Any) -> None:
+    """``token-pruning train``."""
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model: dense, or with learned or fixed pruning",
+        description="Train one stage. The paper's workflow: --masking-mode none (fine-tune), soft (learn thresholds), "
+        "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
+        "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
+        "token_threshold, scoring_mode. A killed run continues when the same command is given again.",
+        allow_abbrev=False,
+    )
+    _add_data(parser)
+    _add_model(parser)
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=float, help="learning rate of the weights (default 4e-5; MRPC 2e-5)")
+    training.add_argument("--epoch", "--epochs", dest="epochs", type=float, default=10.0, help="epochs (default 10)")
+    training.add_argument("--weight-decay", type=float, default=0.0, help="weight decay (default 0)")
+    training.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
+    training.add_argument(
+        "--save-step", "--save-steps", dest="save_steps", type=int, metavar="N",
+        help="evaluate, log and save every N steps (default: every epoch)",
+    )  # fmt: skip
+    training.add_argument("--save-all", action="store_true", help="keep every checkpoint (default: three)")
+    training.add_argument(
+        "--no-load", "--no-load-best", dest="load_best", action="store_false",
+        help="finish with the last model instead of the best evaluated one",
+    )  # fmt: skip
+    training.add_argument("--overwrite-output-dir", action="store_true", help="replace a finished run")
+    soft = parser.add_argument_group("soft stage (masking modes soft and mixed)")
+    soft.add_argument(
+        "--lambda", "--lambda-threshold", dest="regularization", type=float, metavar="λ",
+        help="weight of the regularizer: higher prunes more (0.01 to 0.2 is usual)",
+    )  # fmt: skip
+    soft.add_argument("--temperature", type=float, metavar="T", help="temperature of the soft mask (default 1e-3)")
+    soft.add_argument("--lr-threshold", type=float, help="learning rate of the thresholds (default: --lr)")
+    soft.add_argument("--weight-decay-threshold", type=float, help="weight decay of the thresholds (default 0)")
+    parser.set_defaults(run=_train)
+
+
+def add_eval(commands: Any) -> None:
+    """``token-pruning eval``."""
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint: metrics, FLOPs three ways, tokens kept, seconds",
+        description="Evaluate a checkpoint with its tokens removed, or dense with --masking-mode none. Writes "
+        "eval_results.json to --output-dir, or else to eval/ inside the checkpoint.",
+        allow_abbrev=False,
+    )
+    _add_data(parser)
+    _add_model(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def add_predict(commands: Any) -> None:
+    """``token-pruning predict``."""
+    parser = commands.add_parser(
+        "predict",
+        help="label the texts of a file",
+        description="Label every text of a CSV, TSV, JSON, JSONL or TXT file: one JSON object per line with the label "
+        "and its probability, or the score of a regression.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--restore", "--restore-file", dest="restore", required=True, metavar="CKPT", help="checkpoint")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="one or two text columns, or one text per line (.txt)"
+    )
+    parser.add_argument("--output", type=Path, help="where to write (default: standard output)")
+    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--dense", action="store_true", help="leave the checkpoint's pruning off")
+    parser.set_defaults(run=_predict)
+
+
+def add_demo(commands: Any) -> None:
+    """``token-pruning demo``."""
+    parser = commands.add_parser(
+        "demo",
+        help="the whole workflow on a task built from Python's own docstrings, in a few minutes",
+        description="Fine-tune all-MiniLM-L6-v2 to tell which standard-library module a docstring is from, learn "
+        "thresholds, remove tokens, and compare: a table and a report.html. Needs no network.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="default: demo_output")
+    parser.add_argument("--hub", action="store_true", help="take the model from the hub, not from the PyPI package")
+    parser.set_defaults(run=_demo)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--task", help="RTE, MRPC, STSB, SST2, QNLI, QQP or MNLI")
+    data.add_argument("--data-dir", type=Path, help="folder in the official GLUE layout (default: the hub's GLUE)")
+    data.add_argument(
+        "--train-file", type=Path, help="your own CSV, TSV, JSON or JSONL, one or two text columns, label"
+    )
+    data.add_argument("--validation-file", type=Path, help="the same, to evaluate on")
+    data.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--restore", "--restore-file", dest="restore", metavar="CKPT",
+        help="checkpoint folder, or a hub name (default with --masking-mode none: the hub's RoBERTa of --arch)",
+    )  # fmt: skip
+    model.add_argument(
+        "--arch",
+        default="pibert-base",
+        help=f"{', '.join(ARCHITECTURES)}: names the output folder (default pibert-base)",
+    )
+    model.add_argument(
+        "--masking-mode", default="hard",
+        help=f"{', '.join(MASKING_MODES)} (default hard); none is dense",
+    )  # fmt: skip
+    model.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32,
+                       help="examples per step over all processes (default 32)")  # fmt: skip
+    model.add_argument("--bf16", action="store_true", help="bfloat16 autocast: several times faster with AMX or a GPU")
+    model.add_argument("--output-dir", help="default: the paper's folder, checkpoints/base/TASK/… or CKPT/hard/lr_…")
+    keys = parser.add_argument_group("instead of config.json's keys")
+    keys.add_argument("--prune-mode", help="absolute_threshold, topk, threshold or rising_threshold")
+    keys.add_argument("--final-token-threshold", type=float, help="threshold of the last layer")
+    keys.add_argument("--token-keep-rate", type=float, help="top-k: keep rate of the last layer")
+    keys.add_argument("--token-threshold", type=float, help="threshold mode: relative to the largest score")
+    keys.add_argument("--scoring-mode", help="mean or mean_norm")
+
+
+# Commands import what they need when they run: the train and demo extras are optional.
+
+
+def _options(arguments: argparse.Namespace, **given: Any) -> TrainOptions:
+    own_files = arguments.train_file or arguments.validation_file
+    if bool(arguments.task) == bool(own_files):
+        raise ConfigError("give either --task (a GLUE task) or --train-file and --validation-file")
+    if arguments.task:
+        from token_pruning.data import glue_task
+
+        task = glue_task(arguments.task).name
+    elif arguments.data_dir:
+        raise ConfigError(f"--data-dir is {arguments.data_dir}; it applies to --task, not to --validation-file")
+    else:
+        task = (arguments.train_file or arguments.validation_file).stem
+    restore = arguments.restore
+    if restore is None:
+        if arguments.masking_mode != "none":
+            raise ConfigError(f"--restore is missing; masking mode {arguments.masking_mode!r} starts from a checkpoint")
+        if arguments.arch in ARCHITECTURES:
+            restore = ARCHITECTURES[arguments.arch][0]
+    return TrainOptions(
+        restore=restore or "",
+        task=task,
+        arch=arguments.arch,
+        masking_mode=arguments.masking_mode,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        bf16=arguments.bf16,
+        output_dir=arguments.output_dir,
+        pruning={key: value for key in _KEYS if (value := getattr(arguments, key)) is not None} or None,
+        **given,
+    )
+
+
+def _load_data(arguments: argparse.Namespace, need_train: bool, checkpoint: Any) -> Any:
+    from token_pruning.data import glue_task, load_files, load_glue_folder, load_glue_hub
+
+    if arguments.task:
+        task = glue_task(arguments.task)
+        if arguments.data_dir:
+            return load_glue_folder(task, arguments.data_dir, need_train=need_train)
+        return load_glue_hub(task)
+    if arguments.validation_file is None:
+        raise ConfigError("--validation-file is missing; --train-file needs it")
+    if need_train and arguments.train_file is None:
+        raise ConfigError("--train-file is missing; training on your own data needs it and --validation-file")
+    # The dense stage gets a head for the file's own labels; later stages and evaluation keep the checkpoint's.
+    labels = None if need_train and arguments.masking_mode == "none" else checkpoint.label_names()
+    return load_files(arguments.train_file if need_train else None, arguments.validation_file, labels=labels)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    names = (
+        "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
+        "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
+    )  # fmt: skip
+    lr = arguments.lr
+    if lr is None:
+        lr = _LEARNING_RATES.get(str(arguments.task), _LEARNING_RATE)
+    options = _options(arguments, lr=lr, **{name: getattr(arguments, name) for name in names})
+
+    from token_pruning.training.stages import train
+
+    train(options, partial(_load_data, arguments, True))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    options = _options(arguments)
+
+    from token_pruning.training.stages import evaluate_checkpoint
+
+    evaluate_checkpoint(options, partial(_load_data, arguments, False))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from token_pruning.predict import predict_file
+
+    predict_file(
+        arguments.restore,
+        arguments.input,
+        arguments.output,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        bf16=arguments.bf16,
+        dense=arguments.dense,
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from token_pruning.demo import run_demo
+
+    run_demo(arguments.output_dir, prefer_hub=arguments.hub)

@@ -1,0 +1,174 @@
+"""Evaluation: the task's metrics, FLOPs three ways, tokens kept, and seconds."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from token_pruning.attach import attachment_of, is_pruned, record
+from token_pruning.flops import flops_from_lengths
+from token_pruning.models import shape_of
+from token_pruning.training.run_dir import write_json
+
+Features = Sequence[Mapping[str, Any]]
+Collate = Callable[[list[Any]], Mapping[str, torch.Tensor]]
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation found.
+
+    Attributes:
+        metrics: the task's metrics, as fractions.
+        gflops_per_example: ``padded`` to the maximum length, ``dense`` on valid tokens, ``pruned``; 10⁹ operations.
+        relative_flops: pruned ÷ dense.
+        tokens_entering: mean number of valid tokens.
+        tokens_kept_per_layer: mean number of tokens that enter each layer's feed-forward.
+        thresholds: one per layer, or None for methods without.
+        examples: how many.
+        seconds: spent in forward passes.
+    """
+
+    metrics: dict[str, float]
+    gflops_per_example: dict[str, float]
+    relative_flops: float
+    tokens_entering: float
+    tokens_kept_per_layer: list[float]
+    thresholds: list[float] | None
+    examples: int
+    seconds: float
+
+
+def evaluate(
+    model: nn.Module,
+    features: Features,
+    collate: Collate,
+    compute_metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    *,
+    batch_size: int,
+    max_seq_length: int = 128,
+    bf16: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Run a model, pruned or not, over a data set.
+
+    Examples are taken in order of length, so that a dense model wastes little on padding.
+
+    Args:
+        model: a Hugging Face model with a sequence-classification or regression head.
+        features: tokenized examples with ``input_ids`` and ``labels``.
+        collate: makes a padded batch of tensors from a list of features.
+        compute_metrics: from logits ``[examples, labels]`` and labels ``[examples]`` to metrics.
+        batch_size: examples per forward pass.
+        max_seq_length: what sequences are padded to for the padded FLOPs of an unpruned model, in tokens.
+        bf16: bfloat16 autocast.
+        progress: show a progress bar.
+    """
+    logits, attention_lengths, ffn_lengths, seconds = predict(
+        model, features, collate, batch_size=batch_size, bf16=bf16, progress=progress
+    )
+    labels = np.array([feature["labels"] for feature in features])
+    thresholds = None
+    if is_pruned(model):
+        token_pruner = attachment_of(model).token_pruner
+        max_seq_length = token_pruner.pruner.max_seq_length
+        if token_pruner.thresholds is not None:
+            thresholds = token_pruner.thresholds.tolist()
+    flops = flops_from_lengths(shape_of(model.config), attention_lengths, ffn_lengths, max_seq_length)
+    return Evaluation(
+        metrics=compute_metrics(logits, labels),
+        gflops_per_example=flops.gflops(),
+        relative_flops=flops.relative,
+        tokens_entering=attention_lengths[0].float().mean().item(),
+        tokens_kept_per_layer=ffn_lengths.float().mean(1).tolist(),
+        thresholds=thresholds,
+        examples=len(features),
+        seconds=seconds,
+    )
+
+
+def predict(
+    model: nn.Module,
+    features: Features,
+    collate: Collate,
+    *,
+    batch_size: int,
+    bf16: bool = False,
+    progress: bool = True,
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, float]:
+    """Logits of every example, in the features' order.
+
+    Returns:
+        Logits ``[examples, labels]`` float32; the lengths of :class:`token_pruning.Trace`, ``[layers, examples]`` in
+        order of length; seconds spent in forward passes.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]), reverse=True)
+    logits: list[torch.Tensor] = []
+    lengths: list[torch.Tensor] = []
+    seconds = 0.0
+    was_training = model.training
+    model.eval()
+    pruned = is_pruned(model)
+    try:
+        with torch.inference_mode(), record(model) if pruned else nullcontext() as trace:
+            starts = range(0, len(order), batch_size)
+            for start in tqdm(starts, desc="evaluating", leave=False, disable=not progress):
+                batch = dict(collate([features[i] for i in order[start : start + batch_size]]))
+                batch.pop("labels", None)
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                began = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    output = model(**batch).logits.float().cpu()  # .cpu() waits for the device
+                seconds += time.perf_counter() - began
+                logits.append(output)
+                if not pruned:
+                    lengths.append(batch["attention_mask"].sum(1).cpu())
+    finally:
+        model.train(was_training)
+    if trace is None:
+        attention_lengths = ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
+    else:
+        attention_lengths, ffn_lengths = trace.attention_lengths.cpu(), trace.ffn_lengths.cpu()
+    back = torch.tensor(order).argsort()
+    return torch.cat(logits)[back].numpy(), attention_lengths, ffn_lengths, seconds
+
+
+def format_evaluation(name: str, evaluation: Evaluation) -> str:
+    """The evaluation as a few lines of text."""
+    gflops = evaluation.gflops_per_example
+    lines = [
+        f"{name}: {evaluation.examples} examples in {evaluation.seconds:.2f} s",
+        "  " + ", ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items()),
+        f"  GFLOPs per example: {gflops['padded']:.3f} padded, {gflops['dense']:.3f} dense on valid tokens, "
+        f"{gflops['pruned']:.3f} pruned; relative FLOPs {evaluation.relative_flops:.3f}",
+        f"  tokens: {evaluation.tokens_entering:.1f} enter; kept per layer "
+        + " ".join(f"{kept:.1f}" for kept in evaluation.tokens_kept_per_layer),
+    ]
+    if evaluation.thresholds is not None:
+        lines.append("  thresholds: " + " ".join(f"{threshold:.5f}" for threshold in evaluation.thresholds))
+    return "\n".join(lines)
+
+
+def write_evaluation(path: Path, splits: Mapping[str, Evaluation], about: Mapping[str, Any]) -> None:
+    """Write ``eval_results.json``, whole or not at all.
+
+    The first split's figures stand at the top level; further ones (MNLI mismatched) under ``other_splits``.
+
+    Args:
+        path: the file.
+        splits: the evaluations by split.
+        about: what was evaluated and how.
+    """
+    (first, evaluation), *others = splits.items()
+    result = {**about, "split": first, **asdict(evaluation)}
+    if others:
+        result["other_splits"] = {name: asdict(other) for name, other in others}
+    write_json(path, result)

@@ -1,0 +1,294 @@
+"""One training run or evaluation, from a checkpoint folder to a checkpoint folder."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from token_pruning.attach import freeze_thresholds, prune
+from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
+from token_pruning.data import Examples, Task, TaskData
+from token_pruning.errors import CheckpointError, ConfigError
+from token_pruning.metrics import compute_metrics
+from token_pruning.models import shape_of
+from token_pruning.pruners import Pruner
+from token_pruning.training.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
+from token_pruning.training.options import TrainOptions, flag
+from token_pruning.training.run_dir import RunDir
+from token_pruning.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
+
+logger = logging.getLogger(__name__)
+
+DataSource = Callable[[Checkpoint], TaskData]
+
+
+def train(options: TrainOptions, load_data: DataSource) -> Path:
+    """Train one stage, or continue it where it was killed.
+
+    Args:
+        options: what to do.
+        load_data: gives the task's examples, from the checkpoint (whose labels may matter).
+
+    Returns:
+        The run's folder, which is a checkpoint and holds ``eval_results.json``.
+
+    Raises:
+        TokenPruningError: for every mistake of the user.
+    """
+    checkpoint = read_checkpoint(options.restore)
+    checkpoint.config.update(options.pruning or {})
+    pruner = _pruner(checkpoint, options)
+    run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(checkpoint.config))
+    identity = options.identity()
+    resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
+    data = load_data(checkpoint)
+    if data.train is None:
+        raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
+
+    arguments = _training_arguments(options, run_dir, data.task)
+    if options.batch_size % arguments.world_size:
+        raise ConfigError(
+            f"--bs is {options.batch_size}; it must be a multiple of the {arguments.world_size} processes"
+        )
+    set_seed(options.seed)
+    tokenizer = load_tokenizer(checkpoint)
+    model = _classifier(checkpoint, data.task)
+    attention = model.config._attn_implementation
+    if pruner is not None:
+        prune(model, pruner)
+    elif arguments.device.type == "cpu":
+        model.set_attn_implementation("eager")  # its backward is several times faster than fused attention's there
+    first_process = arguments.process_index == 0
+    if first_process:
+        run_dir.start(identity, resume=resume)
+
+    trainer = PruningTrainer(
+        model,
+        arguments,
+        data_collator=collator(tokenizer, options.bf16),
+        train_dataset=_features(tokenizer, data.train, data.task, model, options.max_length),
+        eval_dataset=[],  # the Trainer asks for one; evaluate_splits has the examples
+        processing_class=tokenizer,
+        run_dir=run_dir,
+        evaluate_splits=_evaluator(tokenizer, data, model, options, progress=first_process),
+        regularization=options.regularization,
+        lr_threshold=options.lr_threshold,
+        weight_decay_threshold=options.weight_decay_threshold,
+        keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,
+        callbacks=[HardSecondHalf()] if options.masking_mode == "mixed" else None,
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleCallback())
+    trainer.accelerator.wait_for_everyone()
+    checkpoints = run_dir.checkpoints() if resume else []
+    if checkpoints and first_process:
+        print(f"continuing from {checkpoints[-1]}")
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    if options.masking_mode == "mixed":
+        freeze_thresholds(model)  # also where the best checkpoint is one of the soft half
+
+    if first_process:
+        if pruner is None:
+            model.set_attn_implementation(attention)
+        splits = _evaluator(tokenizer, data, model, options, progress=True)(model)
+        _report(splits, run_dir.path, model, data.task, options)
+        staging = run_dir.staging("model")
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        run_dir.publish_model(staging)
+        trainer.state.save_to_json(str(run_dir.path / "trainer_state.json"))
+        run_dir.finish(identity)
+        print(f"saved to {run_dir.path}")
+    trainer.accelerator.wait_for_everyone()
+    return run_dir.path
+
+
+def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[str, Evaluation]:
+    """Evaluate a checkpoint, dense (``masking_mode`` none) or with its tokens removed.
+
+    ``eval_results.json`` is written to ``output_dir``, or else to ``eval`` inside the checkpoint.
+    """
+    checkpoint = read_checkpoint(options.restore)
+    checkpoint.config.update(options.pruning or {})
+    pruner = _pruner(checkpoint, options)
+    data = load_data(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    model = _classifier(checkpoint, data.task)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    if pruner is not None:
+        prune(model, pruner)
+    splits = _evaluator(tokenizer, data, model, options, progress=True)(model)
+    folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
+    _report(splits, folder, model, data.task, options)
+    return splits
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: if its files are missing or unreadable.
+    """
+    try:
+        if checkpoint.is_ibert:
+            return transformers.RobertaTokenizerFast.from_pretrained(checkpoint.path)
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer that can be loaded: {reason}") from None
+
+
+def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
+    if options.masking_mode == "none":
+        return None
+    pruner = checkpoint.pruner(learned=options.soft, temperature=options.temperature)
+    if options.soft and not pruner.learned:
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: prune_mode is {pruner.prune_mode!r}; masking mode "
+            f"{options.masking_mode!r} learns thresholds, so it must be absolute_threshold"
+        )
+    return pruner
+
+
+def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
+    """The checkpoint's model with a head for the task, a new one if it has none."""
+    architecture = (checkpoint.config.get("architectures") or ["none"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, architecture)
+    labels = task.labels
+    head: dict[str, Any] = {"num_labels": task.num_labels}
+    if labels is not None and sorted(_label_order(checkpoint.config, labels)) != sorted(labels):
+        head["id2label"] = dict(enumerate(labels))
+        head["label2id"] = {label: number for number, label in enumerate(labels)}
+    if task.is_regression:
+        head["problem_type"] = "regression"
+    model_class = (
+        transformers.RobertaForSequenceClassification
+        if checkpoint.is_ibert
+        else transformers.AutoModelForSequenceClassification
+    )
+    return load_model(checkpoint, model_class=model_class, **head)
+
+
+def _label_order(config: dict[str, Any], labels: tuple[str, ...]) -> list[str]:
+    """The task's labels in the order of the checkpoint's outputs; empty if the checkpoint has other names."""
+    by_name = {label.lower(): label for label in labels}
+    names = [str(name).lower() for _, name in sorted((config.get("id2label") or {}).items(), key=lambda kv: int(kv[0]))]
+    return [by_name[name] for name in names] if sorted(names) == sorted(by_name) else []
+
+
+def tokenize(tokenizer: Any, examples: Examples, model: Any, max_length: int) -> list[dict[str, Any]]:
+    """Tokenized texts, one dictionary of lists each.
+
+    Raises:
+        ConfigError: if ``max_length`` is more than the model's positions.
+    """
+    longest = shape_of(model.config).max_positions
+    if max_length > longest:
+        raise ConfigError(f"{flag('max_length')} is {max_length}; the model has positions for at most {longest} tokens")
+    encoded = tokenizer(examples.first, examples.second, truncation=True, max_length=max_length)
+    return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
+
+
+def _features(tokenizer: Any, examples: Examples, task: Task, model: Any, max_length: int) -> list[dict[str, Any]]:
+    """Tokenized examples; label ids in the order of the model's outputs."""
+    features = tokenize(tokenizer, examples, model, max_length)
+    if examples.labels is not None:
+        labels: list[Any] = list(examples.labels)
+        if task.labels is not None and (order := _label_order({"id2label": model.config.id2label}, task.labels)):
+            labels = [order.index(task.labels[label]) for label in labels]
+        for feature, label in zip(features, labels, strict=True):
+            feature["labels"] = label
+    return features
+
+
+def collator(tokenizer: Any, bf16: bool) -> DataCollatorWithPadding:
+    """Makes padded batches of tokenized texts."""
+    # Half-precision products on a CPU must not meet a fresh shape in every batch.
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if bf16 else None)
+
+
+def _evaluator(
+    tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, *, progress: bool
+) -> Callable[[Any], dict[str, Evaluation]]:
+    features = {
+        name: _features(tokenizer, examples, data.task, model, options.max_length)
+        for name, examples in data.validation.items()
+    }
+
+    def evaluate_splits(model: Any) -> dict[str, Evaluation]:
+        return {
+            name: evaluate(
+                model,
+                split,
+                collator(tokenizer, options.bf16),
+                partial(compute_metrics, data.task),
+                batch_size=options.batch_size,
+                max_seq_length=options.max_length,
+                bf16=options.bf16,
+                progress=progress,
+            )
+            for name, split in features.items()
+        }
+
+    return evaluate_splits
+
+
+def _report(splits: dict[str, Evaluation], folder: Path, model: Any, task: Task, options: TrainOptions) -> None:
+    for name, evaluation in splits.items():
+        print(format_evaluation(name, evaluation))
+    about = {
+        "task": task.name,
+        "checkpoint": options.restore,
+        "masking_mode": options.masking_mode,
+        "prune_mode": getattr(model.config, "prune_mode", None) if options.masking_mode != "none" else None,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "dtype": "bfloat16 autocast" if options.bf16 else "float32",
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+    }
+    write_evaluation(folder / "eval_results.json", splits, about)
+
+
+def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> TrainingArguments:
+    by_steps = options.save_steps is not None
+    strategy: dict[str, Any] = {
+        f"{what}_strategy": "steps" if by_steps else "epoch" for what in ("eval", "save", "logging")
+    }
+    if by_steps:
+        strategy |= {f"{what}_steps": options.save_steps for what in ("eval", "save", "logging")}
+    has_accelerator = torch.accelerator.is_available()
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    arguments = TrainingArguments(
+        output_dir=str(run_dir.path),
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        load_best_model_at_end=options.load_best,
+        metric_for_best_model=f"eval_{task.best_metric}",
+        greater_is_better=True,
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=not has_accelerator,
+        ddp_backend="gloo" if distributed and not has_accelerator else None,
+        report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        dataloader_pin_memory=has_accelerator,
+        remove_unused_columns=False,
+        **strategy,
+    )
+    arguments.per_device_train_batch_size = max(1, options.batch_size // arguments.world_size)
+    return arguments

@@ -1,0 +1,19 @@
+"""Settings every test runs under: offline, one thread, quiet, and the same Hypothesis examples on every run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+import transformers
+from hypothesis import settings
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+# `pytest --hypothesis-profile explore` looks for new examples, many more of them, and is not repeatable.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, print_blob=False)
+settings.register_profile("explore", deadline=None, database=None, print_blob=True)
+settings.load_profile("tests")

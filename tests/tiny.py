@@ -1,0 +1,165 @@
+"""Tiny random models, ragged batches, and the pruning rules written out in plain Python.
+
+The rules are a second writing of DESIGN's text, for one sequence at a time: nothing here calls the package's own rules.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from torch import Tensor
+
+import token_pruning as tp
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+HEADS = {
+    "sequence": hf.AutoModelForSequenceClassification,
+    "regression": hf.AutoModelForSequenceClassification,
+    "token": hf.AutoModelForTokenClassification,
+    "question": hf.AutoModelForQuestionAnswering,
+    "masked_lm": hf.AutoModelForMaskedLM,
+    "encoder": hf.AutoModel,
+}
+POSITIONS = 80
+LONGEST = {family: POSITIONS - 2 if "roberta" in family or family == "camembert" else POSITIONS for family in FAMILIES}
+PAD = {family: 1 if "roberta" in family or family == "camembert" else 0 for family in FAMILIES}
+VOCABULARY = 200
+
+
+def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:
+    """A config so small that a forward pass takes milliseconds; wide weights make its attention peaky."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.3,
+        "num_labels": 3,
+    }
+    if family == "distilbert":
+        sizes |= {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64}
+    else:
+        sizes |= {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
+    if family == "electra":
+        sizes["embedding_size"] = 16
+    return hf.AutoConfig.for_model(family, **{**sizes, **overrides})
+
+
+def tiny_model(family: str = "bert", head: str = "sequence", *, layers: int = 4, seed: int = 0, **overrides: Any) -> Any:
+    """A tiny random model in evaluation mode, always the same for the same arguments."""
+    overrides = {**{"regression": {"num_labels": 1}, "question": {"num_labels": 2}}.get(head, {}), **overrides}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return HEADS[head].from_config(tiny_config(family, layers=layers, **overrides)).eval()
+
+
+@cache
+def shared_model(family: str, head: str) -> Any:
+    """A tiny model for tests that leave it as they found it; see :func:`pruned`."""
+    return tiny_model(family, head)
+
+
+@contextmanager
+def pruned(model: Any, pruner: tp.Pruner, execution: Any = "packed") -> Iterator[Any]:
+    tp.prune(model, pruner, execution=execution)
+    try:
+        yield model
+    finally:
+        tp.unprune(model)
+
+
+def ragged_batch(
+    lengths: Sequence[int], *, family: str = "bert", seed: int = 0, width: int | None = None, left: bool = False
+) -> dict[str, Tensor]:
+    """Random token ids. A sequence's ids depend on the seed, its place in the batch and its length alone."""
+    width = max(lengths) if width is None else width
+    ids = torch.full((len(lengths), width), PAD[family])
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        tokens = np.random.default_rng([seed, row, length]).integers(5, VOCABULARY, length)
+        where = slice(width - length, width) if left else slice(0, length)
+        ids[row, where] = torch.from_numpy(tokens)
+        mask[row, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors of a model's output, by name."""
+    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+def assert_close(actual: Tensor, expected: Tensor, atol: float = 1e-4, message: str = "") -> None:
+    assert actual.shape == expected.shape, f"{message} {actual.shape} {expected.shape}"
+    assert not actual.isnan().any(), f"{message} NaN"
+    difference = (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
+    assert difference <= atol, f"{message} differs by {difference:.2e}, allowed {atol:.0e}"
+
+
+def same_survivors(first: tp.Trace, second: tp.Trace) -> bool:
+    return [t.tolist() for t in first.survived_layers] == [t.tolist() for t in second.survived_layers]
+
+
+# DESIGN's rules, one sequence at a time.
+
+
+def thresholds_by_the_book(pruner: tp.Pruner, layers: int) -> list[float] | None:
+    if not isinstance(pruner, tp.FixedThreshold):  # LearnedThreshold is one too
+        return None
+    if pruner.thresholds is not None:
+        return list(pruner.thresholds)
+    return [pruner.final_token_threshold * layer / layers for layer in range(1, layers + 1)]
+
+
+def topk_count(rate_at_end: float, layer: int, layers: int, tokens: int) -> int:
+    """``round(n · rate)``, half to even; everything in the first three layers."""
+    if layer <= 3:
+        return tokens
+    rate = rate_at_end + (1 - rate_at_end) * (layers - layer) / (layers - 3)
+    return max(1, round(tokens * max(0.0, rate)))
+
+
+def keep_by_the_book(
+    pruner: tp.Pruner, layer: int, layers: int, scores: Sequence[float], input_tokens: int
+) -> tuple[list[bool], float]:
+    """Which tokens of one sequence stay, and how near the nearest decision was to going the other way."""
+    if isinstance(pruner, tp.TopK):
+        count = topk_count(pruner.token_keep_rate, layer, layers, input_tokens)
+        ranked = sorted(range(1, len(scores)), key=lambda i: -scores[i])  # stable: the earlier of equals comes first
+        chosen = {0, *ranked[: count - 1]}
+        gap = 1.0
+        if 0 < count - 1 < len(ranked):
+            gap = scores[ranked[count - 2]] - scores[ranked[count - 1]]
+        return [i in chosen for i in range(len(scores))], gap
+    if isinstance(pruner, tp.FixedThreshold):
+        thresholds = thresholds_by_the_book(pruner, layers)
+        assert thresholds is not None
+        threshold, values = thresholds[layer - 1], list(scores)
+    elif isinstance(pruner, tp.RelativeThreshold):
+        threshold, values = pruner.token_threshold, [score / max(scores) for score in scores]
+    elif isinstance(pruner, tp.RisingThreshold):
+        threshold, values = pruner.final_token_threshold * layer / layers, [score / max(scores) for score in scores]
+    else:
+        raise TypeError(pruner)
+    margin = min((abs(value - threshold) for value in values[1:]), default=1.0)
+    return [i == 0 or value >= threshold for i, value in enumerate(values)], margin
+
+
+def divisor_by_the_book(pruner: tp.Pruner, entered: int) -> int:
+    return pruner.max_seq_length if pruner.scoring_mode == "mean" else entered
+
+
+def decision_margin(trace: tp.Trace, layers: int) -> float:
+    """How near the recorded pass came to a decision that rounding could turn around."""
+    margin = 1.0
+    for done in trace.passes:
+        sizes = done.valid.lengths
+        for layer, record in done.layers.items():
+            if record.scores is None:
+                continue
+            parts = record.scores.split(record.entering.lengths)
+            for size, scores in zip(sizes, parts, strict=True):
+                if len(scores):
+                    margin = min(margin, keep_by_the_book(done.pruner, layer, layers, scores.tolist(), size)[1])
+    return margin
