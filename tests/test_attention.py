@@ -113,10 +113,10 @@ def test_half_precision_stays_near_float64(lengths: list[int], dtype: torch.dtyp
     assert context.dtype == dtype
     assert received is not None
     assert received.dtype == torch.float32
-    assert_close(context, expected, 0.04)
-    # Only the product of queries and keys is rounded; the softmax and the sums over queries are float32.
-    largest = expected_received.max().item()
-    assert_close(received, expected_received, 0.02 * largest)
+    assert_close(context, expected, 0.1)
+    # Only queries, keys and their product are rounded; the softmax and the sums over queries are float32.
+    assert_close(received, expected_received, 0.03 * expected_received.max().item())
+    assert received.sum().item() == pytest.approx(sum(lengths), abs=1e-3)
 
 
 @pytest.mark.parametrize("packed", [True, False])

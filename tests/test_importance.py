@@ -53,7 +53,7 @@ def test_a_small_example_by_hand() -> None:
 def test_mean_score_is_one_over_n(lengths: list[int], mode: str) -> None:
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     received = received_attention(random_probabilities(len(lengths), 3, max(lengths), mask), mask)
-    divisors = normalizer(layout_from_mask(mask), mode, max_seq_length=37)  # type: ignore[arg-type]
+    divisors = normalizer(layout_from_mask(mask), mode, max_seq_length=37)
     for row, length in enumerate(lengths):
         mean = (received[row, :length] / divisors[row]).mean().item()
         assert mean == pytest.approx(1 / (37 if mode == "mean" else length), rel=1e-5)

@@ -191,7 +191,10 @@ def test_relative_thresholds_compare_with_the_sequences_largest_score(
 def test_relative_threshold_by_hand() -> None:
     # The first token's score is the largest: it counts for the maximum.
     scores = [[0.8, 0.4, 0.2, 0.1], [0.1, 0.2, 0.05]]
-    assert decide(tp.RelativeThreshold(token_threshold=0.5), scores) == [[True, True, False, False], [True, True, False]]
+    assert decide(tp.RelativeThreshold(token_threshold=0.5), scores) == [
+        [True, True, False, False],
+        [True, True, False],
+    ]
     rising = tp.RisingThreshold(final_token_threshold=1)
     assert decide(rising, scores, layer=1, layers=4) == [[True, True, True, False], [True, True, True]]
     assert decide(rising, scores, layer=4, layers=4) == [[True, False, False, False], [True, True, False]]
@@ -281,7 +284,7 @@ def test_pruners_are_frozen_and_equal_by_value() -> None:
     assert pruner == tp.LearnedThreshold(thresholds=(0.1, 0.2))
     assert pruner != tp.LearnedThreshold(thresholds=(0.1, 0.3))
     with pytest.raises(AttributeError):
-        pruner.temperature = 1.0  # type: ignore[misc]
+        pruner.temperature = 1.0
 
 
 def test_a_method_of_ones_own_needs_a_name_and_keep() -> None:
@@ -295,4 +298,4 @@ def test_a_method_of_ones_own_needs_a_name_and_keep() -> None:
 
     assert decide(KeepEverySecond(), [[0.1] * 3, [0.1] * 2]) == [[True, False, True], [True, False]]
     with pytest.raises(TypeError):
-        tp.Pruner()  # type: ignore[abstract]
+        tp.Pruner()

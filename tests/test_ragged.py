@@ -1,5 +1,7 @@
 """Packing and dropping, held against lists of tokens."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ def as_lists(layout: Layout) -> list[list[int]]:
     """The places of every sequence's tokens in the flattened grid."""
     ends = layout.cu_seqlens.tolist()
     places = layout.indices.tolist()
-    return [places[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [places[start:end] for start, end in pairwise(ends)]
 
 
 def places_in(mask: list[list[bool]]) -> list[list[int]]:
@@ -65,7 +67,7 @@ def test_unpack_undoes_pack_and_leaves_zeros_elsewhere(mask: list[list[bool]], d
 
 
 @given(MASKS, st.randoms(use_true_random=False))
-def test_unpack_accepts_rows_in_any_order(mask: list[list[bool]], random) -> None:  # type: ignore[no-untyped-def]
+def test_unpack_accepts_rows_in_any_order(mask: list[list[bool]], random) -> None:
     valid = torch.tensor(mask)
     grid = torch.randn(*valid.shape, 2)
     layout = layout_from_mask(valid)

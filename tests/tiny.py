@@ -47,7 +47,9 @@ def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:
     return hf.AutoConfig.for_model(family, **{**sizes, **overrides})
 
 
-def tiny_model(family: str = "bert", head: str = "sequence", *, layers: int = 4, seed: int = 0, **overrides: Any) -> Any:
+def tiny_model(
+    family: str = "bert", head: str = "sequence", *, layers: int = 4, seed: int = 0, **overrides: Any
+) -> Any:
     """A tiny random model in evaluation mode, always the same for the same arguments."""
     overrides = {**{"regression": {"num_labels": 1}, "question": {"num_labels": 2}}.get(head, {}), **overrides}
     with torch.random.fork_rng():
@@ -163,3 +165,73 @@ def decision_margin(trace: tp.Trace, layers: int) -> float:
                 if len(scores):
                     margin = min(margin, keep_by_the_book(done.pruner, layer, layers, scores.tolist(), size)[1])
     return margin
+
+
+class BertByTheBook:
+    """A BERT encoder that loops over sequences and heads in float64, and decides with plain Python lists.
+
+    In the soft stage nothing is removed and each layer's output is multiplied by the soft mask. The weights require a
+    gradient, so that everything here can be differentiated.
+    """
+
+    def __init__(self, model: Any, pruner: tp.Pruner, *, soft: bool = False) -> None:
+        config = model.config
+        base = model.base_model.state_dict()
+        self.weights = {name: value.double().requires_grad_() for name, value in base.items()}
+        self.pruner, self.soft = pruner, soft
+        self.layers, self.heads, self.eps = config.num_hidden_layers, config.num_attention_heads, config.layer_norm_eps
+        given = thresholds_by_the_book(pruner, self.layers)
+        self.thresholds = None if given is None else torch.tensor(given, dtype=torch.float64, requires_grad=True)
+        self.margin = 1.0
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred**2).mean(-1, keepdim=True).add(self.eps).sqrt()
+        return centred / scale * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def sequence(self, ids: list[int]) -> tuple[Tensor, list[int], list[Tensor]]:
+        """The last hidden state of every token, the layers each survived, and every layer's soft mask."""
+        x = (
+            self.weights["embeddings.word_embeddings.weight"][ids]
+            + self.weights["embeddings.position_embeddings.weight"][: len(ids)]
+            + self.weights["embeddings.token_type_embeddings.weight"][0]
+        )
+        states = list(self.norm("embeddings.LayerNorm", x))
+        alive = list(range(len(ids)))
+        survived = [0] * len(ids)
+        soft_masks = []
+        for layer in range(1, self.layers + 1):
+            name = f"encoder.layer.{layer - 1}"
+            x = torch.stack([states[i] for i in alive])
+            q, k, v = (self.linear(f"{name}.attention.self.{part}", x) for part in ("query", "key", "value"))
+            size = x.shape[1] // self.heads
+            contexts, scores = [], x.new_zeros(len(alive))
+            for head in range(self.heads):
+                part = slice(head * size, (head + 1) * size)
+                attention = (q[:, part] @ k[:, part].T / size**0.5).softmax(-1)
+                contexts.append(attention @ v[:, part])
+                scores = scores + attention.sum(0)
+            scores = scores / (self.heads * divisor_by_the_book(self.pruner, len(alive)))
+            attended = self.norm(
+                f"{name}.attention.output.LayerNorm",
+                x + self.linear(f"{name}.attention.output.dense", torch.cat(contexts, -1)),
+            )
+            inner = torch.nn.functional.gelu(self.linear(f"{name}.intermediate.dense", attended))
+            after = self.norm(f"{name}.output.LayerNorm", attended + self.linear(f"{name}.output.dense", inner))
+            if self.soft:
+                assert isinstance(self.pruner, tp.LearnedThreshold) and self.thresholds is not None
+                distance = (scores[1:] - self.thresholds[layer - 1]) / self.pruner.temperature
+                soft_masks.append(torch.cat([x.new_ones(1), distance.sigmoid()]))
+                after = after * soft_masks[-1][:, None]
+                keep = [True] * len(alive)
+            else:
+                keep, margin = keep_by_the_book(self.pruner, layer, self.layers, scores.tolist(), len(ids))
+                self.margin = min(self.margin, margin)
+            for row, token in enumerate(alive):
+                states[token] = after[row] if keep[row] else attended[row]
+                survived[token] += keep[row]
+            alive = [token for row, token in enumerate(alive) if keep[row]]
+        return torch.stack(states), survived, soft_masks

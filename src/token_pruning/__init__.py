@@ -23,6 +23,7 @@ from token_pruning.pruners import (
     RelativeThreshold,
     RisingThreshold,
     TopK,
+    Unpruned,
 )
 from token_pruning.state import Trace
 
@@ -41,6 +42,7 @@ __all__ = [
     "TokenPruningError",
     "TopK",
     "Trace",
+    "Unpruned",
     "UnsupportedModelError",
     "count_flops",
     "from_pretrained",

@@ -5,6 +5,8 @@ instead of one per sequence; padding inside a block is masked and never leaves i
 nearly all the arithmetic, never see padding at all.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -39,83 +41,132 @@ def packed_attention(
     Returns:
         context ``[rows, heads, head_dim]`` and received attention ``[layout.total]`` float32 (None if not needed).
     """
-    blocks = _blocks(layout, round_to=1 if query.dtype == torch.float32 else 8)
-    if len(blocks) == 1 and blocks[0][2] is None:  # equal lengths: a view, nothing to gather
-        batch, width = blocks[0][0], blocks[0][1]
-        shape = (batch, width, *query.shape[1:])
-        q, k, v = (x[: layout.total].view(shape) for x in (query, key, value))
-        context, received = _block_attention(q, k, v, None, scaling, dropout, needs_importance)
-        return _fill(context.flatten(0, 1), query.shape[0]), None if received is None else received.flatten()
+    rows, total = query.shape[0], layout.total
+    query, key, value = query[:total] * scaling, key[:total], value[:total]
+    lengths = layout.lengths
+    if len(set(lengths)) == 1:  # a view, nothing to gather
+        shape = (len(lengths), lengths[0], *query.shape[1:])
+        q, k, v = (x.reshape(shape) for x in (query, key, value))
+        context, received = _block_attention(q, k, v, None, dropout, needs_importance)
+        return _with_zeros(context.flatten(0, 1), rows), None if received is None else received.flatten()
 
+    blocks, places, slots = _blocks(layout, round_to=1 if query.dtype == torch.float32 else 8)
+    sizes = [sequences * width for sequences, width in blocks]
+    inputs = (torch.split(_rearrange(x, places, slots), sizes) for x in (query, key, value))
+    present = torch.split(places < total, sizes)
     contexts: list[Tensor] = []
     importances: list[Tensor] = []
-    places: list[Tensor] = []
-    for _, _, rows, present in blocks:
-        assert rows is not None and present is not None
-        q, k, v = (x[rows] for x in (query, key, value))
-        context, received = _block_attention(q, k, v, present, scaling, dropout, needs_importance)
-        contexts.append(context[present])
-        places.append(rows[present])
+    for (sequences, width), q, k, v, mask in zip(blocks, *inputs, present, strict=True):
+        q, k, v = (x.view(sequences, width, *x.shape[1:]) for x in (q, k, v))
+        context, received = _block_attention(q, k, v, mask.view(sequences, width), dropout, needs_importance)
+        contexts.append(context.flatten(0, 1))
         if received is not None:
-            importances.append(received[present])
-    context = torch.cat(contexts)
-    importance = torch.cat(importances) if needs_importance else None
-    if len(blocks) > 1:  # blocks are ordered by length; a single block is already in packed order
-        order = torch.cat(places).argsort()
-        context = context[order]
-        importance = None if importance is None else importance[order]
-    return _fill(context, query.shape[0]), importance
+            importances.append(received.flatten())
+    context = _rearrange(torch.cat(contexts), slots, places)
+    return _with_zeros(context, rows), torch.cat(importances)[slots] if needs_importance else None
 
 
-def _fill(context: Tensor, rows: int) -> Tensor:
-    return pad(context, (0, 0, 0, 0, 0, rows - context.shape[0])) if rows > context.shape[0] else context
+def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+    """Group sequences by length into padded blocks.
 
+    Args:
+        layout: the tokens present.
+        round_to: block widths are multiples of this.
 
-def _blocks(layout: Layout, round_to: int) -> list[tuple[int, int, Tensor | None, Tensor | None]]:
-    """Sequences grouped by length: ``(sequences, width, rows [sequences, width], present [sequences, width])``.
-
-    Rows and present are None when every sequence has the same length, so that rows need no gathering. The width is
-    rounded up to a multiple of ``round_to`` so that half-precision products meet few different shapes.
+    Returns:
+        Each block's ``(sequences, width)``; for every slot of all blocks in turn the row it takes, or ``layout.total``
+        where it is padding; for every row its slot. Both int64.
     """
-    lengths = layout.lengths
-    if len(set(lengths)) == 1:
-        return [(len(lengths), lengths[0], None, None)]
     groups: dict[int, list[int]] = {}
-    for sequence, length in enumerate(lengths):
+    for sequence, length in enumerate(layout.lengths):
         if length:
             groups.setdefault(-(-length // _BLOCK_STEP), []).append(sequence)
     starts = layout.cu_seqlens.long()
-    blocks: list[tuple[int, int, Tensor | None, Tensor | None]] = []
+    blocks: list[tuple[int, int]] = []
+    places: list[Tensor] = []
     for sequences in groups.values():
-        width = -(-max(lengths[s] for s in sequences) // round_to) * round_to
+        width = -(-max(layout.lengths[s] for s in sequences) // round_to) * round_to
         members = torch.tensor(sequences, device=starts.device)
-        offsets = torch.arange(width, device=starts.device)
-        first = starts[members, None]
-        present = offsets < starts[members + 1, None] - first
-        blocks.append((len(sequences), width, torch.where(present, first + offsets, first), present))
-    return blocks
+        rows = starts[members, None] + torch.arange(width, device=starts.device)
+        places.append(torch.where(rows < starts[members + 1, None], rows, layout.total).flatten())
+        blocks.append((len(sequences), width))
+    all_places = torch.cat(places)
+    return blocks, all_places, all_places.argsort(stable=True)[: layout.total]
+
+
+class _Rearrange(torch.autograd.Function):
+    """Rows to slots or slots to rows. No row is taken twice, so the gradient is a look-up too, not a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return _take(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _take(gradients[0], ctx.inverse), None, None
+
+
+def _rearrange(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    result: Tensor = _Rearrange.apply(x, index, inverse)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``; where ``x`` holds the rows and ``index`` the padded slots, padding is a row of zeros."""
+    if index.numel() > x.shape[0]:
+        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return x.index_select(0, index)
+
+
+def _with_zeros(context: Tensor, rows: int) -> Tensor:
+    return pad(context, (0, 0, 0, 0, 0, rows - context.shape[0])) if rows > context.shape[0] else context
 
 
 def _block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    present: Tensor | None,
-    scaling: float,
-    dropout: float,
-    needs_importance: bool,
+    query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, dropout: float, needs_importance: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention in one padded block ``[sequences, width, heads, head_dim]``, returned in the same order of axes."""
+    """Attention in one block ``[sequences, width, heads, head_dim]``, the query scaled; returned in the same order."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if not needs_importance and not torch.is_grad_enabled():
         mask = None if present is None else present[:, None, None, :]
-        context = scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-        return context.transpose(1, 2), None
-    # Training keeps the probabilities: the plain backward is several times faster on a CPU than fused attention's.
-    logits = (q @ k.transpose(-1, -2)).float() * scaling
+        return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).transpose(1, 2), None
+    if not torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype != torch.float32:
+        # Converting three narrow tensors is cheaper than converting the square ones to float32 and back.
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
+            context, received = _softmax_attention(q, k, v, present, dropout, needs_importance)
+        return context.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format), received
+    context, received = _softmax_attention(q, k, v, present, dropout, needs_importance)
+    return context.transpose(1, 2), received
+
+
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, present: Tensor | None, dropout: float, needs_importance: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention that keeps its probabilities, ``[sequences, heads, width, head_dim]``.
+
+    Training always takes this path: the plain backward is several times faster on a CPU than fused attention's.
+    """
+    logits = (q @ k.transpose(-1, -2)).float()
     if present is not None:
-        logits = logits.masked_fill(~present[:, None, None, :], -torch.inf)
+        logits += torch.where(present, 0.0, -torch.inf)[:, None, None, :]
     probabilities = logits.softmax(-1)
     received = received_attention(probabilities, present) if needs_importance else None
-    probabilities = torch.nn.functional.dropout(probabilities.to(v.dtype), dropout, training=dropout > 0)
-    return (probabilities @ v).transpose(1, 2), received
+    probabilities = probabilities.to(v.dtype)
+    if dropout > 0:
+        probabilities = _dropout(probabilities, dropout)
+    return probabilities @ v, received
+
+
+def _dropout(x: Tensor, probability: float) -> Tensor:
+    """Dropout; on a CPU with a quarter of the random numbers, whose making takes a fifth of a training step there.
+
+    Each 64-bit random number serves four elements, so the probability is rounded to a multiple of 2⁻¹⁶.
+    """
+    if x.device.type != "cpu":
+        return torch.nn.functional.dropout(x, probability)
+    limit = round(probability * 2**16)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= limit - 2**15
+    return x * keep.to(x.dtype).mul_(1 / (1 - limit / 2**16))

@@ -4,6 +4,7 @@ from token_pruning.pruners.absolute import FixedThreshold, LearnedThreshold
 from token_pruning.pruners.base import LayerTokens, Pruner
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
+from token_pruning.pruners.unpruned import Unpruned
 
 __all__ = [
     "FixedThreshold",
@@ -13,4 +14,5 @@ __all__ = [
     "RelativeThreshold",
     "RisingThreshold",
     "TopK",
+    "Unpruned",
 ]

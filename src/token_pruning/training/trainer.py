@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from token_pruning.attach import attachment_of, freeze_thresholds, is_pruned, record
+from token_pruning.pruners import Unpruned
 from token_pruning.state import Trace
 from token_pruning.training.evaluation import Evaluation, format_evaluation
 from token_pruning.training.run_dir import RunDir
@@ -20,6 +21,10 @@ KEPT_CHECKPOINTS = 3
 def regularizer(trace: Trace) -> Tensor:
     """``Σ_l (Σ_i m_i / N)``, the mean over the batch (arXiv 2107.00910, equation 8): a float32 scalar."""
     return trace.soft_rates.sum(0).mean()
+
+
+def _drops_tokens(model: Any) -> bool:
+    return is_pruned(model) and not isinstance(attachment_of(model).token_pruner.pruner, Unpruned)
 
 
 class PruningTrainer(Trainer):  # type: ignore[misc]
@@ -69,7 +74,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss, in the soft stage plus λ times the regularizer."""
-        if not is_pruned(model):
+        if not _drops_tokens(model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         token_pruner = attachment_of(model).token_pruner
         with record(model) as trace:
@@ -124,7 +129,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the thresholds and the fraction of tokens kept, per layer."""
-        if "loss" in logs and is_pruned(self.model):
+        if "loss" in logs and _drops_tokens(self.model):
             thresholds = attachment_of(self.model).token_pruner.thresholds
             if thresholds is not None:
                 logs |= {f"threshold_{layer}": value for layer, value in enumerate(thresholds.tolist(), start=1)}
