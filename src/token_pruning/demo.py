@@ -123,8 +123,8 @@ def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dic
         "title": "all-MiniLM-L6-v2 on Python's docstrings",
         "summary": (
             f"Which of {data.task.num_labels} standard-library modules is a docstring from? A dense model was fine-"
-            "tuned, then thresholds were learned with the weights (soft stage), then tokens below them were removed and the "
-            f"weights fine-tuned again (hard stage). Accuracy went from {dense['metrics'][_METRIC]:.1%} to "
+            "tuned, then thresholds were learned with the weights (soft stage), then tokens below them were removed "
+            f"and the weights fine-tuned again (hard stage). Accuracy went from {dense['metrics'][_METRIC]:.1%} to "
             f"{hard['metrics'][_METRIC]:.1%} with {hard['relative_flops']:.0%} of the arithmetic, and "
             f"{len(examples)} texts take {hard['seconds']:.2f} s instead of {dense['seconds']:.2f} s."
         ),

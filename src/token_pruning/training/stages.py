@@ -25,6 +25,8 @@ from token_pruning.training.options import TrainOptions, flag
 from token_pruning.training.run_dir import RunDir
 from token_pruning.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+
 logger = logging.getLogger(__name__)
 
 DataSource = Callable[[Checkpoint], TaskData]
@@ -138,6 +140,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: if its files are missing or unreadable.
     """
+    if not any((checkpoint.path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise CheckpointError(f"{checkpoint.path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         if checkpoint.is_ibert:
             return transformers.RobertaTokenizerFast.from_pretrained(checkpoint.path)
