@@ -95,7 +95,7 @@ def test_the_strengths_of_these_tests_prune_some_and_not_all(execution: str) -> 
         assert 0.02 < left < 0.98, method
 
 
-# A second writing of DESIGN's rules, sequence by sequence, head by head, in float64
+# A second writing of the rules, sequence by sequence, head by head, in float64
 
 
 @pytest.mark.parametrize("execution", ["packed", "masked"])

@@ -1,6 +1,6 @@
 """Tiny random models, ragged batches, and the pruning rules written out in plain Python.
 
-The rules are a second writing of DESIGN's text, for one sequence at a time: nothing here calls the package's own rules.
+The rules are a second writing of the paper's, for one sequence at a time: nothing here calls the package's own rules.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,7 +103,7 @@ def same_survivors(first: tp.Trace, second: tp.Trace) -> bool:
     return [t.tolist() for t in first.survived_layers] == [t.tolist() for t in second.survived_layers]
 
 
-# DESIGN's rules, one sequence at a time.
+# The rules, one sequence at a time.
 
 
 def thresholds_by_the_book(pruner: tp.Pruner, layers: int) -> list[float] | None:
