@@ -99,10 +99,10 @@ def cpu_name() -> str:
 def markdown(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
-        f"{about['examples']} examples of {about['data']}, {about['mean_tokens']:.1f} valid tokens on average; relative "
-        f"FLOPs of the pruned model {about['relative_flops']:.3f}. {about['cpu']}, {about['threads']} threads, batch "
-        f"size {about['batch_size']}, torch {about['torch']}, transformers {about['transformers']}. Medians of "
-        f"{about['turns']} turns.",
+        f"{about['examples']} examples of {about['data']}, {about['mean_tokens']:.1f} valid tokens on average; "
+        f"relative FLOPs of the pruned model {about['relative_flops']:.3f}. {about['cpu']}, "
+        f"{about['threads']} threads, batch size {about['batch_size']}, torch {about['torch']}, transformers {about['transformers']}. "
+        f"Medians of {about['turns']} turns.",
         "",
         "| what | dtype | variant | seconds (fastest – slowest) | speed-up over dense |",
         "|---|---|---|---|---|",

@@ -13,7 +13,7 @@ stage() {  # task, name, options…
   $python run.py --arch pibert-base --task "$task" --data_dir "$glue" --bs 32 --bf16 --output_dir "$out/$task/$name" "$@"
 }
 
-for task in MRPC STSB RTE; do
+for task in ${TASKS:-MRPC STSB RTE}; do
   stage $task dense --restore "$start" --masking_mode none --lr 1e-4 --epoch 5
   dense=$out/$task/dense
   stage $task soft --restore "$dense" --masking_mode soft --lr 5e-5 --epoch 3 --lambda 0.08 --temperature 1e-3 \
