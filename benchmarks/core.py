@@ -100,9 +100,9 @@ def markdown(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
         f"{about['examples']} examples of {about['data']}, {about['mean_tokens']:.1f} valid tokens on average; "
-        f"relative FLOPs of the pruned model {about['relative_flops']:.3f}. {about['cpu']}, "
-        f"{about['threads']} threads, batch size {about['batch_size']}, torch {about['torch']}, transformers {about['transformers']}. "
-        f"Medians of {about['turns']} turns.",
+        f"relative FLOPs of the pruned model {about['relative_flops']:.3f}. "
+        f"{about['cpu']}, {about['threads']} threads, batch size {about['batch_size']}, "
+        f"torch {about['torch']}, transformers {about['transformers']}. Medians of {about['turns']} turns.",
         "",
         "| what | dtype | variant | seconds (fastest – slowest) | speed-up over dense |",
         "|---|---|---|---|---|",
