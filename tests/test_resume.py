@@ -72,6 +72,8 @@ def test_a_killed_run_continues_to_the_same_result(
             p.name for p in checkpoint.iterdir()
         }
 
+    assert json.loads(Path("killed/eval_results.json").read_text())["step"] == 6  # every evaluation is on disk
+
     capsys.readouterr()
     assert train("killed") == 0
     assert f"continuing from killed/checkpoint-{2 * published}" in capsys.readouterr().out

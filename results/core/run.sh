@@ -9,7 +9,7 @@ start=$($python -c 'from token_pruning.data import find_minilm; print(find_minil
 
 stage() {  # task, name, options…
   local task=$1 name=$2; shift 2
-  [ -e "$out/$task/$name/eval_results.json" ] && return
+  grep -qs '"finished": true' "$out/$task/$name/run.json" && return
   $python run.py --arch pibert-base --task "$task" --data_dir "$glue" --bs 32 --bf16 --output_dir "$out/$task/$name" "$@"
 }
 

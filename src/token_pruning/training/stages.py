@@ -23,7 +23,13 @@ from token_pruning.pruners import Pruner, Unpruned
 from token_pruning.training.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
 from token_pruning.training.options import TrainOptions, flag
 from token_pruning.training.run_dir import RunDir
-from token_pruning.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
+from token_pruning.training.trainer import (
+    KEPT_CHECKPOINTS,
+    ConsoleCallback,
+    EvaluateSplits,
+    HardSecondHalf,
+    PruningTrainer,
+)
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -71,6 +77,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     if first_process:
         run_dir.start(identity, resume=resume)
 
+    evaluate_splits = _evaluator(tokenizer, data, model, options, run_dir.path if first_process else None)
     trainer = PruningTrainer(
         model,
         arguments,
@@ -79,7 +86,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         eval_dataset=[],  # the Trainer asks for one; evaluate_splits has the examples
         processing_class=tokenizer,
         run_dir=run_dir,
-        evaluate_splits=_evaluator(tokenizer, data, model, options, progress=first_process),
+        evaluate_splits=evaluate_splits,
         regularization=options.regularization,
         lr_threshold=options.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
@@ -100,8 +107,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     if first_process:
         if pruner is None and is_pruned(model):
             unprune(model)
-        splits = _evaluator(tokenizer, data, model, options, progress=True)(model)
-        _report(splits, run_dir.path, model, data.task, options)
+        evaluate_splits(model)
         staging = run_dir.staging("model")
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -128,10 +134,8 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         model.to("cuda")
     if pruner is not None:
         prune(model, pruner)
-    splits = _evaluator(tokenizer, data, model, options, progress=True)(model)
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
-    _report(splits, folder, model, data.task, options)
-    return splits
+    return _evaluator(tokenizer, data, model, options, folder)(model)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -222,15 +226,21 @@ def collator(tokenizer: Any, bf16: bool) -> DataCollatorWithPadding:
 
 
 def _evaluator(
-    tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, *, progress: bool
-) -> Callable[[Any], dict[str, Evaluation]]:
+    tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, folder: Path | None
+) -> EvaluateSplits:
+    """What evaluates a model on every split, prints what it finds and writes ``eval_results.json``.
+
+    Where ``folder`` is None it keeps silent: another process reports.
+    """
     features = {
         name: _features(tokenizer, examples, data.task, model, options.max_length)
         for name, examples in data.validation.items()
     }
 
-    def evaluate_splits(model: Any) -> dict[str, Evaluation]:
-        return {
+    def evaluate_splits(
+        model: Any, say: Callable[[str], None] = print, step: int | None = None
+    ) -> dict[str, Evaluation]:
+        splits = {
             name: evaluate(
                 model,
                 split,
@@ -239,29 +249,29 @@ def _evaluator(
                 batch_size=options.batch_size,
                 max_seq_length=options.max_length,
                 bf16=options.bf16,
-                progress=progress,
+                progress=folder is not None,
             )
             for name, split in features.items()
         }
+        if folder is not None:
+            for name, evaluation in splits.items():
+                say(format_evaluation(name if step is None else f"step {step}, {name}", evaluation))
+            about = {
+                "task": data.task.name,
+                "checkpoint": options.restore,
+                "masking_mode": options.masking_mode,
+                "prune_mode": getattr(model.config, "prune_mode", None) if options.masking_mode != "none" else None,
+                "step": step,
+                "batch_size": options.batch_size,
+                "max_length": options.max_length,
+                "dtype": "bfloat16 autocast" if options.bf16 else "float32",
+                "device": str(model.device),
+                "threads": torch.get_num_threads(),
+            }
+            write_evaluation(folder / "eval_results.json", splits, about)
+        return splits
 
     return evaluate_splits
-
-
-def _report(splits: dict[str, Evaluation], folder: Path, model: Any, task: Task, options: TrainOptions) -> None:
-    for name, evaluation in splits.items():
-        print(format_evaluation(name, evaluation))
-    about = {
-        "task": task.name,
-        "checkpoint": options.restore,
-        "masking_mode": options.masking_mode,
-        "prune_mode": getattr(model.config, "prune_mode", None) if options.masking_mode != "none" else None,
-        "batch_size": options.batch_size,
-        "max_length": options.max_length,
-        "dtype": "bfloat16 autocast" if options.bf16 else "float32",
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-    }
-    write_evaluation(folder / "eval_results.json", splits, about)
 
 
 def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> TrainingArguments:

@@ -1,7 +1,7 @@
 """The Trainer: the regularized loss, thresholds with a learning rate of their own, checkpoints that are never half."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,17 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from token_pruning.attach import attachment_of, freeze_thresholds, is_pruned, record
 from token_pruning.pruners import Unpruned
 from token_pruning.state import Trace
-from token_pruning.training.evaluation import Evaluation, format_evaluation
+from token_pruning.training.evaluation import Evaluation
 from token_pruning.training.run_dir import RunDir
 
 KEPT_CHECKPOINTS = 3
+
+
+class EvaluateSplits(Protocol):
+    """Evaluates a model on every validation split, says what it found, and gives it by split."""
+
+    def __call__(self, model: Any, say: Callable[[str], None] = ..., step: int | None = None) -> dict[str, Evaluation]:
+        """``step`` is None at the end of training."""
 
 
 def regularizer(trace: Trace) -> Tensor:
@@ -34,7 +41,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         run_dir: RunDir,
-        evaluate_splits: Callable[[Any], dict[str, Evaluation]],
+        evaluate_splits: EvaluateSplits,
         regularization: float | None = None,
         lr_threshold: float | None = None,
         weight_decay_threshold: float | None = None,
@@ -46,7 +53,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         Args:
             *args: Trainer's.
             run_dir: where checkpoints go.
-            evaluate_splits: evaluates a model on every validation split.
+            evaluate_splits: evaluates a model on every validation split and reports what it finds.
             regularization: λ of the soft stage.
             lr_threshold: learning rate of the thresholds; the weights' if None.
             weight_decay_threshold: of the thresholds; 0 if None.
@@ -106,15 +113,13 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on every split, in every process alike; metrics of the first are ``eval_…``."""
-        splits = self.evaluate_splits(self.model)
+        splits = self.evaluate_splits(self.model, self.console, self.state.global_step)
         metrics: dict[str, float] = {}
         for number, (name, evaluation) in enumerate(splits.items()):
             prefix = "eval_" if number == 0 else f"eval_{name}_"
             metrics |= {prefix + key: value for key, value in evaluation.metrics.items()}
             metrics |= {f"{prefix}gflops_{key}": value for key, value in evaluation.gflops_per_example.items()}
             metrics[prefix + "relative_flops"] = evaluation.relative_flops
-            if self.is_world_process_zero():
-                self.console(format_evaluation(f"step {self.state.global_step}, {name}", evaluation))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
