@@ -588,7 +588,7 @@ def test_weights_that_are_no_safetensors(plain: Path) -> None:
 
 def test_weights_of_another_shape(plain: Path) -> None:
     edit(plain, prune_mode="topk", token_keep_rate=0.5, intermediate_size=96)
-    refused(plain, tp.CheckpointError, str(plain), "intermediate", "64", "96")
+    refused(plain, tp.CheckpointError, str(plain), "encoder.layer.", "64", "96")
 
 
 @pytest.mark.parametrize("missing", ["encoder.layer.2.", "bert.embeddings.word_embeddings"])
@@ -649,6 +649,12 @@ def test_a_trainers_other_pickles_are_no_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     message = refused(tmp_path, tp.CheckpointError, str(tmp_path))
     assert "training_args" not in message and "optimizer" not in message
+
+
+def test_a_pickle_beside_another_safetensors_file_is_not_loaded(tmp_path: Path) -> None:
+    pickle_only(tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / "adapter.safetensors", {"format": "pt"})
+    refused(tmp_path, tp.CheckpointError, str(tmp_path))
 
 
 def test_reading_never_runs_a_pickle(tmp_path: Path) -> None:

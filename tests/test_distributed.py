@@ -13,10 +13,10 @@ from token_pruning.cli import main
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     "accelerate": [
         "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", "--main_process_port=29518",
+        "--dynamo_backend=no", "--main_process_port=0",
     ],
 }  # fmt: skip
 

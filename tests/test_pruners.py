@@ -163,6 +163,7 @@ def test_topk_leaves_the_first_three_layers_alone_and_then_falls_linearly() -> N
     assert kept == [12, 12, 12, 8, 3, 1, 1]
     assert kept == [topk_count(-0.5, layer, 7, 12) for layer in range(1, 8)]
     assert [pruner.prunes(layer, 7) for layer in range(1, 8)] == [False] * 3 + [True] * 4
+    assert [pruner.keep_rate(layer, 7) for layer in range(1, 8)] == [1, 1, 1, 0.625, 0.25, 0, 0]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

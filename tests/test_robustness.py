@@ -170,6 +170,20 @@ def test_half_precision_is_near_float32_and_independent_of_the_batch(family: str
             assert_close(logits_of(model, alone)[0][0], logits[row], 0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_compute_the_tokens_that_are_left_and_in_half_precision_a_little_filler(dtype: torch.dtype) -> None:
+    model = tp.prune(tiny_model(), METHODS["topk"]).to(dtype)
+    rows = []
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.register_forward_hook(lambda module, args, output: rows.append(output.shape[:2]))
+    logits_of(model, ragged_batch([50, 29, 9]))  # 88 tokens; 20, 12 and 4 stay after the last layer
+    half = dtype == torch.bfloat16
+    assert rows == [(1, 88)] * 3 + [(1, 36)]  # 88 and 36 are among the few row counts of half precision
+    rows.clear()
+    logits_of(model, ragged_batch([50, 28, 9]))
+    assert rows == [(1, 88 if half else 87)] * 3 + [(1, 36 if half else 35)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_computes_in_half_precision_and_decides_in_float32(method: str) -> None:
     model = tp.prune(tiny_model(initializer_range=0.1), METHODS[method])
@@ -251,6 +265,22 @@ def test_checkpointing_gives_the_same_loss_and_gradients(family: str, stage: str
     assert recomputed.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert_close(recomputed[name], gradient, 1e-5, name)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_recomputation_does_not_decide_again(family: str) -> None:
+    model = tp.prune(tiny_model(family, "token"), METHODS["fixed"]).train()
+    _, expected, _ = loss_and_gradients(model, BATCH)
+    checkpoint(model, reentrant=False)
+    torch.manual_seed(0)
+    model.zero_grad(set_to_none=True)
+    labels = torch.randint(0, 3, BATCH["input_ids"].shape, generator=torch.Generator().manual_seed(1))
+    loss = model(**BATCH, labels=labels).loss
+    model.token_pruner.thresholds.fill_(9.0)  # by now the tokens that left have left
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(parameter.grad, expected[name], 1e-5, name)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
