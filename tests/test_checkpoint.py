@@ -464,6 +464,8 @@ def test_no_prune_mode(plain: Path) -> None:
     modes = ("absolute_threshold", "topk", "threshold", "rising_threshold")
     refused(plain, tp.ConfigError, str(plain / "config.json"), "prune_mode is missing", *modes)
     assert isinstance(tp.from_pretrained(plain, tp.TopK()).token_pruner.pruner, tp.TopK)
+    (plain / "config.json").write_text(json.dumps({**read(plain), "prune_mode": None}))
+    refused(plain, tp.ConfigError, str(plain / "config.json"), "prune_mode is ", *modes)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     lr = arguments.lr
     if lr is None:
-        lr = _LEARNING_RATES.get(str(arguments.task), _LEARNING_RATE)
+        lr = _LEARNING_RATES.get(str(arguments.task).upper(), _LEARNING_RATE)
     options = _options(arguments, lr=lr, **{name: getattr(arguments, name) for name in names})
 
     from token_pruning.training.stages import train

@@ -1,7 +1,6 @@
 """The report's page: numbers in, one self-contained HTML file out."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.errors import ConfigError
+from token_pruning.files import write_text
 from token_pruning.report import plots
 
 _NOTHING = "–"
@@ -26,16 +26,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
     ``results`` holds what JSON can hold: ``title``, ``summary``, ``environment``, ``metric``, ``stages`` (the
     dense model first), ``tokens_entering``, ``curve``, ``samples`` and ``num_layers``.
     """
-    page = _render(results)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_text(Path(path), _render(results))
 
 
 def _render(results: Mapping[str, Any]) -> str:
