@@ -197,6 +197,8 @@ def _as_mask(indices: Tensor, state: ForwardState) -> Tensor:
 
 def _with_filler(rows: Tensor) -> Tensor:
     """Rows with zeros appended up to a bucketed count, where half-precision CPU products would need that."""
+    if rows.shape[0] == 0:  # nothing but padding: models cannot reshape a batch of no rows
+        return rows.new_zeros(1, rows.shape[1])
     if rows.device.type != "cpu" or (rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")):
         return rows
     return torch.nn.functional.pad(rows, (0, 0, 0, row_bucket(rows.shape[0]) - rows.shape[0]))
@@ -233,9 +235,9 @@ def _attention_function(
     head_dim]``. The mask is unused: the state knows the tokens.
     """
     state = _state(kwargs)
-    if state.soft and state.with_grad and not torch.is_grad_enabled():
+    if state.with_grad and not torch.is_grad_enabled():
         raise ConfigError(
-            "the soft stage cannot train through re-entrant gradient checkpointing; "
+            "a pruned model cannot train through re-entrant gradient checkpointing; "
             'use gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     layer = state.layer_numbers[module]

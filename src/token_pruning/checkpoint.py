@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -79,9 +80,11 @@ def pruner_from_config(
     temperature: float | None = None,
 ) -> Pruner:
     """A pruner from ``config.json``'s keys; see :meth:`Checkpoint.pruner`."""
+    config = {key: value for key, value in config.items() if value is not None}
     if "prune_mode" not in config:
         raise ConfigError(f"prune_mode is missing; it must be one of {', '.join(PRUNERS)}")
     mode = choice("prune_mode", config["prune_mode"], PRUNERS)
+    choice("masking_mode", config.get("masking_mode", "hard"), ("soft", "hard"))
     cls = PRUNERS[mode]
     if cls is FixedThreshold and learned:
         cls = LearnedThreshold
@@ -200,12 +203,35 @@ def load_model(
             arguments = {k: v for k, v in config.items() if k != "model_type"}
             roberta = transformers.RobertaConfig(**{**arguments, **_config_overrides(kwargs)})
             weights = as_roberta_weights(_read_weights(checkpoint.path), checkpoint.path)
-            return model_class.from_pretrained(None, config=roberta, state_dict=weights, **kwargs)
-        return model_class.from_pretrained(checkpoint.path, use_safetensors=True, **kwargs)
-    except (OSError, SafetensorError, RuntimeError) as error:
+            source: dict[str, Any] = {"config": roberta, "state_dict": weights}
+            if hasattr(model_class, "_model_mapping"):  # an Auto class would want a path to choose by
+                model_class = model_class._model_mapping[type(roberta)]
+        else:
+            source = {"use_safetensors": True}
+        model, info = model_class.from_pretrained(
+            None if checkpoint.is_ibert else checkpoint.path,
+            **source,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        _check_loaded(model, info, checkpoint.path)
+        return model
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {' '.join(str(error).split())}") from None
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _check_loaded(model: Any, info: dict[str, Any], path: Path) -> None:
+    """Weights of another shape, or encoder weights that are not there, would be random numbers."""
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{path}: weight {name} has shape {list(found)}; config.json asks for {list(wanted)}")
+    bare = model.base_model is model
+    prefix = "" if bare else f"{model.base_model_prefix}."
+    for name in sorted(info["missing_keys"]):
+        if name.startswith(prefix) and ".pooler." not in f".{name}" and not name.startswith(_THRESHOLDS):
+            raise CheckpointError(f"{path}: weight {name} is missing; the encoder would start from random numbers")
 
 
 def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +244,11 @@ def _weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if files:
         return files
-    pickled = [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.ckpt")]
+    pickled = sorted(
+        file
+        for pattern in ("pytorch_model*.bin", "model*.bin", "pytorch_model*.pt", "model*.pt", "*.ckpt")
+        for file in path.glob(pattern)
+    )
     if pickled:
         raise CheckpointError(
             f"{pickled[0]} is a pickle, which can run any code when it is read, so it is never loaded; convert one you "

@@ -1,6 +1,7 @@
 """BERT and the models that share its encoder: ELECTRA, RoBERTa, XLM-R, CamemBERT."""
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from token_pruning.models.base import Family, ModelShape
@@ -25,10 +26,10 @@ def _roberta_shape(config: Any) -> ModelShape:
 
 BERT = Family(
     model_types=("bert", "electra"),
-    encoder=lambda base: base.encoder,
-    layers=lambda encoder: encoder.layer,
-    attention=lambda layer: layer.attention.self,
-    attention_output=lambda layer: layer.attention,
+    encoder=attrgetter("encoder"),
+    layers=attrgetter("layer"),
+    attention=attrgetter("attention.self"),
+    attention_output=attrgetter("attention"),
     shape=_bert_shape,
 )
 

@@ -1,5 +1,6 @@
 """DistilBERT."""
 
+from operator import attrgetter
 from typing import Any
 
 from token_pruning.models.base import Family, ModelShape
@@ -18,9 +19,9 @@ def _shape(config: Any) -> ModelShape:
 
 DISTILBERT = Family(
     model_types=("distilbert",),
-    encoder=lambda base: base.transformer,
-    layers=lambda encoder: encoder.layer,
-    attention=lambda layer: layer.attention,
-    attention_output=lambda layer: layer.sa_layer_norm,
+    encoder=attrgetter("transformer"),
+    layers=attrgetter("layer"),
+    attention=attrgetter("attention"),
+    attention_output=attrgetter("sa_layer_norm"),
     shape=_shape,
 )

@@ -41,8 +41,9 @@ class TopK(Pruner):
         """The fraction of the input's tokens that stay after ``layer`` (1-based)."""
         if not self.prunes(layer, num_layers):
             return 1.0
-        depth = (layer - _FIRST_LAYERS_KEEP_ALL) / (num_layers - _FIRST_LAYERS_KEEP_ALL)
-        return max(0.0, 1.0 + (self.token_keep_rate - 1.0) * depth)
+        # Written so that the last layer's rate is token_keep_rate to the last bit: n · rate may be exactly a half.
+        left = (num_layers - layer) / (num_layers - _FIRST_LAYERS_KEEP_ALL)
+        return max(0.0, self.token_keep_rate + (1.0 - self.token_keep_rate) * left)
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """From the fourth layer on."""

@@ -179,12 +179,7 @@ def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
         head["label2id"] = {label: number for number, label in enumerate(labels)}
     if task.is_regression:
         head["problem_type"] = "regression"
-    model_class = (
-        transformers.RobertaForSequenceClassification
-        if checkpoint.is_ibert
-        else transformers.AutoModelForSequenceClassification
-    )
-    return load_model(checkpoint, model_class=model_class, **head)
+    return load_model(checkpoint, model_class=transformers.AutoModelForSequenceClassification, **head)
 
 
 def _label_order(config: dict[str, Any], labels: tuple[str, ...]) -> list[str]:
@@ -303,5 +298,6 @@ def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> T
         remove_unused_columns=False,
         **strategy,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun: DataParallel copies modules, not hooks
     arguments.per_device_train_batch_size = max(1, options.batch_size // arguments.world_size)
     return arguments
