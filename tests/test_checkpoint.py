@@ -367,6 +367,13 @@ def test_other_heads_of_ibert_load(head: str, tmp_path: Path) -> None:
     assert_close(logits_of(loaded, "roberta")[0][mask], dense_logits(model, "roberta")[mask])
 
 
+def test_an_auto_class_builds_from_an_ibert_checkpoint(tmp_path: Path) -> None:
+    save_ibert(tmp_path)
+    model = tp.from_pretrained(tmp_path, tp.Unpruned(), model_class=hf.AutoModelForTokenClassification, num_labels=5)
+    assert isinstance(model, hf.RobertaForTokenClassification)
+    assert model.classifier.out_features == 5
+
+
 def test_a_new_head_on_an_ibert_checkpoint(tmp_path: Path) -> None:
     save_ibert(tmp_path, head="MaskedLM", **ZERO)
     model = tp.from_pretrained(tmp_path, model_class=hf.RobertaForSequenceClassification, num_labels=5)

@@ -21,7 +21,7 @@ def blocks(file: str, language: str) -> list[str]:
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"batch": ragged_batch([5, 9])}
+    names = {"batch": ragged_batch([5, 9]) | {"labels": torch.tensor([0, 2])}}
     for code in blocks("README.md", "python"):
         code = code.replace('AutoModelForSequenceClassification.from_pretrained("my-finetuned-roberta")', "stand_in()")
         exec(code, names | {"stand_in": tiny_model}, names)

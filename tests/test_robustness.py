@@ -1,6 +1,7 @@
 """A pruned model in other hands: copies, casts, autocast, checkpointing, threads, Trainer, pipeline."""
 
 import copy
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -570,3 +571,13 @@ def test_packed_gradients_equal_masked_gradients_in_hard_training() -> None:
 
 def test_tiny_configs_are_separate_objects() -> None:
     assert tiny_config("bert") is not tiny_config("bert")
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_pickled_model_comes_back_pruned(family: str) -> None:
+    model = tp.prune(tiny_model(family), tp.FixedThreshold(final_token_threshold=0.05))
+    copied = pickle.loads(pickle.dumps(model))
+    batch = ragged_batch([9, 30], family=family)
+    with torch.no_grad(), tp.record(copied) as trace:
+        assert torch.equal(copied(**batch).logits, model(**batch).logits)
+    assert (trace.ffn_lengths[-1] < torch.tensor([9, 30])).any()

@@ -6,7 +6,7 @@ with tp.record(model) as trace:
     model(**batch)
 """
 
-from token_pruning.attach import prune, record, unprune
+from token_pruning.attach import freeze_thresholds, prune, record, unprune
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.errors import (
     CheckpointError,
@@ -45,6 +45,7 @@ __all__ = [
     "Unpruned",
     "UnsupportedModelError",
     "count_flops",
+    "freeze_thresholds",
     "from_pretrained",
     "prune",
     "record",
