@@ -14,6 +14,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from token_pruning.importance import received_attention
 from token_pruning.ragged import Layout
 
+_CACHED_PROBABILITIES = 400_000  # float32 numbers that stay in two cores' second-level caches
 _BLOCK_STEP = 64  # sequences whose lengths round up to the same multiple share a block
 
 
@@ -95,12 +96,15 @@ def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tenso
 
 
 class _Rearrange(torch.autograd.Function):
-    """Rows to slots or slots to rows. No row is taken twice, so the gradient is a look-up too, not a scattered sum."""
+    """Rows to slots or slots to rows. No row is taken twice, so the gradient is a look-up too, not a scattered sum.
+
+    What padded slots get is of no consequence, but the gradient they give must be zero.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.inverse = inverse
-        return _take(x, index)
+        return x.index_select(0, index.clamp(max=x.shape[0] - 1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -131,14 +135,29 @@ def _block_attention(
     if not needs_importance and not torch.is_grad_enabled():
         mask = None if present is None else present[:, None, None, :]
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).transpose(1, 2), None
-    if not torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype != torch.float32:
-        # Converting three narrow tensors is cheaper than converting the square ones to float32 and back.
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
-            context, received = _softmax_attention(q, k, v, present, dropout, needs_importance)
-        return context.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format), received
+    if not torch.is_grad_enabled() and q.device.type == "cpu":
+        return _cached_attention(q, k, v, present, dropout)
     context, received = _softmax_attention(q, k, v, present, dropout, needs_importance)
     return context.transpose(1, 2), received
+
+
+def _cached_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    """Inference on a CPU: a few sequences at a time, so that their probabilities stay in the cache.
+
+    Half-precision inputs are converted first: three narrow tensors cost less than the square ones there and back.
+    """
+    sequences, heads, width, _ = q.shape
+    step = max(1, _CACHED_PROBABILITIES // max(1, heads * width * width))
+    context = torch.empty(sequences, width, heads, q.shape[-1], dtype=v.dtype)
+    received = torch.empty(sequences, width)
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, sequences, step):
+            part = slice(start, start + step)
+            q32, k32, v32 = (x[part].to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
+            probabilities = _probabilities(q32, k32, None if present is None else present[part])
+            received[part] = received_attention(probabilities, None if present is None else present[part])
+            context[part] = (_dropout(probabilities, dropout) @ v32).transpose(1, 2)
+    return context, received
 
 
 def _softmax_attention(
@@ -148,15 +167,17 @@ def _softmax_attention(
 
     Training always takes this path: the plain backward is several times faster on a CPU than fused attention's.
     """
+    probabilities = _probabilities(q, k, present)
+    received = received_attention(probabilities, present) if needs_importance else None
+    return _dropout(probabilities.to(v.dtype), dropout) @ v, received
+
+
+def _probabilities(q: Tensor, k: Tensor, present: Tensor | None) -> Tensor:
+    """Softmax of ``q · k`` over the keys that are present, ``[sequences, heads, width, width]`` float32."""
     logits = (q @ k.transpose(-1, -2)).float()
     if present is not None:
         logits += torch.where(present, 0.0, -torch.inf)[:, None, None, :]
-    probabilities = logits.softmax(-1)
-    received = received_attention(probabilities, present) if needs_importance else None
-    probabilities = probabilities.to(v.dtype)
-    if dropout > 0:
-        probabilities = _dropout(probabilities, dropout)
-    return probabilities @ v, received
+    return logits.softmax(-1)
 
 
 def _dropout(x: Tensor, probability: float) -> Tensor:
@@ -164,6 +185,8 @@ def _dropout(x: Tensor, probability: float) -> Tensor:
 
     Each 64-bit random number serves four elements, so the probability is rounded to a multiple of 2⁻¹⁶.
     """
+    if probability == 0:
+        return x
     if x.device.type != "cpu":
         return torch.nn.functional.dropout(x, probability)
     limit = round(probability * 2**16)
