@@ -158,6 +158,8 @@ def test_output_folder_of_something_else(capsys: pytest.CaptureFixture[str]) -> 
     other = write_checkpoint(Path("other"))
     fails(capsys, HARD.replace("--output_dir out", "--output_dir other"), "other", "another model")
     assert (other / "model.safetensors").exists()
+    fails(capsys, HARD.replace("--output_dir out", "--output_dir CKPT --overwrite_output_dir"), "CKPT", "--restore")
+    assert Path("CKPT/model.safetensors").exists()
     Path("file").write_text("")
     fails(capsys, HARD.replace("--output_dir out", "--output_dir file"), "file")
 

@@ -139,3 +139,10 @@ def test_replacing_a_run_leaves_later_stages_alone(folder: Path) -> None:
     assert main(["train", *OPTIONS.split(), "--output_dir", "out", "--overwrite_output_dir"]) == 0
     assert (folder / "out" / "hard" / "lr_1e-05").is_dir()
     assert len(list((folder / "out" / "runs").iterdir())) == 1
+
+
+def test_files_that_no_run_wrote_are_not_deleted(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "thesis.tex").write_text("precious")
+    assert main(["train", *OPTIONS.split(), "--output_dir", "out", "--overwrite_output_dir"]) == 0
+    assert (folder / "out" / "thesis.tex").read_text() == "precious"

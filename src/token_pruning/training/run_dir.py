@@ -75,11 +75,15 @@ class RunDir:
         return bool(run == {"options": json.loads(json.dumps(identity)), "finished": True})
 
     def start(self, identity: dict[str, Any], *, resume: bool) -> None:
-        """Make the folder ready; a run that is replaced is removed, folders of other runs inside it are not."""
+        """Make the folder ready: what a run that is replaced has left is removed.
+
+        Folders of other runs inside it stay, and so do files where no run was: they are not ours to delete.
+        """
         if self.path.is_dir():
+            ours = not resume and (self.path / RUN_FILE).exists()
             for entry in self.path.iterdir():
-                unfinished = entry.name.startswith(STAGING_PREFIX)
-                if unfinished or (not resume and (entry.is_file() or entry.name.startswith(("checkpoint-", "runs")))):
+                replaced = not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs"))
+                if entry.name.startswith(STAGING_PREFIX) or replaced or (ours and entry.is_file()):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_json(self.path / RUN_FILE, {"options": identity, "finished": False})
 

@@ -55,6 +55,8 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     checkpoint.config.update(options.pruning or {})
     pruner = _pruner(checkpoint, options)
     run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(checkpoint.config))
+    if run_dir.path.resolve() == checkpoint.path.resolve():
+        raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
     identity = options.identity()
     resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
     data = load_data(checkpoint)
