@@ -200,15 +200,31 @@ def test_missing_column(tmp_path: Path) -> None:
 
 
 def test_short_and_long_rows(tmp_path: Path) -> None:
-    path = write_task(GLUE_TASKS["QQP"], tmp_path) / "train.tsv"
-    header, rows, _ = FILES["QQP"]
+    path = write_task(GLUE_TASKS["QNLI"], tmp_path) / "train.tsv"
+    header, rows, _ = FILES["QNLI"]
     columns = header.replace("|", ", ")
-    write(path, header, rows[0], "|Was he real?|0", rows[1])
-    assert failure("QQP", tmp_path) == f"{path}, line 3: columns found: 3; expected: 6 ({columns})"
+    write(path, header, rows[0], "|Was he real?|", rows[1])
+    assert failure("QNLI", tmp_path) == f"{path}, line 3: columns found: 3; expected: 4 ({columns})"
     write(path, header, "0", rows[0], "", rows[0] + "|1", rows[0])
-    assert failure("QQP", tmp_path) == (
-        f"{path}, line 2: columns found: 1; expected: 6 ({columns}); also wrong: lines 4, 5"
+    assert failure("QNLI", tmp_path) == (
+        f"{path}, line 2: columns found: 1; expected: 4 ({columns}); also wrong: lines 4, 5"
     )
+
+
+def test_short_rows_of_qqps_official_training_file_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_task(GLUE_TASKS["QQP"], tmp_path)
+    whole = load_glue_folder(GLUE_TASKS["QQP"], tmp_path).train
+    header, rows, _ = FILES["QQP"]
+    write(folder / "train.tsv", header, rows[0], "|Was he real?|0", *rows[1:])
+    assert load_glue_folder(GLUE_TASKS["QQP"], tmp_path).train == whole
+    assert f"{folder / 'train.tsv'}: left out, for lack of columns: line 3" in caplog.text
+    write(folder / "train.tsv", header, "short", rows[0].rpartition("|")[0] + "|7")
+    assert failure("QQP", tmp_path).startswith(f"{folder / 'train.tsv'}, line 3: unknown label")
+    write(folder / "dev.tsv", header, "|Was he real?|0")
+    write(folder / "train.tsv", header, *rows)
+    assert "line 2: columns found: 3" in failure("QQP", tmp_path)
 
 
 @pytest.mark.parametrize(

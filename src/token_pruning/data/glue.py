@@ -1,5 +1,6 @@
 """GLUE, from the official folders of tab-separated files or from the hub."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from token_pruning.data.files import listed, read_text, shown
 from token_pruning.data.tasks import GLUE_TASKS, Examples, Task, TaskData
 from token_pruning.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 _SCORES = (0.0, 5.0)  # STS-B
@@ -18,7 +21,8 @@ def load_glue_folder(task: Task, data_dir: Path, *, need_train: bool = True) -> 
 
     ``data_dir`` may be the task's own folder as well. Without ``need_train`` the training file is not read and
     need not exist. Files are UTF-8, with or without a byte-order mark, tab-separated and unquoted (a quotation
-    mark is an ordinary character). Anything missing or malformed raises
+    mark is an ordinary character). The official QQP training file is known to hold a few rows that lack columns: those
+    are left out, with a warning that names their lines. Anything else missing or malformed raises
     :class:`~token_pruning.errors.DataError` with the file, the line, the value and what is allowed.
     """
     _check_glue(task)
@@ -90,45 +94,57 @@ def _read_split(task: Task, path: Path) -> Examples:
     rows = [line.split("\t") for line in lines[1:]]
     if not rows:
         raise DataError(f"{path}: the file holds no rows; at least one is needed")
-    _check_widths(path, header, rows)
+    numbers = list(range(2, len(rows) + 2))
+    if task.short_train_rows and path.name == task.train_file:
+        short = [number for number, row in zip(numbers, rows, strict=True) if len(row) < len(header)]
+        if short:
+            logger.warning(
+                "%s: left out, for lack of columns: line %s", path, listed([*map(str, short)], _LISTED_LINES)
+            )
+        numbers = [number for number in numbers if number not in short]
+        rows = [rows[number - 2] for number in numbers]
+    _check_widths(path, header, rows, numbers)
 
     texts = [[row[header.index(column)] for row in rows] for column in task.text_columns]
     values = [row[header.index(task.label_column)] for row in rows]
     return Examples(
         first=texts[0],
         second=texts[1] if len(texts) == 2 else None,
-        labels=_class_ids(path, values, task.file_labels) if task.file_labels else _scores(path, values),
+        labels=(
+            _class_ids(path, values, numbers, task.file_labels) if task.file_labels else _scores(path, values, numbers)
+        ),
     )
 
 
-def _check_widths(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    wrong = [line for line, row in enumerate(rows, start=2) if len(row) != len(header)]
+def _check_widths(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
+    widths = {line: len(row) for line, row in zip(numbers, rows, strict=True)}
+    wrong = [line for line, width in widths.items() if width != len(header)]
     if not wrong:
         return
     more = ""
     if len(wrong) > 1:
         rest = listed([str(line) for line in wrong[1:]], _LISTED_LINES)
         more = f"; also wrong: line{'s' if len(wrong) > 2 else ''} {rest}"
-    found = len(rows[wrong[0] - 2])
+    found = widths[wrong[0]]
     raise DataError(
         f"{path}, line {wrong[0]}: columns found: {found}; expected: {len(header)} ({listed(header)}){more}"
     )
 
 
-def _class_ids(path: Path, values: Sequence[str], allowed: tuple[str, ...]) -> list[int]:
+def _class_ids(path: Path, values: Sequence[str], numbers: Sequence[int], allowed: tuple[str, ...]) -> list[int]:
     ids = {name: index for index, name in enumerate(allowed)}
     labels: list[int] = []
-    for line, value in enumerate(values, start=2):
+    for line, value in zip(numbers, values, strict=True):
         if value not in ids:
             raise DataError(f"{path}, line {line}: unknown label {shown(value)}; allowed: {', '.join(allowed)}")
         labels.append(ids[value])
     return labels
 
 
-def _scores(path: Path, values: Sequence[str]) -> list[float]:
+def _scores(path: Path, values: Sequence[str], numbers: Sequence[int]) -> list[float]:
     low, high = _SCORES
     scores: list[float] = []
-    for line, value in enumerate(values, start=2):
+    for line, value in zip(numbers, values, strict=True):
         try:
             score = float(value)
         except ValueError:

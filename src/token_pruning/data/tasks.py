@@ -26,6 +26,7 @@ class Task:
     file_labels: tuple[str, ...] | None = None
     hub_text_columns: tuple[str, ...] = ()
     train_file: str = "train.tsv"
+    short_train_rows: bool = False
     validation_files: tuple[tuple[str, str], ...] = (("validation", "dev.tsv"),)
 
     @property
@@ -151,6 +152,7 @@ GLUE_TASKS: dict[str, Task] = {
             text_columns=("question1", "question2"),
             label_column="is_duplicate",
             file_labels=_BINARY,
+            short_train_rows=True,
             hub_text_columns=("question1", "question2"),
         ),
         Task(
