@@ -204,6 +204,16 @@ def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(logits_of(tp.from_pretrained("someone/a.model-1"))[0], logits_of(model)[0])
 
 
+def test_thresholds_loaded_into_a_frozen_model_are_saved(tmp_path: Path) -> None:
+    model = tp.prune(tiny_model(), METHODS["learned"])
+    freeze_thresholds(model)
+    loaded_later = torch.tensor([0.01, 0.02, 0.03, 0.04])  # as the best checkpoint of a mixed run's soft half
+    model.load_state_dict(model.state_dict() | {"token_pruner.thresholds": loaded_later})
+    freeze_thresholds(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tp.from_pretrained(tmp_path).token_pruner.thresholds, loaded_later)
+
+
 def test_frozen_thresholds_are_saved_as_fixed_ones(tmp_path: Path) -> None:
     model = tp.prune(tiny_model(), METHODS["learned"])
     with torch.no_grad():

@@ -21,7 +21,7 @@ from token_pruning.attention import masked_attention, packed_attention
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.models import family_of, supported_model_types
-from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner
+from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.ragged import pack, row_bucket, unpack
 from token_pruning.state import ForwardState, TokenPruner, Trace, recording
 
@@ -331,6 +331,9 @@ def record(model: nn.Module) -> Iterator[Trace]:
 def freeze_thresholds(model: nn.Module) -> None:
     """End the soft stage in place: the thresholds learned so far become fixed, and tokens are removed from now on.
 
+    Called again it takes over thresholds that were loaded into the model since. Models pruned by another method, or by
+    the linear rule, are left as they are.
+
     Args:
         model: a model pruned with :class:`LearnedThreshold`.
 
@@ -339,14 +342,14 @@ def freeze_thresholds(model: nn.Module) -> None:
     """
     attachment = attachment_of(model)
     token_pruner = attachment.token_pruner
-    learned = token_pruner.pruner
-    if not isinstance(learned, LearnedThreshold) or token_pruner.thresholds is None:
+    pruner = token_pruner.pruner
+    if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
         return
     token_pruner.thresholds.requires_grad_(False)
     token_pruner.pruner = FixedThreshold(
-        scoring_mode=learned.scoring_mode,
-        max_seq_length=learned.max_seq_length,
-        final_token_threshold=learned.final_token_threshold,
+        scoring_mode=pruner.scoring_mode,
+        max_seq_length=pruner.max_seq_length,
+        final_token_threshold=pruner.final_token_threshold,
         thresholds=token_pruner.thresholds.tolist(),
     )
     _write_keys(attachment.model.config, token_pruner.pruner)
