@@ -130,7 +130,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     model.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32,
                        help="examples per step over all processes (default 32)")  # fmt: skip
-    model.add_argument("--bf16", action="store_true", help="bfloat16 autocast: several times faster with AMX or a GPU")
+    model.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a CPU with AMX, or a GPU")
     model.add_argument("--output-dir", help="default: the paper's folder, checkpoints/base/TASK/… or CKPT/hard/lr_…")
     keys = parser.add_argument_group("instead of config.json's keys")
     keys.add_argument("--prune-mode", help="absolute_threshold, topk, threshold or rising_threshold")
