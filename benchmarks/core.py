@@ -9,7 +9,6 @@ within one run; the first turn warms up and is not counted. Medians, with the fa
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import transformers
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.data import glue_task, load_docstrings, load_glue_folder
+from token_pruning.machine import cpu_name, has_amx
 from token_pruning.training.evaluation import predict
 from token_pruning.training.stages import collator, load_tokenizer, tokenize
 
@@ -89,14 +89,6 @@ def training(checkpoint: Any, features: list[Any], tokenizer: Any, dtype: str, s
     return measure({name: run(model) for name, model in variants(checkpoint, dtype).items()}, turns)
 
 
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return (names[0] if names else platform.machine()) + (", AMX" if "amx_bf16" in flags else "")
-
-
 def markdown(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
@@ -149,7 +141,7 @@ def main() -> None:
             "examples": len(held_out),
             "mean_tokens": sum(len(feature["input_ids"]) for feature in held_out) / len(held_out),
             "relative_flops": tp.count_flops(model, trace).relative,
-            "cpu": cpu_name(),
+            "cpu": cpu_name() + (", AMX" if has_amx() else ""),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

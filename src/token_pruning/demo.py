@@ -1,7 +1,6 @@
 """The whole workflow on a task that any machine can build: which standard-library module is a docstring from?"""
 
 import json
-import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import transformers
 from token_pruning.attach import record
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.data import TaskData, find_minilm, load_docstrings
+from token_pruning.machine import cpu_name, has_amx
 from token_pruning.report import write_report
 from token_pruning.training.evaluation import predict
 from token_pruning.training.options import TrainOptions
@@ -68,7 +68,7 @@ def run_demo(output_dir: Path, *, prefer_hub: bool = False) -> Path:
     start = str(find_minilm(prefer_hub))
     print("building the task from the standard library's docstrings …")
     data = load_docstrings()
-    bf16 = "amx_bf16" in _cpu_flags() or torch.cuda.is_available()
+    bf16 = has_amx() or torch.cuda.is_available()
     checkpoints: dict[str, Path] = {}
     for number, stage in enumerate(_STAGES, start=1):
         restore = start if stage.name == "dense" else str(checkpoints[_STAGES[number - 2].name])
@@ -130,7 +130,7 @@ def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dic
             "model was trained for more epochs, which helps it too.)"
         ),
         "environment": {
-            "CPU": _cpu_name(),
+            "CPU": cpu_name(),
             "threads": torch.get_num_threads(),
             "training": "bfloat16 autocast" if bf16 else "float32",
             "batch size": 32,
@@ -192,17 +192,3 @@ def _table(stages: list[dict[str, Any]]) -> str:
         )
         for row in rows
     )
-
-
-def _cpu_info() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-
-
-def _cpu_flags() -> set[str]:
-    return {flag for line in _cpu_info().splitlines() if line.startswith("flags") for flag in line.split()}
-
-
-def _cpu_name() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpu_info().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from token_pruning.attach import attachment_of, freeze_thresholds, is_pruned, record
+from token_pruning.files import STAGING_PREFIX
 from token_pruning.pruners import Unpruned
 from token_pruning.state import Trace
 from token_pruning.training.evaluation import Evaluation
@@ -150,10 +151,10 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             self.run_dir.staging(name)
         self.accelerator.wait_for_everyone()
-        staging = str(self.run_dir.path / f"incomplete-{name}")
-        self.save_model(staging, _internal_call=True)
-        self._save_optimizer_and_scheduler(staging)
-        self._save_rng_state(staging)
+        staging = self.run_dir.path / (STAGING_PREFIX + name)
+        self.save_model(str(staging), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(staging))
+        self._save_rng_state(str(staging))
         if self.state.best_global_step:
             best = self.run_dir.path / f"checkpoint-{self.state.best_global_step}"
             if best.name == name or best.exists():
@@ -166,10 +167,10 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
                     saved.append(callback.state())
                 else:
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(f"{staging}/{TRAINER_STATE_NAME}")
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
-            self.run_dir.publish(self.run_dir.path / f"incomplete-{name}")
+            self.run_dir.publish(staging)
             if self.keep_checkpoints is not None:
                 self.run_dir.keep_only(self.keep_checkpoints, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,21 @@
+"""What processor this is, for figures that must name it."""
+
+import platform
+from pathlib import Path
+
+
+def _cpu_info(key: str) -> str:
+    """The first value of ``key`` in ``/proc/cpuinfo``; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX bfloat16 matrix products."""
+    return "amx_bf16" in _cpu_info("flags").split()
