@@ -17,7 +17,7 @@ lint: .venv/installed  ## style and types
 bench: .venv/installed  ## dense against pruned on the clock, evaluation and training step
 	$(BIN)/python benchmarks/core.py
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt setup.py $(wildcard src/token_pruning/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -8,6 +8,7 @@ with tp.record(model) as trace:
 
 from token_pruning.attach import freeze_thresholds, prune, record, unprune
 from token_pruning.checkpoint import from_pretrained
+from token_pruning.engine import Engine, compile
 from token_pruning.errors import (
     CheckpointError,
     ConfigError,
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Engine",
     "FixedThreshold",
     "Flops",
     "LearnedThreshold",
@@ -44,6 +46,7 @@ __all__ = [
     "Trace",
     "Unpruned",
     "UnsupportedModelError",
+    "compile",
     "count_flops",
     "freeze_thresholds",
     "from_pretrained",

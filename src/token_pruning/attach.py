@@ -307,11 +307,12 @@ def unprune(model: ModelT) -> ModelT:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Trace]:
+def record(model: Any) -> Iterator[Trace]:
     """Record what happens to the tokens of every forward pass of ``model`` inside the block, in this thread.
 
     Args:
-        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``.
+        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``, or an engine made by
+            :func:`token_pruning.compile`.
 
     Yields:
         The trace; it can be read after the block too.
@@ -319,7 +320,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
     Raises:
         ConfigError: if the model is not pruned.
     """
-    token_pruner = attachment_of(model).token_pruner
+    token_pruner = attachment_of(model).token_pruner if isinstance(model, nn.Module) else model.token_pruner
     trace = Trace(token_pruner.pruner.max_seq_length)
     token = recording.set((*recording.get(), (token_pruner, trace)))
     try:

@@ -1,0 +1,78 @@
+"""Builds the native kernels into a plain shared library beside token_pruning/engine/native.py.
+
+Everything else about the package is in pyproject.toml. Where there is no C++ compiler, or it is another platform, the
+installation goes on without the library, and the engine uses PyTorch.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("src/token_pruning/native")
+COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+# Files with flags of their own; GCC 12 warns of uninitialised values inside its own AVX-512 headers.
+LEVELS = {
+    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "kernels_avx512.cpp": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    "kernels_amx.cpp": [
+        *AVX512,
+        *["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    ],
+}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildKernels(build_ext):
+    """Compiles every source with its own instruction set."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = [
+            obj
+            for source in ext.sources
+            for obj in self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                macros=[("TP_X86", None)] if X86 else [],
+                extra_postargs=[*COMMON, *LEVELS.get(Path(source).name, [])],
+                depends=ext.depends,
+            )
+        ]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            extra_postargs=["-pthread", "-static-libstdc++", "-static-libgcc", "-s"],
+            target_lang="c++",
+        )
+
+
+class PlatformWheel(bdist_wheel):
+    """The library knows no Python, so one wheel serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted(str(path) for path in NATIVE.glob("*.cpp") if X86 or path.name not in LEVELS)
+library = Extension(
+    "token_pruning.engine.libtoken_pruning",
+    sources,
+    depends=sorted(str(path) for path in NATIVE.glob("*.h")),
+    language="c++",
+    optional=True,
+)
+setup(
+    ext_modules=[library] if platform.system() == "Linux" else [],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,385 @@
+"""The native encoder: C++ kernels in a plain shared library, called through ctypes (which releases the GIL)."""
+
+import ctypes
+import functools
+import os
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from token_pruning.checks import choice
+from token_pruning.engine.tokens import EncoderOutput, PackedTokens
+from token_pruning.errors import ConfigError, TokenPruningError
+from token_pruning.importance import normalizer
+from token_pruning.models import EmbeddingModules, Family, LayerModules
+from token_pruning.pruners import FixedThreshold, LayerTokens
+from token_pruning.ragged import Layout
+from token_pruning.state import LayerRecord, TokenPruner
+
+KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
+LEVELS = ("portable", "avx2", "avx512", "amx")
+DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
+PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
+
+_LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
+_DECIDE = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_int32), POINTER(c_float), POINTER(c_uint8))
+
+
+class _Request(ctypes.Structure):
+    """``tp::Request`` of encoder.h, field by field."""
+
+    _fields_ = (
+        ("sequences", c_int),
+        ("cu_seqlens", c_void_p),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("token_types", c_void_p),
+        ("threads", c_int),
+        ("thresholds", c_void_p),
+        ("prunes", c_void_p),
+        ("divisor", c_float),
+        ("decide", _DECIDE),
+        ("first_only", ctypes.c_bool),
+        ("record", ctypes.c_bool),
+        ("out", c_void_p),
+        ("survived", c_void_p),
+        ("received", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The kernels' library, or None where it was not built."""
+    if not _LIBRARY.exists():
+        return None
+    library = ctypes.CDLL(str(_LIBRARY))
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "tp_last_error": (c_char_p, []),
+        "tp_best_level": (c_int, []),
+        "tp_choose_level": (c_int, [c_int] * 5),
+        "tp_describe": (c_char_p, [c_int, c_int]),
+        "tp_encoder_new": (c_void_p, [c_int] * 6 + [c_float, c_int]),
+        "tp_encoder_free": (None, [c_void_p]),
+        "tp_encoder_set_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+        "tp_encoder_set_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
+        "tp_encoder_set_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_int]),
+        "tp_encoder_weight_bytes": (c_int64, [c_void_p]),
+        "tp_encoder_forward": (c_int, [c_void_p, POINTER(_Request)]),
+        "tp_linear_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+        "tp_linear_free": (None, [c_void_p]),
+        "tp_linear_apply": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def level_limit(library: ctypes.CDLL | None) -> int | None:
+    """The best kernel level that may be used, or None for none: the processor's, or ``TOKEN_PRUNING_KERNELS``.
+
+    Raises:
+        ConfigError: if the variable names no level, or one that this processor or installation does not have.
+    """
+    best = -1 if library is None else int(library.tp_best_level())
+    wanted = os.environ.get(KERNELS_VARIABLE)
+    if not wanted:
+        return None if best < 0 else best
+    if choice(KERNELS_VARIABLE, wanted, (*LEVELS, "torch")) == "torch":
+        return None
+    if LEVELS.index(wanted) > best:
+        has = "no native kernels were built" if best < 0 else f"this processor's best level is {LEVELS[best]!r}"
+        raise ConfigError(f"{KERNELS_VARIABLE} is {wanted!r}; {has}")
+    return LEVELS.index(wanted)
+
+
+def _check(library: ctypes.CDLL, failed: bool) -> None:
+    if failed:
+        raise TokenPruningError(f"native engine: {library.tp_last_error().decode()}")
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeLinear(nn.Module):
+    """A linear layer on the native kernels: a row's result never depends on the rows beside it."""
+
+    def __init__(self, library: ctypes.CDLL, linear: nn.Linear, dtype: str, limit: int, threads: int) -> None:
+        """Pack the weights of ``linear`` for the best level up to ``limit``."""
+        super().__init__()
+        self._library, self._threads = library, threads
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # A head's output sizes fit no tile; only the shared side and whole panels matter to the packing.
+        level = library.tp_choose_level(limit, DTYPES[dtype], linear.in_features, linear.in_features, 32)
+        if linear.out_features % 32 and LEVELS[level] == "amx":
+            level -= 1
+        weight, bias = _float32(linear.weight), _float32(linear.bias)
+        self._handle = library.tp_linear_new(
+            level, DTYPES[dtype], _pointer(weight), _pointer(bias), self.in_features, self.out_features
+        )
+        _check(library, not self._handle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias``, float32."""
+        rows = x.to(torch.float32).reshape(-1, self.in_features).contiguous()
+        out = torch.empty(rows.shape[0], self.out_features)
+        failed = self._library.tp_linear_apply(
+            self._handle, rows.data_ptr(), rows.shape[0], out.data_ptr(), self._threads
+        )
+        _check(self._library, failed)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.tp_linear_free(self._handle)
+
+
+class NativeEncoder:
+    """A post-LN encoder whose forward pass is one native call."""
+
+    def __init__(self, library: ctypes.CDLL, family: Family, base: Any, dtype: str, limit: int, threads: int) -> None:
+        """Pack a base model's weights.
+
+        Args:
+            library: from :func:`load_library`.
+            family: the model's adapter.
+            base: the base model.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+            limit: the best kernel level allowed.
+            threads: threads of one call.
+        """
+        self._library, self.dtype, self.threads = library, dtype, threads
+        self.shape = family.shape(base.config)
+        embeddings = family.embedding_modules(base)
+        layers = [family.layer_modules(layer) for layer in family.layers(family.encoder(base))]
+        self.level = self._choose_level(limit, embeddings)
+        self._limit = limit
+        shape, activation = self.shape, ACTIVATIONS[family.activation(base.config)]
+        self._handle = library.tp_encoder_new(
+            self.level,
+            DTYPES[dtype],
+            shape.num_layers,
+            shape.hidden_size,
+            shape.num_heads,
+            shape.intermediate_size,
+            embeddings.norm.eps,
+            activation,
+        )
+        _check(library, not self._handle)
+        self._set_embeddings(embeddings)
+        for number, layer in enumerate(layers):
+            self._set_layer(number, layer)
+
+    def _choose_level(self, limit: int, embeddings: EmbeddingModules) -> int:
+        shape = self.shape
+        level = self._library.tp_choose_level(
+            limit,
+            DTYPES[self.dtype],
+            shape.hidden_size,
+            shape.intermediate_size,
+            shape.hidden_size // shape.num_heads,
+        )
+        if embeddings.projection is not None:
+            width = embeddings.projection.in_features
+            level = self._library.tp_choose_level(level, DTYPES[self.dtype], width, width, 32)
+        return int(level)
+
+    def _set_embeddings(self, embeddings: EmbeddingModules) -> None:
+        half = self.dtype != "float32"
+        for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
+            if table is None:
+                continue
+            values = table.weight.detach().to("cpu", torch.bfloat16 if half else torch.float32).contiguous()
+            rows, size = values.shape
+            failed = self._library.tp_encoder_set_table(self._handle, which, values.data_ptr(), rows, size, half)
+            _check(self._library, failed)
+        self._set_norm(-1, 0, embeddings.norm)
+        if embeddings.projection is not None:
+            self._set_linear(-1, 0, embeddings.projection)
+
+    def _set_layer(self, number: int, layer: LayerModules) -> None:
+        linears = (
+            layer.query,
+            layer.key,
+            layer.value,
+            layer.attention_output,
+            layer.feed_forward_up,
+            layer.feed_forward_down,
+        )
+        for which, linear in enumerate(linears):
+            self._set_linear(number, which, linear)
+        self._set_norm(number, 0, layer.attention_norm)
+        self._set_norm(number, 1, layer.output_norm)
+
+    def _set_linear(self, layer: int, which: int, linear: nn.Linear) -> None:
+        weight, bias = _float32(linear.weight), _float32(linear.bias)
+        failed = self._library.tp_encoder_set_linear(
+            self._handle, layer, which, _pointer(weight), _pointer(bias), linear.in_features, linear.out_features
+        )
+        _check(self._library, failed)
+
+    def _set_norm(self, layer: int, which: int, norm: nn.LayerNorm) -> None:
+        size = norm.normalized_shape[0]
+        gamma, beta = _float32(norm.weight), _float32(norm.bias)
+        failed = self._library.tp_encoder_set_norm(self._handle, layer, which, _pointer(gamma), _pointer(beta), size)
+        _check(self._library, failed)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.tp_encoder_free(self._handle)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the packed weights and tables, in bytes."""
+        return int(self._library.tp_encoder_weight_bytes(self._handle))
+
+    def head_linear(self, linear: nn.Linear, vocabulary: int) -> NativeLinear:
+        """A head's linear layer on these kernels: float32, but for one as wide as the vocabulary."""
+        dtype = self.dtype if linear.out_features == vocabulary else "float32"
+        return NativeLinear(self._library, linear, dtype, self._limit, self.threads)
+
+    def run(
+        self,
+        tokens: PackedTokens,
+        pruner: TokenPruner,
+        *,
+        first_only: bool,
+        recorded: bool,
+        seconds: Tensor | None = None,
+    ) -> EncoderOutput:
+        """See :class:`token_pruning.engine.tokens.Encoder`.
+
+        Args:
+            tokens: see there.
+            pruner: see there.
+            first_only: see there.
+            recorded: see there.
+            seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
+        """
+        layout, layers = tokens.layout, self.shape.num_layers
+        cu_seqlens = layout.cu_seqlens
+        filled = cu_seqlens.diff() > 0
+        if not bool(filled.all()):  # the native side knows no empty sequences
+            cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
+        out = torch.empty(cu_seqlens.numel() - 1 if first_only else layout.total, self.shape.hidden_size)
+        survived = torch.zeros(layout.total, dtype=torch.int32)
+        received = torch.full((layers, layout.total), torch.nan) if recorded else None
+        method = pruner.pruner
+        prunes = bytes(method.prunes(layer, layers) for layer in range(1, layers + 1))
+        absolute = isinstance(method, FixedThreshold)
+        decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived)
+        request = _Request(
+            sequences=cu_seqlens.numel() - 1,
+            cu_seqlens=cu_seqlens.data_ptr(),
+            ids=tokens.ids.data_ptr(),
+            positions=tokens.positions.data_ptr(),
+            token_types=_pointer(tokens.token_types),
+            threads=self.threads,
+            thresholds=_pointer(pruner.thresholds) if absolute else None,
+            prunes=ctypes.cast(ctypes.c_char_p(prunes), c_void_p),
+            divisor=float(method.max_seq_length) if method.scoring_mode == "mean" else 0.0,
+            decide=_DECIDE(decisions) if decisions else _DECIDE(),
+            first_only=first_only,
+            record=recorded,
+            out=out.data_ptr(),
+            survived=survived.data_ptr(),
+            received=_pointer(received),
+            seconds=_pointer(seconds),
+        )
+        status = self._library.tp_encoder_forward(self._handle, ctypes.byref(request)) if layout.total else 0
+        if decisions and decisions.error:
+            raise decisions.error
+        _check(self._library, status < 0)
+        records = _records(tokens, pruner, survived, received) if received is not None else {}
+        if first_only and len(out) < layout.batch_size:
+            out = out.new_zeros(layout.batch_size, out.shape[1]).index_copy_(0, filled.nonzero().squeeze(1), out)
+        return EncoderOutput(out, records)
+
+    def explain(self) -> list[str]:
+        """The kernels and why they were chosen."""
+        shape = self.shape
+        lines = [
+            f"kernels: {LEVELS[self.level]}, {self._library.tp_describe(self.level, DTYPES[self.dtype]).decode()}",
+            f"weights: {self.weight_bytes / 2**20:.0f} MiB",
+        ]
+        best = int(self._library.tp_best_level())
+        if self._limit < best:
+            lines.append(
+                f"{KERNELS_VARIABLE} limits kernels to {LEVELS[self._limit]}; the processor has {LEVELS[best]}"
+            )
+        if self.level < self._limit:
+            if self.dtype == "float32" and LEVELS[self._limit] == "amx":
+                lines.append("amx has no float32 products")
+            else:
+                lines.append(
+                    f"{LEVELS[self._limit]} kernels do not fit hidden size {shape.hidden_size}, intermediate size "
+                    f"{shape.intermediate_size}, head size {shape.hidden_size // shape.num_heads}: tiles need hidden "
+                    f"and intermediate sizes in multiples of {64 if self.dtype == 'int8' else 32}, head sizes of 32"
+                )
+        return lines
+
+
+def _layout_of(tokens: PackedTokens, survived: Tensor, layers: int) -> Layout:
+    """The tokens that survived at least so many layers."""
+    layout = tokens.layout
+    left = survived >= layers
+    before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
+    return Layout(layout.indices[left], before[layout.cu_seqlens.long()].to(torch.int32), layout.width)
+
+
+def _records(tokens: PackedTokens, pruner: TokenPruner, survived: Tensor, received: Tensor) -> dict[int, LayerRecord]:
+    method = pruner.pruner
+    records = {}
+    for layer in range(1, pruner.num_layers + 1):
+        entering, leaving = (_layout_of(tokens, survived, done) for done in (layer - 1, layer))
+        scores = None
+        if method.prunes(layer, pruner.num_layers):
+            divisor = normalizer(entering, method.scoring_mode, method.max_seq_length)
+            scores = received[layer - 1][survived >= layer - 1] / divisor[entering.sequence_ids]
+        records[layer] = LayerRecord(entering, leaving, scores=scores)
+    return records
+
+
+class _Decisions:
+    """Asks a pruner what stays, on behalf of the native encoder."""
+
+    def __init__(self, tokens: PackedTokens, pruner: TokenPruner, survived: Tensor) -> None:
+        self.tokens, self.pruner, self.survived = tokens, pruner, survived
+        self.error: BaseException | None = None
+
+    def __call__(self, layer: int, rows: int, cu_seqlens: Any, received: Any, keep: Any) -> int:
+        try:
+            tokens, module = self.tokens, self.pruner
+            # Rows that are still there have survived every layer before this one.
+            layout = _layout_of(tokens, self.survived, layer)
+            total = torch.frombuffer(
+                (c_float * rows).from_address(ctypes.addressof(received.contents)), dtype=torch.float32
+            )
+            divisor = normalizer(layout, module.pruner.scoring_mode, module.pruner.max_seq_length)
+            scores = total / divisor[layout.sequence_ids]
+            decision = module.pruner.keep(
+                LayerTokens(
+                    layer=layer + 1,
+                    num_layers=module.num_layers,
+                    layout=layout,
+                    scores=scores,
+                    input_lengths=tokens.layout.lengths_tensor,
+                    threshold=None if module.thresholds is None else module.thresholds[layer],
+                )
+            )
+            flags = decision.to(torch.uint8).contiguous()
+            ctypes.memmove(keep, flags.data_ptr(), rows)
+            return 0
+        except BaseException as error:  # carried over the native frames, and raised again by the caller
+            self.error = error
+            return 1

@@ -1,0 +1,59 @@
+"""What goes into an encoder and comes out of it, whatever runs it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from token_pruning.ragged import Layout
+from token_pruning.state import LayerRecord, TokenPruner
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """A batch without padding. No sequence is empty.
+
+    Attributes:
+        ids: ``[tokens]`` int32.
+        positions: ``[tokens]`` int32, as the position embeddings count them.
+        token_types: ``[tokens]`` int32, or None for all zeros.
+        layout: where the tokens belong in the padded batch.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    token_types: Tensor | None
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What an encoder returns.
+
+    Attributes:
+        states: float32 last hidden states: ``[batch, hidden]``, those of first tokens, or ``[tokens, hidden]``.
+        layers: a record per layer (1-based) if they were asked for, else empty.
+    """
+
+    states: Tensor
+    layers: dict[int, LayerRecord]
+
+
+class Encoder(Protocol):
+    """Runs a model's embeddings and layers."""
+
+    def run(self, tokens: PackedTokens, pruner: TokenPruner, *, first_only: bool, recorded: bool) -> EncoderOutput:
+        """One forward pass.
+
+        Args:
+            tokens: the batch.
+            pruner: the method and its thresholds.
+            first_only: return the states of first tokens only.
+            recorded: return what happened in every layer.
+        """
+
+    def head_linear(self, linear: nn.Linear, vocabulary: int) -> nn.Module:
+        """What runs a linear layer of the head; ``vocabulary`` is the size of the model's."""
+
+    def explain(self) -> list[str]:
+        """What was chosen and why, a line each."""

@@ -1,0 +1,99 @@
+// What a kernel level offers to the encoder: one table of functions per instruction set and weight type.
+//
+// A level is a set of functions compiled for one instruction set. The encoder (encoder.cpp) knows nothing but this
+// table. A row's results never depend on the other rows of a call: every sum runs over its terms in one fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tp {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+enum class Activation : int { gelu = 0, relu = 1, gelu_tanh = 2 };
+
+// What happens to a product's sums, after weight scale and bias.
+enum class Epilogue : int {
+    store,           // to rows of the level's exchange type (bfloat16 or float32)
+    store_float,     // to rows of float32
+    activate_pack,   // activation, straight into the next product's packed rows (not for int8)
+    activate_store,  // activation, to rows of the exchange type
+    residual,        // plus a gathered row of float32, to rows of float32
+};
+
+// A weight matrix [out, in], packed by the level it is for.
+struct Linear {
+    int in = 0;
+    int out = 0;
+    void* weight = nullptr;
+    const float* bias = nullptr;   // [out]
+    const float* scale = nullptr;  // [out]: what an int8 weight is multiplied by; null for other types
+};
+
+// out[rows, out] = packed rows · weightᵀ, for the panels [first_panel, last_panel) of the output's columns.
+struct Product {
+    const Linear* linear;
+    const void* packed_rows;
+    const float* row_scale;  // int8: what each row's numbers are multiplied by
+    int rows;
+    int first_panel, last_panel;
+    Epilogue epilogue;
+    Activation activation;
+    void* out;
+    size_t out_stride;          // in elements
+    const float* residual;      // rows of float32, `out_stride` apart
+    const int* residual_index;  // which row of `residual` belongs to each row; null: the same
+    void* scratch;
+};
+
+// One head of one sequence: softmax(q·kᵀ·scale)·v and, for every key, the sum of the attention it receives.
+struct Attention {
+    const void *query, *key, *value;  // exchange type; rows `stride` elements apart
+    size_t query_stride, stride;
+    int queries, keys, head_size;
+    float scale;
+    void* context;  // exchange type, rows `context_stride` apart
+    size_t context_stride;
+    float* received;  // [keys], or null where nobody asks
+    void* scratch;
+};
+
+struct Kernels {
+    const char* level;
+    const char* description;
+    int panel;            // columns of a weight panel
+    int row_tile;         // packed rows come in tiles of this many
+    int chunk_rows;       // rows a thread works on at a time, so that they stay in its second-level cache
+    bool half;            // the exchange type is bfloat16, else float32
+    bool quantized;       // rows carry a scale, and activations are packed in a pass of their own
+
+    // A matrix that a level cannot hold (tiles need multiples of 32 or 64) goes to the next level.
+    bool (*fits)(int hidden, int inner, int head_size);
+    size_t (*weight_bytes)(int in, int out);
+    void (*pack_weight)(const float* weight, int in, int out, void* packed, float* scale);
+    size_t (*packed_rows_bytes)(int rows, int in);
+    // Rows [begin, end) of a block of `rows`; begin is a multiple of row_tile. source_half: rows are bfloat16.
+    void (*pack_rows)(const void* source, bool source_half, size_t stride, const int* index, int begin, int end,
+                      int rows, int in, void* packed, float* row_scale);
+    size_t (*product_scratch)(int rows);
+    void (*multiply)(const Product&);
+    size_t (*attention_scratch)(int keys, int head_size);
+    void (*attend)(const Attention&);
+    // LayerNorm of float32 rows [begin, end); in and out may be the same.
+    void (*normalize)(const float* in, float* out, int begin, int end, int size, const float* gamma, const float* beta,
+                      float epsilon);
+    // One row: out = word + position (+ type), tables of bfloat16 or float32.
+    void (*embed)(const void* word, const void* position, const void* type, bool half_tables, int size, float* out);
+    void (*add_rows)(float* into, const float* other, int size);
+    // Around a thread's work: AMX tiles have to be configured, and released.
+    void (*enter)();
+    void (*leave)();
+};
+
+// Null where the library was built without the level.
+const Kernels* portable_kernels(Dtype);
+const Kernels* avx2_kernels(Dtype);
+const Kernels* avx512_kernels(Dtype);
+const Kernels* amx_kernels(Dtype);
+
+}  // namespace tp

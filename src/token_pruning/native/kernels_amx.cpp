@@ -1,0 +1,550 @@
+// Matrix products and attention on AMX tiles: bfloat16, and int8 weights with int8 rows.
+//
+// A tile is 16 rows of 64 bytes. A product of tiles adds a 16 × (32 bfloat16 | 64 int8) tile of rows times a tile of
+// weights (pairs or quadruples of input columns interleaved) to a 16 × 16 tile of 32-bit sums.
+//
+// Product. Weights are stored [out / 32][in / TILE_K][2 tiles], rows [rows / 16][in / TILE_K][tile]: every tile is one
+// contiguous kilobyte. Two tiles of rows and two of weights give four tiles of sums, so that each tile that is loaded is
+// used twice. A block of DEPTH tiles of weights (2 × DEPTH KiB) stays in the first-level cache while all rows pass by
+// from the second; meanwhile the next block is prefetched, spread evenly over the loop. Sums of a panel wait in a
+// scratch of [rows][32] between blocks. Tiles of a sum are added in one order, so a row never depends on its neighbours.
+//
+// Attention. 32 queries at a time: scores on tiles, softmax in vectors, context on tiles. Keys and values of the head are
+// rearranged into weight tiles once. Probabilities are not normalised before they are multiplied with the values: the
+// 1/sum goes onto the few columns of the context, and onto the column sums of the received attention.
+#define TP_LEVEL amx
+#include "vector.h"
+
+namespace tp {
+namespace TP_LEVEL {
+
+constexpr int TILE = 1024;  // bytes
+
+// Tile instructions of our own: GCC 12's intrinsics do not tell the compiler what memory they read or write.
+template <int T>
+static inline void tile_load(const void* from, size_t bytes_per_row) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes_per_row), "n"(T) : "memory");
+}
+template <int T>
+static inline void tile_store(void* to, size_t bytes_per_row) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes_per_row), "n"(T) : "memory");
+}
+template <int T>
+static inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"n"(T));
+}
+template <int SUMS, int ROWS, int WEIGHTS>
+static inline void tile_multiply_bfloat16() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
+}
+template <int SUMS, int ROWS, int WEIGHTS>
+static inline void tile_multiply_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
+}
+
+struct Bfloat16 {
+    typedef uint16_t Number;
+    static constexpr int tile_k = 32;
+    template <int SUMS, int ROWS, int WEIGHTS>
+    static inline void tile_multiply() {
+        tile_multiply_bfloat16<SUMS, ROWS, WEIGHTS>();
+    }
+};
+struct Int8 {
+    typedef int8_t Number;
+    static constexpr int tile_k = 64;
+    template <int SUMS, int ROWS, int WEIGHTS>
+    static inline void tile_multiply() {
+        tile_multiply_int8<SUMS, ROWS, WEIGHTS>();
+    }
+};
+
+struct alignas(64) TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+static void enter() {
+    static const TileConfiguration configuration;
+    asm volatile("ldtilecfg %0" ::"m"(configuration));
+}
+static void leave() { asm volatile("tilerelease"); }
+
+static inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+static inline void store_half(uint16_t* p, __m512 a, __m512 b) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+// 2ᵗ, relative error 1e-4: its result is rounded to bfloat16.
+static inline __m512 power_of_two(__m512 t) {
+    __m512 f = _mm512_reduce_ps(t, 0);  // t − round(t), in [-½, ½]
+    __m512 p = _mm512_set1_ps(5.5171743e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4266163e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9326098e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.9992526e-1f));
+    return _mm512_scalef_ps(p, _mm512_sub_ps(t, f));
+}
+
+// x·Φ(x), with Φ on [-5, 5) from a table of 32 parabolas: absolute error 4e-5 times |x|, an order below bfloat16's.
+struct alignas(64) NormalTable {
+    float coefficient[3][32];
+    static constexpr float low = -5.0f, step = 10.0f / 32;
+    NormalTable() {
+        for (int i = 0; i < 32; i++) {
+            double f[3];  // at three Chebyshev nodes of the segment
+            const double nodes[3] = {0.0669872981, 0.5, 0.9330127019};
+            for (int j = 0; j < 3; j++) f[j] = 0.5 * erfc(-(low + (i + nodes[j]) * step) / sqrt(2.0));
+            double d01 = (f[1] - f[0]) / (nodes[1] - nodes[0]), d12 = (f[2] - f[1]) / (nodes[2] - nodes[1]);
+            double second = (d12 - d01) / (nodes[2] - nodes[0]);
+            coefficient[2][i] = (float)second;
+            coefficient[1][i] = (float)(d01 - second * (nodes[0] + nodes[1]));
+            coefficient[0][i] = (float)(f[0] - d01 * nodes[0] + second * nodes[0] * nodes[1]);
+        }
+        for (int k = 0; k < 3; k++) coefficient[k][0] = 0;  // far from the middle Φ is 0 or 1
+        coefficient[0][31] = 1, coefficient[1][31] = coefficient[2][31] = 0;
+    }
+};
+// Made on first use, never while the library is being loaded, perhaps on a processor without these instructions.
+static const NormalTable& normal_table() {
+    static const NormalTable table;
+    return table;
+}
+
+static inline __m512 table_gelu(const NormalTable& table, __m512 x) {
+    const __m512 scale = _mm512_set1_ps(1.0f / NormalTable::step);
+    __m512 t = _mm512_fmsub_ps(x, scale, _mm512_set1_ps(NormalTable::low / NormalTable::step));
+    t = _mm512_min_ps(_mm512_max_ps(t, _mm512_setzero_ps()), _mm512_set1_ps(31.999f));
+    __m512i segment = _mm512_cvttps_epi32(t);
+    __m512 f = _mm512_reduce_ps(t, 1);  // t − ⌊t⌋
+    __m512 c[3];
+    for (int k = 0; k < 3; k++)
+        c[k] = _mm512_permutex2var_ps(_mm512_load_ps(table.coefficient[k]), segment,
+                                      _mm512_load_ps(table.coefficient[k] + 16));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_fmadd_ps(c[2], f, c[1]), f, c[0]));
+}
+
+static inline __m512 activated(const NormalTable& table, __m512 x, Activation activation) {
+    return activation == Activation::gelu ? table_gelu(table, x) : (__m512)activate((Vec)x, activation);
+}
+
+// ---- products
+
+template <class T>
+static bool fits(int hidden, int inner, int head_size) {
+    return hidden % T::tile_k == 0 && inner % T::tile_k == 0 && head_size % 32 == 0 && head_size <= 128;
+}
+
+template <class T>
+static size_t weight_bytes(int in, int out) {
+    return (size_t)in * round_up(out, 32) * sizeof(typename T::Number);
+}
+
+// weight[out, in] → [panel][tile of inputs][half of the panel][row of GROUP inputs][column][GROUP]
+template <class T>
+static void pack_weight(const float* weight, int in, int out, void* packed, float* scale) {
+    typedef typename T::Number Number;
+    constexpr int GROUP = 4 / sizeof(Number);
+    for (int n = 0; scale && n < out; n++) {
+        float most = 0;
+        for (int k = 0; k < in; k++) most = __builtin_fmaxf(most, __builtin_fabsf(weight[(size_t)n * in + k]));
+        scale[n] = most > 0 ? most / 127.0f : 1.0f;
+    }
+    Number* to = (Number*)packed;
+    for (int panel = 0; panel < out; panel += 32)
+        for (int k = 0; k < in; k += T::tile_k)
+            for (int half = 0; half < 2; half++)
+                for (int row = 0; row < 16; row++)
+                    for (int column = 0; column < 16; column++)
+                        for (int i = 0; i < GROUP; i++) {
+                            int n = panel + half * 16 + column;
+                            float x = n < out ? weight[(size_t)n * in + k + row * GROUP + i] : 0.0f;
+                            if (sizeof(Number) == 1)
+                                *to++ = (Number)(n < out ? __builtin_rintf(x / scale[n]) : 0.0f);
+                            else
+                                *to++ = (Number)to_half(x);
+                        }
+}
+
+template <class T>
+static size_t packed_rows_bytes(int rows, int in) {
+    return round_up(rows, 32) * in * sizeof(typename T::Number);
+}
+
+static inline __m512 load_row(const void* x, bool half, int i) {
+    return half ? (__m512)load((const uint16_t*)x + i) : _mm512_loadu_ps((const float*)x + i);
+}
+
+template <class T>
+static void pack_rows(const void* source, bool half, size_t stride, const int* index, int begin, int end, int, int in,
+                      void* packed, float* row_scale) {
+    const size_t width = half ? 2 : 4;
+    const int tiles = in / T::tile_k;
+    for (int r = begin; r < end; r++) {
+        const char* x = (const char*)source + (size_t)(index ? index[r] : r) * stride * width;
+        char* to = (char*)packed + (size_t)(r / 16) * tiles * TILE + (r & 15) * 64;
+        if (sizeof(typename T::Number) == 2) {
+            for (int t = 0; t < tiles; t++, to += TILE) {
+                if (half)
+                    _mm512_store_si512(to, _mm512_loadu_si512(x + (size_t)t * 64));
+                else
+                    store_half((uint16_t*)to, load_row(x, false, t * 32), load_row(x, false, t * 32 + 16));
+            }
+        } else {
+            __m512 most = _mm512_setzero_ps();
+            for (int i = 0; i < in; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load_row(x, half, i)));
+            float top = _mm512_reduce_max_ps(most);
+            row_scale[r] = top > 0 ? top / 127.0f : 1.0f;
+            __m512 factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 1.0f);
+            for (int i = 0; i < in; i += 16)
+                _mm_storeu_si128((__m128i*)(to + (size_t)(i / 64) * TILE + i % 64),
+                                 _mm512_cvtsepi32_epi8(
+                                     _mm512_cvtps_epi32(_mm512_mul_ps(load_row(x, half, i), factor))));
+        }
+    }
+}
+
+static size_t product_scratch(int rows) { return round_up(rows, 32) * 32 * sizeof(float); }
+
+#ifndef TP_DEPTH
+#define TP_DEPTH 12
+#endif
+constexpr int DEPTH = TP_DEPTH;  // tiles of input columns in a block
+
+// sums[16 · ROW_TILES][32] (+)= rows · weights over `depth` tiles, prefetching `lines` cache lines per step.
+template <class T, int ROW_TILES>
+static inline void micro(const char* rows, size_t row_tile_stride, const char* weights, int depth, float* sums,
+                         bool accumulate, const char* prefetch, int lines) {
+    if (accumulate) {
+        tile_load<0>(sums, 128), tile_load<1>(sums + 16, 128);
+        if (ROW_TILES == 2) tile_load<2>(sums + 512, 128), tile_load<3>(sums + 528, 128);
+    } else {
+        tile_zero<0>(), tile_zero<1>();
+        if (ROW_TILES == 2) tile_zero<2>(), tile_zero<3>();
+    }
+    for (int k = 0; k < depth; k++) {
+        tile_load<6>(weights, 64), tile_load<7>(weights + TILE, 64);
+        tile_load<4>(rows, 64);
+        T::template tile_multiply<0, 4, 6>(), T::template tile_multiply<1, 4, 7>();
+        if (ROW_TILES == 2) {
+            tile_load<5>(rows + row_tile_stride, 64);
+            T::template tile_multiply<2, 5, 6>(), T::template tile_multiply<3, 5, 7>();
+        }
+        for (int i = 0; i < lines; i++) _mm_prefetch(prefetch + 64 * i, _MM_HINT_T1);
+        prefetch += 64 * lines;
+        rows += TILE, weights += 2 * TILE;
+    }
+    tile_store<0>(sums, 128), tile_store<1>(sums + 16, 128);
+    if (ROW_TILES == 2) tile_store<2>(sums + 512, 128), tile_store<3>(sums + 528, 128);
+}
+
+template <class T, Epilogue E>
+static inline void finish(const Product& p, const float* sums, int panel, int begin, int end) {
+    const Linear& w = *p.linear;
+    const int column = panel * 32;
+    const NormalTable& table = normal_table();
+    __m512 bias0 = _mm512_loadu_ps(w.bias + column), bias1 = _mm512_loadu_ps(w.bias + column + 16), scale0, scale1;
+    if (sizeof(typename T::Number) == 1)
+        scale0 = _mm512_loadu_ps(w.scale + column), scale1 = _mm512_loadu_ps(w.scale + column + 16);
+    for (int r = begin; r < end; r++) {
+        __m512 v0, v1;
+        if (sizeof(typename T::Number) == 1) {
+            __m512 row = _mm512_set1_ps(p.row_scale[r]);
+            v0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * 32));
+            v1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * 32 + 16));
+            v0 = _mm512_fmadd_ps(_mm512_mul_ps(v0, row), scale0, bias0);
+            v1 = _mm512_fmadd_ps(_mm512_mul_ps(v1, row), scale1, bias1);
+        } else {
+            v0 = _mm512_add_ps(_mm512_loadu_ps(sums + r * 32), bias0);
+            v1 = _mm512_add_ps(_mm512_loadu_ps(sums + r * 32 + 16), bias1);
+        }
+        const size_t place = (size_t)r * p.out_stride + column;
+        if (E == Epilogue::store) {
+            store_half((uint16_t*)p.out + place, v0, v1);
+        } else if (E == Epilogue::activate_store) {
+            store_half((uint16_t*)p.out + place, activated(table, v0, p.activation), activated(table, v1, p.activation));
+        } else if (E == Epilogue::activate_pack) {
+            uint16_t* to = (uint16_t*)p.out + ((size_t)(r / 16) * (w.out / 32) + panel) * 512 + (r & 15) * 32;
+            store_half(to, activated(table, v0, p.activation), activated(table, v1, p.activation));
+        } else {
+            float* to = (float*)p.out + place;
+            if (E == Epilogue::residual) {
+                const float* other =
+                    p.residual + (size_t)(p.residual_index ? p.residual_index[r] : r) * p.out_stride + column;
+                v0 = _mm512_add_ps(v0, _mm512_loadu_ps(other));
+                v1 = _mm512_add_ps(v1, _mm512_loadu_ps(other + 16));
+            }
+            _mm512_storeu_ps(to, v0);
+            _mm512_storeu_ps(to + 16, v1);
+        }
+    }
+}
+
+template <class T, Epilogue E>
+static void multiply_with(const Product& p) {
+    const int tiles = p.linear->in / T::tile_k, row_tiles = (p.rows + 15) / 16;
+    const size_t row_tile_stride = (size_t)tiles * TILE, panel_bytes = (size_t)tiles * 2 * TILE;
+    const char* weights_end = (const char*)p.linear->weight + panel_bytes * p.last_panel;
+    float* sums = (float*)p.scratch;
+    for (int panel = p.first_panel; panel < p.last_panel; panel++)
+        for (int k = 0; k < tiles; k += DEPTH) {
+            const int depth = smaller(DEPTH, tiles - k);
+            const char* weights = (const char*)p.linear->weight + panel_bytes * panel + (size_t)k * 2 * TILE;
+            const char* next = weights + (size_t)depth * 2 * TILE;
+            const int steps = (row_tiles + 1) / 2 * depth, lines = (depth * 2 * TILE / 64 + steps - 1) / steps;
+            for (int tile = 0; tile < row_tiles; tile += 2) {
+                const char* prefetch = next + (size_t)(tile / 2) * depth * lines * 64;
+                const int count = prefetch + (size_t)depth * lines * 64 <= weights_end ? lines : 0;
+                const char* rows = (const char*)p.packed_rows + row_tile_stride * tile + (size_t)k * TILE;
+                if (tile + 1 < row_tiles)
+                    micro<T, 2>(rows, row_tile_stride, weights, depth, sums + tile * 512, k > 0, prefetch, count);
+                else
+                    micro<T, 1>(rows, row_tile_stride, weights, depth, sums + tile * 512, k > 0, prefetch, count);
+                if (k + depth == tiles) finish<T, E>(p, sums, panel, tile * 16, smaller(p.rows, tile * 16 + 32));
+            }
+        }
+}
+
+template <class T>
+static void multiply(const Product& p) {
+    switch (p.epilogue) {
+        case Epilogue::store: return multiply_with<T, Epilogue::store>(p);
+        case Epilogue::store_float: return multiply_with<T, Epilogue::store_float>(p);
+        case Epilogue::activate_pack: return multiply_with<T, Epilogue::activate_pack>(p);
+        case Epilogue::activate_store: return multiply_with<T, Epilogue::activate_store>(p);
+        case Epilogue::residual: return multiply_with<T, Epilogue::residual>(p);
+    }
+}
+
+// ---- attention
+
+// 16 rows of 16 double words, transposed; rows beyond `count` are zero. The result's rows are 64 bytes apart.
+static inline void transpose(const uint16_t* from, size_t stride, int count, uint16_t* to) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = i < count ? _mm512_loadu_si512(from + i * stride) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2)
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88), r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
+}
+
+// Picks from two rows a, b of 32 numbers: a₀ b₀ a₁ b₁ … a₁₅ b₁₅, and a₁₆ b₁₆ … a₃₁ b₃₁.
+struct alignas(64) InterleaveIndex {
+    uint16_t low[32] = {}, high[32] = {};
+    constexpr InterleaveIndex() {
+        for (int i = 0; i < 32; i++) {
+            low[i] = (uint16_t)(i / 2 + (i % 2) * 32);
+            high[i] = (uint16_t)(16 + i / 2 + (i % 2) * 32);
+        }
+    }
+};
+static constexpr InterleaveIndex interleave_index;
+
+struct AttentionScratch {
+    int wide;  // keys rounded up to a multiple of 32
+    uint16_t *keys, *values, *queries, *probabilities;
+    float *scores, *context;
+};
+
+static size_t lay_out(AttentionScratch& s, char* base, int keys, int head_size) {
+    s.wide = (int)round_up(keys, 32);
+    size_t at = 0;
+    auto take = [&](size_t bytes) {
+        char* p = base + at;
+        at += round_up(bytes, 64) + 64;  // rows of 32 queries must not all start at the same place in a cache set
+        return p;
+    };
+    s.keys = (uint16_t*)take((size_t)s.wide * head_size * 2);
+    s.values = (uint16_t*)take((size_t)s.wide * head_size * 2);
+    s.queries = (uint16_t*)take((size_t)32 * head_size * 2);
+    s.probabilities = (uint16_t*)take((size_t)32 * s.wide * 2);
+    s.scores = (float*)take((size_t)32 * s.wide * 4);
+    s.context = (float*)take((size_t)32 * head_size * 4);
+    return at;
+}
+
+static size_t attention_scratch(int keys, int head_size) {
+    AttentionScratch s;
+    return lay_out(s, nullptr, keys, head_size);
+}
+
+// Scores of 16 · TILES queries against all keys, two tiles of keys at a time.
+template <int TILES>
+static inline void score_tiles(const AttentionScratch& s, const uint16_t* query, size_t stride, int blocks) {
+    const int wide = s.wide;
+    for (int j = 0; j < wide; j += 32) {
+        const uint16_t* keys = s.keys + (size_t)(j / 16) * blocks * 512;
+        tile_zero<0>(), tile_zero<1>();
+        if (TILES == 2) tile_zero<2>(), tile_zero<3>();
+        for (int b = 0; b < blocks; b++) {
+            tile_load<6>(keys + b * 512, 64), tile_load<7>(keys + (blocks + b) * 512, 64);
+            tile_load<4>(query + b * 32, stride * 2);
+            tile_multiply_bfloat16<0, 4, 6>(), tile_multiply_bfloat16<1, 4, 7>();
+            if (TILES == 2) {
+                tile_load<5>(query + 16 * stride + b * 32, stride * 2);
+                tile_multiply_bfloat16<2, 5, 6>(), tile_multiply_bfloat16<3, 5, 7>();
+            }
+        }
+        tile_store<0>(s.scores + j, wide * 4), tile_store<1>(s.scores + j + 16, wide * 4);
+        if (TILES == 2) {
+            tile_store<2>(s.scores + 16 * wide + j, wide * 4);
+            tile_store<3>(s.scores + 16 * wide + j + 16, wide * 4);
+        }
+    }
+}
+
+// Context of 16 · TILES queries, 32 columns of the head at a time.
+template <int TILES>
+static inline void context_tiles(const AttentionScratch& s, int head_size) {
+    const int wide = s.wide, column_tiles = head_size / 16;
+    for (int c = 0; c < column_tiles; c += 2) {
+        tile_zero<0>(), tile_zero<1>();
+        if (TILES == 2) tile_zero<2>(), tile_zero<3>();
+        for (int j = 0; j < wide; j += 32) {
+            const uint16_t* values = s.values + ((size_t)(j / 32) * column_tiles + c) * 512;
+            tile_load<6>(values, 64), tile_load<7>(values + 512, 64);
+            tile_load<4>(s.probabilities + j, wide * 2);
+            tile_multiply_bfloat16<0, 4, 6>(), tile_multiply_bfloat16<1, 4, 7>();
+            if (TILES == 2) {
+                tile_load<5>(s.probabilities + 16 * wide + j, wide * 2);
+                tile_multiply_bfloat16<2, 5, 6>(), tile_multiply_bfloat16<3, 5, 7>();
+            }
+        }
+        float* context = s.context + c * 16;
+        tile_store<0>(context, head_size * 4), tile_store<1>(context + 16, head_size * 4);
+        if (TILES == 2) {
+            tile_store<2>(context + 16 * head_size, head_size * 4);
+            tile_store<3>(context + 16 * head_size + 16, head_size * 4);
+        }
+    }
+}
+
+static void attend(const Attention& a) {
+    const int n = a.keys, size = a.head_size, blocks = size / 32, column_tiles = size / 16;
+    AttentionScratch s;
+    lay_out(s, (char*)a.scratch, n, size);
+    const uint16_t *query = (const uint16_t*)a.query, *key = (const uint16_t*)a.key, *value = (const uint16_t*)a.value;
+
+    for (int j = 0; j < s.wide; j += 16)
+        for (int b = 0; b < blocks; b++)
+            transpose(key + j * a.stride + b * 32, a.stride, larger(0, smaller(16, n - j)),
+                      s.keys + ((size_t)(j / 16) * blocks + b) * 512);
+    const __m512i low = _mm512_load_si512(interleave_index.low), high = _mm512_load_si512(interleave_index.high);
+    for (int j = 0; j < s.wide; j += 2)
+        for (int c = 0; c < column_tiles; c += 2) {
+            __m512i even = j < n ? _mm512_loadu_si512(value + j * a.stride + c * 16) : _mm512_setzero_si512();
+            __m512i odd = j + 1 < n ? _mm512_loadu_si512(value + (j + 1) * a.stride + c * 16) : _mm512_setzero_si512();
+            uint16_t* to = s.values + ((size_t)(j / 32) * column_tiles + c) * 512 + (j & 31) * 16;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(even, high, odd));
+        }
+    if (a.received) memset(a.received, 0, n * sizeof(float));
+
+    const __m512 scale = _mm512_set1_ps(a.scale * 1.44269504f);  // probabilities are powers of two
+    const int whole = n / 16 * 16;
+    const __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
+    for (int first = 0; first < a.queries; first += 32) {
+        const int count = smaller(32, a.queries - first), tiles = (count + 15) / 16;
+        const uint16_t* rows = query + first * a.query_stride;
+        size_t stride = a.query_stride;
+        if (count < tiles * 16) {  // a tile must not read past the last row
+            for (int r = 0; r < count; r++) memcpy(s.queries + r * size, rows + r * stride, size * 2);
+            memset(s.queries + count * size, 0, (tiles * 16 - count) * size * 2);
+            rows = s.queries, stride = size;
+        }
+        if (tiles == 2)
+            score_tiles<2>(s, rows, stride, blocks);
+        else
+            score_tiles<1>(s, rows, stride, blocks);
+
+        float inverse[32];
+        for (int r = 0; r < count; r++) {
+            float* x = s.scores + r * s.wide;
+            uint16_t* p = s.probabilities + r * s.wide;
+            __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+            for (int j = 0; j < whole; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
+            if (rest) most = _mm512_mask_max_ps(most, rest, most, _mm512_loadu_ps(x + whole));
+            const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), scale);
+            for (int j = 0; j < s.wide; j += 32) {
+                __m512 e0 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), scale, top));
+                __m512 e1 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j + 16), scale, top));
+                if (j + 32 > n) {
+                    e0 = _mm512_maskz_mov_ps(j + 16 <= n ? 0xffff : rest, e0);
+                    e1 = _mm512_maskz_mov_ps(j + 16 <= n ? rest : 0, e1);
+                }
+                total = _mm512_add_ps(total, _mm512_add_ps(e0, e1));
+                store_half(p + j, e0, e1);
+                if (a.received) _mm512_storeu_ps(x + j, e0), _mm512_storeu_ps(x + j + 16, e1);
+            }
+            inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
+        }
+        if (a.received)
+            for (int j = 0; j < n; j += 16) {
+                const __mmask16 mask = j < whole ? 0xffff : rest;
+                __m512 sums = _mm512_maskz_loadu_ps(mask, a.received + j);
+                for (int r = 0; r < count; r++)
+                    sums = _mm512_fmadd_ps(_mm512_loadu_ps(s.scores + r * s.wide + j), _mm512_set1_ps(inverse[r]), sums);
+                _mm512_mask_storeu_ps(a.received + j, mask, sums);
+            }
+        if (tiles == 2)
+            context_tiles<2>(s, size);
+        else
+            context_tiles<1>(s, size);
+        for (int r = 0; r < count; r++) {
+            const float* x = s.context + r * size;
+            uint16_t* to = (uint16_t*)a.context + (size_t)(first + r) * a.context_stride;
+            const __m512 factor = _mm512_set1_ps(inverse[r]);
+            for (int d = 0; d < size; d += 32)
+                store_half(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), factor),
+                           _mm512_mul_ps(_mm512_loadu_ps(x + d + 16), factor));
+        }
+    }
+}
+
+template <class T>
+static constexpr Kernels table_of(const char* description, bool quantized) {
+    return {"amx",
+            description,
+            32,
+            16,
+            256,
+            true,
+            quantized,
+            fits<T>,
+            weight_bytes<T>,
+            pack_weight<T>,
+            packed_rows_bytes<T>,
+            pack_rows<T>,
+            product_scratch,
+            multiply<T>,
+            attention_scratch,
+            attend,
+            normalize,
+            embed,
+            add_rows,
+            enter,
+            leave};
+}
+
+}  // namespace TP_LEVEL
+
+const Kernels* amx_kernels(Dtype dtype) {
+    static const Kernels bfloat16 = amx::table_of<amx::Bfloat16>("bfloat16 products on AMX tiles", false);
+    static const Kernels int8 = amx::table_of<amx::Int8>("int8 products on AMX tiles", true);
+    return dtype == Dtype::bfloat16 ? &bfloat16 : dtype == Dtype::int8 ? &int8 : nullptr;
+}
+
+}  // namespace tp

@@ -1,0 +1,180 @@
+// Vectors of float32 in one width per instruction set, by the compiler's vector extension, and the elementwise
+// functions every level shares. Included by every kernel file, inside the level's own namespace: the same inline
+// function compiled for two instruction sets must not be one symbol. For the same reason nothing here uses the
+// standard library's templates.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace tp {
+namespace TP_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t VecInt __attribute__((vector_size(4 * W)));
+typedef uint32_t VecWord __attribute__((vector_size(4 * W)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * W)));
+
+static inline Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+static inline Vec all(float x) { return Vec{} + x; }
+static inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float32
+    VecHalf h;
+    memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, VecWord) << 16);
+}
+static inline float to_float(uint16_t h) {
+    uint32_t word = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+static inline uint16_t to_half(float x) {  // to nearest, ties to even
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+static inline float to_float(float x) { return x; }
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
+
+static inline Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+static inline Vec absolute(Vec x) { return (Vec)((VecInt)x & 0x7fffffff); }
+
+static inline float sum(Vec v) {
+    float parts[W], total = 0;
+    store(parts, v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    total = parts[0];
+    return total;
+}
+static inline float largest(Vec v) {
+    float parts[W];
+    store(parts, v);
+    float m = parts[0];
+    for (int i = 1; i < W; i++) m = parts[i] > m ? parts[i] : m;
+    return m;
+}
+
+// eˣ for x ≤ 88, relative error 2e-7; below -87 it is (nearly) zero.
+static inline Vec exponential(Vec x) {
+    const float magic = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer
+    x = maximum(x, all(-87.0f));
+    Vec rounded = (x * 1.44269504f + magic) - magic;
+    Vec f = (x - rounded * 0.693359375f) - rounded * -2.12194440e-4f;
+    Vec p = all(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = (p * f) * f + f + 1.0f;
+    VecInt power = (__builtin_convertvector(rounded, VecInt) + 127) << 23;
+    return p * (Vec)power;
+}
+
+// x·Φ(x) with Abramowitz and Stegun 7.1.26 for erf: absolute error 1.5e-7 times |x|.
+static inline Vec gelu(Vec x) {
+    Vec z = absolute(x) * 0.70710678f;
+    Vec t = 1.0f / (z * 0.3275911f + 1.0f);
+    Vec p = all(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    Vec upper_tail = p * t * exponential(-z * z) * 0.5f;  // 1 − Φ(|x|)
+    return maximum(x, Vec{}) - absolute(x) * upper_tail;
+}
+
+// x·σ(2√(2/π)(x + 0.044715x³)), BERT's original approximation of gelu.
+static inline Vec gelu_tanh(Vec x) {
+    Vec u = x * 1.5957691216f * (x * x * 0.044715f + 1.0f);
+    return x / (exponential(maximum(-u, all(-87.0f)) < 80.0f ? -u : all(80.0f)) + 1.0f);
+}
+
+static inline Vec activate(Vec x, Activation activation) {
+    if (activation == Activation::relu) return maximum(x, Vec{});
+    return activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
+}
+
+static void normalize(const float* in, float* out, int begin, int end, int size, const float* gamma, const float* beta,
+                      float epsilon) {
+    int whole = size / W * W;
+    for (int row = begin; row < end; row++) {
+        const float* x = in + (size_t)row * size;
+        float* y = out + (size_t)row * size;
+        Vec total = Vec{}, squares = Vec{};
+        float rest = 0, rest_squares = 0;
+        for (int i = 0; i < whole; i += W) total += load(x + i);
+        for (int i = whole; i < size; i++) rest += x[i];
+        float mean = (sum(total) + rest) / size;
+        for (int i = 0; i < whole; i += W) {
+            Vec d = load(x + i) - mean;
+            squares += d * d;
+        }
+        for (int i = whole; i < size; i++) rest_squares += (x[i] - mean) * (x[i] - mean);
+        float inverse = 1.0f / __builtin_sqrtf((sum(squares) + rest_squares) / size + epsilon);
+        for (int i = 0; i < whole; i += W)
+            store(y + i, (load(x + i) - mean) * inverse * load(gamma + i) + load(beta + i));
+        for (int i = whole; i < size; i++) y[i] = (x[i] - mean) * inverse * gamma[i] + beta[i];
+    }
+}
+
+template <class Table>
+static void embed_row(const Table* word, const Table* position, const Table* type, int size, float* out) {
+    int whole = size / W * W;
+    for (int i = 0; i < whole; i += W) {
+        Vec x = load(word + i);
+        if (type) x += load(type + i);
+        store(out + i, x + load(position + i));
+    }
+    for (int i = whole; i < size; i++) {
+        float x = to_float(word[i]);
+        if (type) x += to_float(type[i]);
+        out[i] = x + to_float(position[i]);
+    }
+}
+
+static void embed(const void* word, const void* position, const void* type, bool half_tables, int size, float* out) {
+    if (half_tables)
+        embed_row((const uint16_t*)word, (const uint16_t*)position, (const uint16_t*)type, size, out);
+    else
+        embed_row((const float*)word, (const float*)position, (const float*)type, size, out);
+}
+
+static void add_rows(float* into, const float* other, int size) {
+    for (int i = 0; i < size; i++) into[i] += other[i];
+}
+
+}  // namespace TP_LEVEL
+}  // namespace tp

@@ -1,0 +1,522 @@
+"""The engine against the masked reference: every family, dtype and kernel level."""
+
+import copy
+import ctypes
+import gc
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import token_pruning as tp
+from tests.tiny import (
+    FAMILIES,
+    HEADS,
+    PAD,
+    VOCABULARY,
+    assert_close,
+    decision_margin,
+    outputs,
+    pruned,
+    ragged_batch,
+    same_survivors,
+    tiny_model,
+)
+from token_pruning.engine import compiled as compiling
+from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
+
+LIBRARY = load_library()
+NATIVE = () if LIBRARY is None else LEVELS[: LIBRARY.tp_best_level() + 1]
+DTYPES = ("float32", "bfloat16", "int8")
+WORST = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # bfloat16 and int8 relative to the largest output
+PRUNERS = (
+    None,
+    tp.FixedThreshold(final_token_threshold=0.0119),
+    tp.FixedThreshold(final_token_threshold=1.03, scoring_mode="mean_norm"),
+    tp.TopK(token_keep_rate=0.2),
+    tp.RelativeThreshold(token_threshold=0.4),
+    tp.RisingThreshold(final_token_threshold=0.7),
+)
+LENGTHS = (5, 40, 1, 33, 16, 17, 70)
+
+
+def tiled_model(family: str = "bert", head: str = "sequence", **overrides: Any) -> Any:
+    """A model whose sizes fit tiles of every level, with weights small enough for half precision."""
+    sizes = (
+        {"dim": 128, "hidden_dim": 192} if family == "distilbert" else {"hidden_size": 128, "intermediate_size": 192}
+    )
+    if family == "electra":
+        sizes["embedding_size"] = 64
+    return tiny_model(family, head, **{**sizes, "initializer_range": 0.05, **overrides})
+
+
+def levels(dtype: str) -> tuple[str, ...]:
+    return NATIVE if dtype == "int8" else ("torch", *NATIVE)
+
+
+@pytest.fixture(params=["torch", *NATIVE])
+def level(request: Any, monkeypatch: Any) -> str:
+    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiled_model()
+
+
+def test_the_library_was_built() -> None:
+    """Tests below run on what there is; here there must be everything."""
+    assert LIBRARY is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_equals_the_masked_reference(family: str, dtype: str, level: str) -> None:
+    if level not in levels(dtype):
+        return
+    model, batch = tiled_model(family), ragged_batch(LENGTHS, family=family)
+    for pruner in PRUNERS:
+        method = pruner or tp.Unpruned()
+        with pruned(model, method, "masked"), tp.record(model) as expected, torch.no_grad():
+            reference = model(**batch).logits
+        with pruned(model, method):
+            engine = tp.compile(model, dtype, threads=1)
+        assert f"kernels: {'PyTorch' if level == 'torch' else level}" in engine.explain() or (
+            level == "amx" and dtype == "float32"
+        )
+        with tp.record(engine) as actual:
+            logits = engine(**batch).logits
+        assert_close(engine(**batch).logits, logits, WORST[dtype] if level == "torch" else 0, "recording changed it")
+        if dtype == "float32":
+            assert decision_margin(expected, 4) > 1e-6, "choose another threshold"
+            assert same_survivors(actual, expected), pruner
+            assert_close(logits, reference, 1e-4, f"{pruner}")
+            assert torch.equal(actual.attention_lengths, expected.attention_lengths)
+            assert torch.equal(actual.ffn_lengths, expected.ffn_lengths)
+            continue
+        same = [torch.equal(a, b) for a, b in zip(actual.survived_layers, expected.survived_layers, strict=True)]
+        agreeing = sum((a == b).sum() for a, b in zip(actual.survived_layers, expected.survived_layers, strict=True))
+        assert agreeing / sum(LENGTHS) > 0.95, pruner
+        difference = (logits - reference).abs().amax(-1)[torch.tensor(same)].max()
+        assert difference <= WORST[dtype] * reference.abs().max(), (pruner, difference, reference.abs().max())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_head_returns_what_the_model_returns(family: str, head: str, level: str) -> None:
+    model, batch = tiled_model(family, head), ragged_batch(LENGTHS, family=family)
+    valid = batch["attention_mask"].bool()
+    for pruner in (tp.Unpruned(), PRUNERS[1]):
+        with pruned(model, pruner, "masked"), torch.no_grad():
+            expected = model(**batch)
+        with pruned(model, pruner):
+            actual = tp.compile(model, "float32", threads=1)(**batch)
+        assert type(actual) is type(expected)
+        assert outputs(actual).keys() == outputs(expected).keys()
+        for name, value in outputs(actual).items():
+            reference = expected[name]
+            if value.shape[:2] == valid.shape:
+                value, reference = value[valid], reference[valid]
+            assert_close(value, reference, 2e-4, name)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_packed_input_equals_padded_input(family: str, head: str, level: str) -> None:
+    with pruned(tiled_model(family, head), PRUNERS[1]) as model:
+        engine = tp.compile(model, "float32", threads=1)
+    batch = ragged_batch(LENGTHS, family=family)
+    valid = batch["attention_mask"].bool()
+    cu_seqlens = torch.tensor([0, *np.cumsum(LENGTHS).tolist()], dtype=torch.int32)
+    padded, packed = outputs(engine(**batch)), outputs(engine.run_packed(batch["input_ids"][valid], cu_seqlens))
+    assert padded.keys() == packed.keys()
+    for name, value in packed.items():
+        expected = padded[name][valid] if padded[name].shape[:2] == valid.shape else padded[name]
+        assert_close(value, expected, 0 if level != "torch" else 1e-5, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", NATIVE)
+def test_a_sequence_is_the_same_to_the_last_bit_in_any_batch(level: str, dtype: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    lengths = (5, 40, 1, 33, 16, 17, 70, 31, 32, 2, 15, 64, 48)
+    batch = ragged_batch(lengths)
+    for pruner in (tp.Unpruned(), PRUNERS[1], PRUNERS[3]):
+        with pruned(tiled_model(), pruner) as model:
+            engine, two = tp.compile(model, dtype, threads=1), tp.compile(model, dtype, threads=2)
+        together = engine(**batch).logits
+        assert torch.equal(two(**batch).logits, together)
+        for row, length in enumerate(lengths):
+            alone = {name: value[row : row + 1, :length] for name, value in batch.items()}
+            assert torch.equal(engine(**alone).logits[0], together[row]), (row, pruner)
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(engine(**{k: v[order] for k, v in batch.items()}).logits, together[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_many_rows_on_several_threads(dtype: str, head: str) -> None:
+    """Enough rows that threads take chunks of their own, with lengths around every tile's edge."""
+    lengths = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 256, 257, 511, 512]
+    model = tiled_model(head=head, max_position_embeddings=512)
+    batch = ragged_batch(lengths)
+    valid = batch["attention_mask"].bool()
+    with pruned(model, tp.FixedThreshold(final_token_threshold=0.01), "masked"), torch.no_grad():
+        reference = model(**batch).logits
+    with pruned(model, tp.FixedThreshold(final_token_threshold=0.01)):
+        one, three = tp.compile(model, dtype, threads=1), tp.compile(model, dtype, threads=3)
+    logits = one(**batch).logits
+    assert torch.equal(three(**batch).logits, logits)
+    if dtype == "float32":
+        different = (logits - reference).abs().amax(-1) > 1e-4
+        assert (different & valid if head == "token" else different).sum() <= 2  # decisions at a threshold's edge
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    left=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 3),
+    threshold=st.floats(0, 0.03),
+)
+def test_ragged_batches_equal_the_packed_model(
+    lengths: list[int], left: bool, threads: int, seed: int, threshold: float
+) -> None:
+    if not max(lengths):
+        return
+    model = tiled_model(head="token")
+    batch = ragged_batch(lengths, seed=seed, left=left)
+    with pruned(model, tp.FixedThreshold(final_token_threshold=threshold)), torch.no_grad():
+        with tp.record(model) as expected:
+            reference = model(**batch).logits
+        engine = tp.compile(model, "float32", threads=threads)
+    with tp.record(engine) as actual:
+        logits = engine(**batch).logits
+    if decision_margin(expected, 4) > 1e-6:
+        assert same_survivors(actual, expected)
+        assert_close(logits, reference, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 50},
+        {"hidden_size": 40, "num_attention_heads": 1, "intermediate_size": 33},
+        {"hidden_size": 96, "num_attention_heads": 2, "intermediate_size": 100},
+        {"hidden_size": 32, "num_attention_heads": 32, "intermediate_size": 64},
+        {"hidden_size": 256, "num_attention_heads": 1, "intermediate_size": 300},
+        {"hidden_size": 192, "num_attention_heads": 2, "intermediate_size": 320},
+    ],
+)
+def test_sizes_that_fit_no_tile_go_to_another_level(sizes: dict[str, int], dtype: str, level: str) -> None:
+    if level not in levels(dtype):
+        return
+    model, batch = tiny_model(initializer_range=0.05, **sizes), ragged_batch((1, 20, 13))
+    with torch.no_grad():
+        reference = model(**batch).logits
+    engine = tp.compile(model, dtype, threads=2)
+    assert_close(engine(**batch).logits, reference, WORST[dtype] * max(1, reference.abs().max().item()))
+    if level == "amx" and dtype != "float32" and sizes["intermediate_size"] != 320:
+        assert "amx kernels do not fit" in engine.explain()
+        assert "kernels: avx512" in engine.explain()
+
+
+def test_what_the_padded_call_takes() -> None:
+    model = tiled_model()
+    batch = ragged_batch((9, 4))
+    batch["token_type_ids"] = torch.arange(9).expand(2, 9) % 2
+    batch["position_ids"] = torch.arange(9).flip(0).expand(2, 9)
+    batch["labels"] = torch.tensor([2, 0])
+    with torch.no_grad():
+        expected = model(**batch)
+    engine = tp.compile(model, "float32")
+    actual = engine(**{name: value.int() if name != "labels" else value for name, value in batch.items()})
+    assert_close(actual.logits, expected.logits)
+    assert_close(actual.loss, expected.loss)
+    assert_close(engine(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
+    packed = engine.run_packed(
+        torch.cat([batch["input_ids"][0], batch["input_ids"][1, :4]]),
+        torch.tensor([0, 9, 13]),
+        token_type_ids=torch.cat([batch["token_type_ids"][0], batch["token_type_ids"][1, :4]]),
+        position_ids=torch.cat([batch["position_ids"][0], batch["position_ids"][1, :4]]),
+    )
+    assert torch.equal(packed.logits, actual.logits)
+    as_tuple = engine(batch["input_ids"], return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
+
+
+def test_padding_tokens_inside_a_sequence_move_robertas_positions() -> None:
+    model = tiled_model("roberta")
+    batch = ragged_batch((9, 12), family="roberta")
+    batch["input_ids"][1, 4] = PAD["roberta"]
+    with torch.no_grad():
+        assert_close(tp.compile(model, "float32")(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("head", ["sequence", "token", "encoder"])
+def test_sequences_without_tokens(head: str, level: str) -> None:
+    engine = tp.compile(tp.prune(tiled_model(head=head), PRUNERS[1]), "float32")
+    batch = ragged_batch((0, 7, 0, 12, 0))
+    name = "last_hidden_state" if head == "encoder" else "logits"
+    some = engine(**batch)[name]
+    alone = engine(**{k: v[[1, 3]] for k, v in batch.items()})[name]
+    assert torch.equal(some[[1, 3]], alone)
+    nothing = engine(**{k: v[[0, 2]] for k, v in batch.items()})[name]
+    assert_close(nothing, some[[0, 2]], 1e-6)
+    if head == "encoder":
+        assert not nothing.any()
+
+
+def test_the_engine_keeps_nothing_of_the_model(level: str) -> None:
+    model = tp.prune(tiled_model(), PRUNERS[1])
+    batch = ragged_batch(LENGTHS)
+    engine = tp.compile(model, "float32")
+    before = engine(**batch).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.token_pruner.thresholds.fill_(9.0)
+    assert torch.equal(engine(**batch).logits, before)
+    tp.unprune(model)
+    del model
+    gc.collect()
+    assert torch.equal(engine(**batch).logits, before)
+
+
+def test_learned_thresholds_remove_tokens_even_in_training_mode() -> None:
+    learned = tp.LearnedThreshold(thresholds=[0.002, 0.004, 0.006, 0.009])
+    with pruned(tiled_model(), learned) as model:
+        with tp.record(model) as expected, torch.no_grad():
+            model(**ragged_batch(LENGTHS))
+        engine = tp.compile(model.train(), "float32")
+    with tp.record(engine) as actual:
+        engine(**ragged_batch(LENGTHS))
+    assert same_survivors(actual, expected)
+    assert tp.count_flops(engine, actual) == tp.count_flops(model, expected)
+    assert actual.ffn_lengths[-1].sum() < sum(LENGTHS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepEven(tp.Pruner):
+    """A method from outside the package."""
+
+    prune_mode: ClassVar[str] = "keep_even"
+    fails: bool = False
+
+    def keep(self, tokens: Any) -> Tensor:
+        if self.fails:
+            raise KeyError("of the user's own making")
+        assert (tokens.scores > 0).all() and len(tokens.scores) == tokens.layout.total
+        return (tokens.layout.indices % tokens.layout.width) % (2**tokens.layer) == 0
+
+
+def test_a_pruner_of_ones_own(level: str) -> None:
+    with pruned(tiled_model(), KeepEven()) as model:
+        with tp.record(model) as expected, torch.no_grad():
+            reference = model(**ragged_batch(LENGTHS)).logits
+        engine = tp.compile(model, "float32", threads=2)
+    with tp.record(engine) as actual:
+        assert_close(engine(**ragged_batch(LENGTHS)).logits, reference)
+    assert same_survivors(actual, expected)
+    with pruned(model, KeepEven(fails=True)):
+        engine = tp.compile(model, "float32", threads=2)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="of the user's own making"):
+            engine(**ragged_batch(LENGTHS))
+
+
+def test_memory_is_about_one_copy_of_the_weights(monkeypatch: Any) -> None:
+    model = tiled_model(vocab_size=2000)
+    numbers = sum(p.numel() for p in model.base_model.parameters())
+    for dtype, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        engine: Any = tp.compile(model, dtype)
+        tables = sum(p.numel() for p in model.base_model.embeddings.parameters())
+        expected = (numbers - tables) * size + tables * max(size, 2)
+        assert engine._encoder.weight_bytes < 1.25 * expected + 64 * 1024, dtype
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_eight_threads_at_once(threads: int) -> None:
+    """TOKEN_PRUNING_HAMMER_SECONDS=60 makes it a minute."""
+    seconds = float(os.environ.get("TOKEN_PRUNING_HAMMER_SECONDS", "2"))
+    engine = tp.compile(tp.prune(tiled_model(), PRUNERS[1]), "auto", threads=threads)
+    batches = [ragged_batch(lengths) for lengths in ((5, 40, 1), (70,), (33, 16, 17, 70), (2,) * 20, (64,) * 9)]
+    expected = [engine(**batch).logits for batch in batches]
+    wrong: list[int] = []
+    done = [0] * 8
+    sizes: list[int] = []
+    end = time.monotonic() + seconds
+
+    def hammer(number: int) -> None:
+        while time.monotonic() < end:
+            which = (number + done[number]) % len(batches)
+            if not torch.equal(engine(**batches[which]).logits, expected[which]):
+                wrong.append(which)
+            done[number] += 1
+
+    workers = [threading.Thread(target=hammer, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    time.sleep(seconds / 2)
+    sizes.append(resident_bytes())
+    for worker in workers:
+        worker.join()
+    sizes.append(resident_bytes())
+    assert not wrong and min(done) > 0
+    assert sizes[1] < sizes[0] + 20 * 2**20, "memory grew"
+
+
+def test_bad_input() -> None:
+    engine = tp.compile(tiled_model(), "float32")
+    ids = torch.full((2, 5), 7)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("input_ids holds 200; the model has ids from 0 to 199", {"input_ids": ids.clone().fill_(VOCABULARY)}),
+        ("input_ids holds -1", {"input_ids": ids.clone().fill_(-1)}),
+        ("input_ids is a torch.float32 tensor", {"input_ids": ids.float()}),
+        ("input_ids is a torch.int64 tensor of shape .5.", {"input_ids": ids[0]}),
+        ("input_ids is a list; it must be a tensor", {"input_ids": ids.tolist()}),
+        ("input_ids is a .* on meta", {"input_ids": ids.to("meta")}),
+        ("input_ids is missing", {"input_ids": None}),
+        (r"attention_mask has shape \[2, 4\]; it must be \[2, 5\]", {"attention_mask": torch.ones(2, 4)}),
+        (r"token_type_ids has shape \[2, 4\]", {"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}),
+        ("token_type_ids holds 2; the model has ids from 0 to 1", {"token_type_ids": torch.full((2, 5), 2)}),
+        ("positions for sequences of at most 80 tokens", {"input_ids": torch.full((1, 81), 7)}),
+        ("position_ids reach 80", {"position_ids": torch.full((2, 5), 80)}),
+        ("takes input_ids only", {"encoder_hidden_states": torch.zeros(1)}),
+        ("no inputs_embeds", {"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 128)}),
+    ]
+    for message, arguments in wrong:
+        with pytest.raises(tp.ConfigError, match=message):
+            engine(**{"input_ids": ids, **arguments})
+    for output in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(tp.UnsupportedModelError, match=output):
+            engine(ids, **{output: True})
+    for cu_seqlens in ([0, 5], [1, 10], [0, 12, 10], [0], [0, 6, 5, 10]):
+        with pytest.raises(tp.ConfigError, match=r"cu_seqlens is .*; it must rise from 0 to the number of tokens, 10"):
+            engine.run_packed(ids.flatten(), torch.tensor(cu_seqlens))
+    with pytest.raises(tp.ConfigError, match=r"cu_seqlens is a torch.float32 tensor"):
+        engine.run_packed(ids.flatten(), torch.tensor([0.0, 10.0]))
+    with pytest.raises(tp.ConfigError, match="token_type_ids has shape"):
+        engine.run_packed(ids.flatten(), torch.tensor([0, 10]), token_type_ids=ids[0])
+    assert engine(ids).logits.shape == (2, 3)  # and it still works
+
+
+def test_bad_settings(monkeypatch: Any, model: Any) -> None:
+    with pytest.raises(tp.ConfigError, match="dtype is 'float16'; it must be one of auto, float32, bfloat16, int8"):
+        tp.compile(model, "float16")  # type: ignore[arg-type]
+    with pytest.raises(tp.ConfigError, match="threads is 0"):
+        tp.compile(model, threads=0)
+    with pytest.raises(tp.UnsupportedModelError, match="Linear is not a Hugging Face model"):
+        tp.compile(torch.nn.Linear(2, 2))
+    monkeypatch.setenv(KERNELS_VARIABLE, "sse9")
+    with pytest.raises(tp.ConfigError, match="TOKEN_PRUNING_KERNELS is 'sse9'; it must be one of portable, avx2"):
+        tp.compile(model)
+    monkeypatch.setenv(KERNELS_VARIABLE, "torch")
+    with pytest.raises(tp.ConfigError, match=r"'int8' needs the native kernels; .* TOKEN_PRUNING_KERNELS=torch"):
+        tp.compile(model, "int8")
+
+
+def test_a_level_the_processor_lacks(monkeypatch: Any, model: Any) -> None:
+    class OldProcessor:
+        def tp_best_level(self) -> int:
+            return 1
+
+    monkeypatch.setenv(KERNELS_VARIABLE, "amx")
+    monkeypatch.setattr(compiling, "load_library", OldProcessor)
+    with pytest.raises(tp.ConfigError, match="is 'amx'; this processor's best level is 'avx2'"):
+        tp.compile(model)
+
+
+def test_without_the_library_pytorch_is_used_and_says_so_once(monkeypatch: Any, model: Any) -> None:
+    monkeypatch.setattr(compiling, "load_library", lambda: None)
+    compiling._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="native kernels were not built"):
+        engine = tp.compile(model, "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tp.compile(model, "float32")
+    assert "kernels: PyTorch, because the native library was not built" in engine.explain()
+    batch = ragged_batch(LENGTHS)
+    assert_close(engine(**batch).logits, model(**batch).logits)
+    with pytest.raises(tp.ConfigError, match=r"'int8' needs the native kernels; .*not built"):
+        tp.compile(model, "int8")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+def test_activations(activation: str, level: str) -> None:
+    model, batch = tiled_model(hidden_act=activation), ragged_batch(LENGTHS)
+    with torch.no_grad():
+        reference = model(**batch).logits
+    for dtype in ("float32", "bfloat16"):
+        engine = tp.compile(model, dtype)
+        assert_close(engine(**batch).logits, reference, WORST[dtype] * max(1, reference.abs().max().item()))
+        assert ("no activation 'silu'" in engine.explain()) == (activation == "silu" and level != "torch")
+
+
+def test_explain(monkeypatch: Any) -> None:
+    text = tp.compile(tp.prune(tiled_model(), PRUNERS[1]), "int8", threads=3).explain()
+    for part in ("dtype: int8", "threads: 3", "int8", "MiB", "FixedThreshold", "first tokens only"):
+        assert part in text
+    assert "first tokens only" not in tp.compile(tiled_model(head="token")).explain()
+    monkeypatch.setenv(KERNELS_VARIABLE, "portable")
+    assert "limits kernels to portable" in tp.compile(tiled_model()).explain()
+    assert "auto" in repr(tp.compile(tiled_model()))
+
+
+def test_half_precision_models_compile() -> None:
+    model = tiled_model()
+    batch = ragged_batch(LENGTHS)
+    reference = model(**batch).logits
+    engine = tp.compile(copy.deepcopy(model).to(torch.bfloat16), "float32")
+    assert engine(**batch).logits.dtype == torch.float32
+    assert_close(engine(**batch).logits, reference, 5e-2 * reference.abs().max().item())
+
+
+def test_native_side_refuses_what_python_would_not_send(model: Any) -> None:
+    """The last line of defence: an error code, never a read outside the tables."""
+    assert LIBRARY is not None
+    engine: Any = tp.compile(model, "float32")
+    batch = ragged_batch((3,))
+
+    def run(**changes: Any) -> None:
+        tokens = compiling.PackedTokens(
+            ids=changes.get("ids", batch["input_ids"][0].int()),
+            positions=changes.get("positions", torch.arange(3, dtype=torch.int32)),
+            token_types=changes.get("types"),
+            layout=compiling.layout_from_mask(batch["attention_mask"].bool()),
+        )
+        engine._encoder.run(tokens, engine.token_pruner, first_only=True, recorded=False)
+
+    run()
+    far = torch.tensor([0, 1, 2**30], dtype=torch.int32)
+    for change in ({"ids": far}, {"positions": far}, {"types": far}, {"ids": -far}):
+        with pytest.raises(tp.TokenPruningError, match="outside its table"):
+            run(**change)
+    handle = LIBRARY.tp_encoder_new(99, 0, 1, 32, 1, 32, ctypes.c_float(1e-5), 0)
+    assert not handle and b"level" in LIBRARY.tp_last_error()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
