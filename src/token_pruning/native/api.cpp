@@ -7,7 +7,7 @@
 #include <string>
 
 #include "encoder.h"
-#include "features.h"
+#include "cpu_level.h"
 
 #define TP_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -204,7 +204,7 @@ private:
             c.attended = arena.take<float>(rows * widest);
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
-            scratch_[t].product = arena.take<char>(kernels_.product_scratch(rows));
+            scratch_[t].product = arena.take<char>(std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
             scratch_[t].attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size()));
         }
     }
@@ -582,7 +582,7 @@ void apply_linear(const Kernels& kernels, const PackedLinear& linear, const floa
         kernels.enter();
         for (int begin = 0; begin < rows; begin += kernels.chunk_rows) {
             const int here = std::min(kernels.chunk_rows, rows - begin);
-            Buffer packed(kernels.packed_rows_bytes(here, linear.in)), scratch(kernels.product_scratch(here)),
+            Buffer packed(kernels.packed_rows_bytes(here, linear.in)), scratch(kernels.product_scratch(here, linear.in, linear.out)),
                 scale(here * sizeof(float));
             kernels.pack_rows(x + (size_t)begin * linear.in, false, linear.in, nullptr, 0, here, here, linear.in,
                               packed.data(), (float*)scale.data());

@@ -75,7 +75,7 @@ struct Kernels {
     // Rows [begin, end) of a block of `rows`; begin is a multiple of row_tile. source_half: rows are bfloat16.
     void (*pack_rows)(const void* source, bool source_half, size_t stride, const int* index, int begin, int end,
                       int rows, int in, void* packed, float* row_scale);
-    size_t (*product_scratch)(int rows);
+    size_t (*product_scratch)(int rows, int in, int out);
     void (*multiply)(const Product&);
     size_t (*attention_scratch)(int keys, int head_size);
     void (*attend)(const Attention&);

@@ -3,11 +3,13 @@
 // A tile is 16 rows of 64 bytes. A product of tiles adds a 16 × (32 bfloat16 | 64 int8) tile of rows times a tile of
 // weights (pairs or quadruples of input columns interleaved) to a 16 × 16 tile of 32-bit sums.
 //
-// Product. Weights are stored [out / 32][in / TILE_K][2 tiles], rows [rows / 16][in / TILE_K][tile]: every tile is one
-// contiguous kilobyte. Two tiles of rows and two of weights give four tiles of sums, so that each tile that is loaded is
-// used twice. A block of DEPTH tiles of weights (2 × DEPTH KiB) stays in the first-level cache while all rows pass by
-// from the second; meanwhile the next block is prefetched, spread evenly over the loop. Sums of a panel wait in a
-// scratch of [rows][32] between blocks. Tiles of a sum are added in one order, so a row never depends on its neighbours.
+// Product. Weights are stored [out / 32][in / TILE_K][2 tiles]; rows in blocks of a few tiles of input columns,
+// [in / (DEPTH · TILE_K)][rows / 32][DEPTH][2 tiles]: everything is read in the order it lies in memory. Two tiles of rows
+// and two of weights give four tiles of sums, so that each tile that is loaded is used twice. A block of weights
+// (2 · DEPTH KiB) stays in the first-level cache while all rows pass by from the second; meanwhile the next block is
+// prefetched, spread evenly over the loop. Sums wait in a scratch between blocks. Where the input is wide, SUPER tiles of
+// it are multiplied with all panels before the next, so that the rows in use fit the second-level cache too. Tiles of a
+// sum are added in one order, so a row never depends on its neighbours.
 //
 // Attention. 32 queries at a time: scores on tiles, softmax in vectors, context on tiles. Keys and values of the head are
 // rearranged into weight tiles once. Probabilities are not normalised before they are multiplied with the values: the
@@ -19,6 +21,11 @@ namespace tp {
 namespace TP_LEVEL {
 
 constexpr int TILE = 1024;  // bytes
+constexpr int SUPER = 24;   // tiles of input columns before the next panel
+
+// Tiles of input columns in a block, a divisor of SUPER: two pairs of row tiles and a block stay in the first-level cache
+// together if they are a little shorter.
+static inline int depth_for(int pairs) { return pairs == 2 ? 6 : 8; }
 
 // Tile instructions of our own: GCC 12's intrinsics do not tell the compiler what memory they read or write.
 template <int T>
@@ -171,20 +178,27 @@ static size_t packed_rows_bytes(int rows, int in) {
     return round_up(rows, 32) * in * sizeof(typename T::Number);
 }
 
+// Where a tile of a row lies among packed rows, in bytes.
+static inline size_t packed_place(int row, int tile, int pairs, int tiles) {
+    const int deepest = depth_for(pairs), block = tile / deepest * deepest, depth = smaller(deepest, tiles - block);
+    return ((size_t)block * pairs + (size_t)(row / 32) * depth + (tile - block)) * 2 * TILE + (row / 16 % 2) * TILE +
+           (row % 16) * 64;
+}
+
 static inline __m512 load_row(const void* x, bool half, int i) {
     return half ? (__m512)load((const uint16_t*)x + i) : _mm512_loadu_ps((const float*)x + i);
 }
 
 template <class T>
-static void pack_rows(const void* source, bool half, size_t stride, const int* index, int begin, int end, int, int in,
-                      void* packed, float* row_scale) {
+static void pack_rows(const void* source, bool half, size_t stride, const int* index, int begin, int end, int rows,
+                      int in, void* packed, float* row_scale) {
     const size_t width = half ? 2 : 4;
-    const int tiles = in / T::tile_k;
+    const int tiles = in / T::tile_k, pairs = (rows + 31) / 32;
     for (int r = begin; r < end; r++) {
         const char* x = (const char*)source + (size_t)(index ? index[r] : r) * stride * width;
-        char* to = (char*)packed + (size_t)(r / 16) * tiles * TILE + (r & 15) * 64;
         if (sizeof(typename T::Number) == 2) {
-            for (int t = 0; t < tiles; t++, to += TILE) {
+            for (int t = 0; t < tiles; t++) {
+                char* to = (char*)packed + packed_place(r, t, pairs, tiles);
                 if (half)
                     _mm512_store_si512(to, _mm512_loadu_si512(x + (size_t)t * 64));
                 else
@@ -197,45 +211,46 @@ static void pack_rows(const void* source, bool half, size_t stride, const int* i
             row_scale[r] = top > 0 ? top / 127.0f : 1.0f;
             __m512 factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 1.0f);
             for (int i = 0; i < in; i += 16)
-                _mm_storeu_si128((__m128i*)(to + (size_t)(i / 64) * TILE + i % 64),
+                _mm_storeu_si128((__m128i*)((char*)packed + packed_place(r, i / 64, pairs, tiles) + i % 64),
                                  _mm512_cvtsepi32_epi8(
                                      _mm512_cvtps_epi32(_mm512_mul_ps(load_row(x, half, i), factor))));
         }
     }
 }
 
-static size_t product_scratch(int rows) { return round_up(rows, 32) * 32 * sizeof(float); }
+// Sums of one panel, or of all where the input is multiplied in several parts, and the block that is being finished.
+static size_t product_scratch(int rows, int in, int out) {
+    const size_t panels = in / 32 > SUPER ? round_up(out, 32) / 32 : 1;
+    return (round_up(rows, 32) * panels + 32) * 32 * sizeof(float);
+}
 
-#ifndef TP_DEPTH
-#define TP_DEPTH 12
-#endif
-constexpr int DEPTH = TP_DEPTH;  // tiles of input columns in a block
-
-// sums[16 · ROW_TILES][32] (+)= rows · weights over `depth` tiles, prefetching `lines` cache lines per step.
+// to[2 · ROW_TILES tiles] = (from +) rows · weights over `depth` tiles, prefetching `lines` cache lines per step.
 template <class T, int ROW_TILES>
-static inline void micro(const char* rows, size_t row_tile_stride, const char* weights, int depth, float* sums,
+static inline void micro(const char* rows, const char* weights, int depth, const float* from, float* to,
                          bool accumulate, const char* prefetch, int lines) {
     if (accumulate) {
-        tile_load<0>(sums, 128), tile_load<1>(sums + 16, 128);
-        if (ROW_TILES == 2) tile_load<2>(sums + 512, 128), tile_load<3>(sums + 528, 128);
+        tile_load<0>(from, 64), tile_load<1>(from + 256, 64);
+        if (ROW_TILES == 2) tile_load<2>(from + 512, 64), tile_load<3>(from + 768, 64);
     } else {
         tile_zero<0>(), tile_zero<1>();
         if (ROW_TILES == 2) tile_zero<2>(), tile_zero<3>();
     }
     for (int k = 0; k < depth; k++) {
-        tile_load<6>(weights, 64), tile_load<7>(weights + TILE, 64);
         tile_load<4>(rows, 64);
-        T::template tile_multiply<0, 4, 6>(), T::template tile_multiply<1, 4, 7>();
+        tile_load<6>(weights, 64);
+        T::template tile_multiply<0, 4, 6>();
+        tile_load<7>(weights + TILE, 64);
+        T::template tile_multiply<1, 4, 7>();
         if (ROW_TILES == 2) {
-            tile_load<5>(rows + row_tile_stride, 64);
+            tile_load<5>(rows + TILE, 64);
             T::template tile_multiply<2, 5, 6>(), T::template tile_multiply<3, 5, 7>();
         }
         for (int i = 0; i < lines; i++) _mm_prefetch(prefetch + 64 * i, _MM_HINT_T1);
         prefetch += 64 * lines;
-        rows += TILE, weights += 2 * TILE;
+        rows += 2 * TILE, weights += 2 * TILE;
     }
-    tile_store<0>(sums, 128), tile_store<1>(sums + 16, 128);
-    if (ROW_TILES == 2) tile_store<2>(sums + 512, 128), tile_store<3>(sums + 528, 128);
+    tile_store<0>(to, 64), tile_store<1>(to + 256, 64);
+    if (ROW_TILES == 2) tile_store<2>(to + 512, 64), tile_store<3>(to + 768, 64);
 }
 
 template <class T, Epilogue E>
@@ -248,15 +263,16 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
         scale0 = _mm512_loadu_ps(w.scale + column), scale1 = _mm512_loadu_ps(w.scale + column + 16);
     for (int r = begin; r < end; r++) {
         __m512 v0, v1;
+        const float* left = sums + (r - begin) / 16 * 512 + (r - begin) % 16 * 16;  // the row in the left tile
         if (sizeof(typename T::Number) == 1) {
             __m512 row = _mm512_set1_ps(p.row_scale[r]);
-            v0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * 32));
-            v1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + r * 32 + 16));
+            v0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(left));
+            v1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(left + 256));
             v0 = _mm512_fmadd_ps(_mm512_mul_ps(v0, row), scale0, bias0);
             v1 = _mm512_fmadd_ps(_mm512_mul_ps(v1, row), scale1, bias1);
         } else {
-            v0 = _mm512_add_ps(_mm512_loadu_ps(sums + r * 32), bias0);
-            v1 = _mm512_add_ps(_mm512_loadu_ps(sums + r * 32 + 16), bias1);
+            v0 = _mm512_add_ps(_mm512_loadu_ps(left), bias0);
+            v1 = _mm512_add_ps(_mm512_loadu_ps(left + 256), bias1);
         }
         const size_t place = (size_t)r * p.out_stride + column;
         if (E == Epilogue::store) {
@@ -264,8 +280,8 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
         } else if (E == Epilogue::activate_store) {
             store_half((uint16_t*)p.out + place, activated(table, v0, p.activation), activated(table, v1, p.activation));
         } else if (E == Epilogue::activate_pack) {
-            uint16_t* to = (uint16_t*)p.out + ((size_t)(r / 16) * (w.out / 32) + panel) * 512 + (r & 15) * 32;
-            store_half(to, activated(table, v0, p.activation), activated(table, v1, p.activation));
+            char* to = (char*)p.out + packed_place(r, panel, (p.rows + 31) / 32, w.out / 32);
+            store_half((uint16_t*)to, activated(table, v0, p.activation), activated(table, v1, p.activation));
         } else {
             float* to = (float*)p.out + place;
             if (E == Epilogue::residual) {
@@ -282,25 +298,38 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
 
 template <class T, Epilogue E>
 static void multiply_with(const Product& p) {
-    const int tiles = p.linear->in / T::tile_k, row_tiles = (p.rows + 15) / 16;
-    const size_t row_tile_stride = (size_t)tiles * TILE, panel_bytes = (size_t)tiles * 2 * TILE;
-    const char* weights_end = (const char*)p.linear->weight + panel_bytes * p.last_panel;
-    float* sums = (float*)p.scratch;
-    for (int panel = p.first_panel; panel < p.last_panel; panel++)
-        for (int k = 0; k < tiles; k += DEPTH) {
-            const int depth = smaller(DEPTH, tiles - k);
-            const char* weights = (const char*)p.linear->weight + panel_bytes * panel + (size_t)k * 2 * TILE;
-            const char* next = weights + (size_t)depth * 2 * TILE;
-            const int steps = (row_tiles + 1) / 2 * depth, lines = (depth * 2 * TILE / 64 + steps - 1) / steps;
-            for (int tile = 0; tile < row_tiles; tile += 2) {
-                const char* prefetch = next + (size_t)(tile / 2) * depth * lines * 64;
-                const int count = prefetch + (size_t)depth * lines * 64 <= weights_end ? lines : 0;
-                const char* rows = (const char*)p.packed_rows + row_tile_stride * tile + (size_t)k * TILE;
-                if (tile + 1 < row_tiles)
-                    micro<T, 2>(rows, row_tile_stride, weights, depth, sums + tile * 512, k > 0, prefetch, count);
-                else
-                    micro<T, 1>(rows, row_tile_stride, weights, depth, sums + tile * 512, k > 0, prefetch, count);
-                if (k + depth == tiles) finish<T, E>(p, sums, panel, tile * 16, smaller(p.rows, tile * 16 + 32));
+    const int tiles = p.linear->in / T::tile_k, row_tiles = (p.rows + 15) / 16, pairs = (row_tiles + 1) / 2;
+    const int deepest = depth_for(pairs);
+    const size_t panel_bytes = (size_t)tiles * 2 * TILE;
+    const char* all_weights = (const char*)p.linear->weight;
+    float* finished = (float*)p.scratch;
+    float* waiting = finished + 1024;
+    for (int super = 0; super < tiles; super += SUPER)
+        for (int panel = p.first_panel; panel < p.last_panel; panel++) {
+            const int end = smaller(tiles, super + SUPER);
+            float* sums = tiles > SUPER ? waiting + (size_t)(panel - p.first_panel) * pairs * 1024 : waiting;
+            for (int k = super; k < end; k += deepest) {
+                const int depth = smaller(deepest, end - k);
+                const bool last = k + depth == tiles;
+                const char* weights = all_weights + panel_bytes * panel + (size_t)k * 2 * TILE;
+                const char* next = weights + (size_t)depth * 2 * TILE;  // where the walk over the weights goes on
+                if (k + depth == end)
+                    next = panel + 1 < p.last_panel ? weights + panel_bytes - (size_t)(k - super) * 2 * TILE
+                           : end < tiles            ? all_weights + panel_bytes * p.first_panel + (size_t)end * 2 * TILE
+                                                    : nullptr;
+                const int lines = next ? (depth * 2 * TILE / 64 + pairs * depth - 1) / (pairs * depth) : 0;
+                const char* rows = (const char*)p.packed_rows + ((size_t)k * pairs) * 2 * TILE;
+                for (int pair = 0; pair < pairs; pair++) {
+                    const char* block = rows + (size_t)pair * depth * 2 * TILE;
+                    const char* prefetch = next + (size_t)pair * depth * lines * 64;
+                    const int count = pair * depth * lines * 64 < depth * 2 * TILE ? lines : 0;
+                    float *from = sums + pair * 1024, *to = last ? finished : from;
+                    if (2 * pair + 1 < row_tiles)
+                        micro<T, 2>(block, weights, depth, from, to, k > 0, prefetch, count);
+                    else
+                        micro<T, 1>(block, weights, depth, from, to, k > 0, prefetch, count);
+                    if (last) finish<T, E>(p, finished, panel, pair * 32, smaller(p.rows, pair * 32 + 32));
+                }
             }
         }
 }

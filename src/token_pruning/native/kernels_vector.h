@@ -17,25 +17,33 @@ namespace TP_LEVEL {
 constexpr int NR = 2 * W;
 constexpr int MR = W == 16 ? 12 : 6;
 constexpr int DEPTH = 256;
+constexpr int PREFETCH_STEP = 16;  // columns between two prefetches
 
 static inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-// sums[ROWS][NR] (+)= rows[ROWS][DEPTH] · panel[depth][NR]; rows of sums are `stride` apart.
+// sums[ROWS][NR] (+)= rows[ROWS][DEPTH] · panel[depth][NR]; rows of sums are `stride` apart. Every PREFETCH_STEP columns
+// `lines` cache lines are prefetched from `prefetch` on.
 template <int ROWS>
-static void micro(const float* rows, const float* panel, int depth, float* sums, size_t stride, bool accumulate) {
+static void micro(const float* rows, const float* panel, int depth, float* sums, size_t stride, bool accumulate,
+                  const char* prefetch, int lines) {
     Vec c[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
         c[r][0] = accumulate ? load(sums + r * stride) : Vec{};
         c[r][1] = accumulate ? load(sums + r * stride + W) : Vec{};
     }
-    for (int k = 0; k < depth; k++) {
-        Vec b0 = load(panel + (size_t)k * NR), b1 = load(panel + (size_t)k * NR + W);
+    for (int from = 0; from < depth; from += PREFETCH_STEP) {
+        for (int i = 0; i < lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
+        prefetch += 64 * lines;
+        const int to = smaller(depth, from + PREFETCH_STEP);
+        for (int k = from; k < to; k++) {
+            Vec b0 = load(panel + (size_t)k * NR), b1 = load(panel + (size_t)k * NR + W);
 #pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-            Vec a = all(rows[r * DEPTH + k]);
-            c[r][0] += a * b0;
-            c[r][1] += a * b1;
+            for (int r = 0; r < ROWS; r++) {
+                Vec a = all(rows[r * DEPTH + k]);
+                c[r][0] += a * b0;
+                c[r][1] += a * b1;
+            }
         }
     }
 #pragma GCC unroll 16
@@ -45,7 +53,7 @@ static void micro(const float* rows, const float* panel, int depth, float* sums,
     }
 }
 
-typedef void (*Micro)(const float*, const float*, int, float*, size_t, bool);
+typedef void (*Micro)(const float*, const float*, int, float*, size_t, bool, const char*, int);
 template <int... ROWS>
 struct MicroTable {
     static constexpr Micro table[] = {micro<ROWS + 1>...};
@@ -57,8 +65,8 @@ typedef MicroTable<0, 1, 2, 3, 4, 5> Micros;
 #endif
 
 static void micro_any(int count, const float* rows, const float* panel, int depth, float* sums, size_t stride,
-                      bool accumulate) {
-    Micros::table[count - 1](rows, panel, depth, sums, stride, accumulate);
+                      bool accumulate, const char* prefetch = nullptr, int lines = 0) {
+    Micros::table[count - 1](rows, panel, depth, sums, stride, accumulate, prefetch, lines);
 }
 
 static bool fits(int, int, int head_size) { return head_size <= DEPTH; }
@@ -117,7 +125,7 @@ static void pack_rows(const void* source, bool, size_t stride, const int* index,
     }
 }
 
-static size_t product_scratch(int rows) { return ((size_t)rows + DEPTH) * NR * sizeof(float); }
+static size_t product_scratch(int rows, int, int) { return ((size_t)rows + DEPTH) * NR * sizeof(float); }
 
 static inline const float* widen(const float* panel, int, float*) { return panel; }
 static inline const float* widen(const uint16_t* panel, int depth, float* to) {
@@ -174,15 +182,25 @@ static void multiply(const Product& p) {
     const Linear& w = *p.linear;
     float* sums = (float*)p.scratch;
     float* widened = sums + (size_t)p.rows * NR;
+    // As even as can be: a last step of one or two rows would wait for its own sums.
+    const int steps = (p.rows + MR - 1) / MR, step = (p.rows + steps - 1) / steps;
+    const Weight* end = (const Weight*)w.weight + (size_t)p.last_panel * w.in * NR;
     for (int panel = p.first_panel; panel < p.last_panel; panel++) {
-        int columns = smaller(NR, w.out - panel * NR);
+        const int columns = smaller(NR, w.out - panel * NR);
         for (int k = 0; k < w.in; k += DEPTH) {
-            int depth = smaller(DEPTH, w.in - k);
-            const float* b = widen((const Weight*)w.weight + ((size_t)panel * w.in + k) * NR, depth, widened);
+            const int depth = smaller(DEPTH, w.in - k);
+            const Weight* block = (const Weight*)w.weight + ((size_t)panel * w.in + k) * NR;
+            const float* b = widen(block, depth, widened);
             const float* a = (const float*)p.packed_rows + (size_t)(k / DEPTH) * p.rows * DEPTH;
-            for (int r = 0; r < p.rows; r += MR) {
-                int count = smaller(MR, p.rows - r);
-                micro_any(count, a + (size_t)r * DEPTH, b, depth, sums + (size_t)r * NR, NR, k > 0);
+            // The next block, which follows in memory, spread over this one's steps.
+            const char* next = (const char*)(block + (size_t)depth * NR);
+            const int slots = (depth + PREFETCH_STEP - 1) / PREFETCH_STEP;
+            const int ahead = (int)(smaller(depth * NR, (int)(end - block) - depth * NR) * sizeof(Weight) / 64);
+            const int lines = (ahead + steps * slots - 1) / (steps * slots);
+            for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
+                const int count = smaller(step, p.rows - r);
+                micro_any(count, a + (size_t)r * DEPTH, b, depth, sums + (size_t)r * NR, NR, k > 0,
+                          next + (size_t)fetched * 64, fetched < ahead ? lines : 0);
                 if (k + depth == w.in)
                     for (int i = r; i < r + count; i++) finish(p, sums + (size_t)i * NR, i, panel * NR, columns);
             }

@@ -37,7 +37,15 @@ static inline Vec load(const float* p) {
     return v;
 }
 static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-static inline Vec all(float x) { return Vec{} + x; }
+static inline Vec all(float x) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_set1_ps(x);
+#else
+    return Vec{x, x, x, x};
+#endif
+}
 static inline Vec load(const uint16_t* p) {  // bfloat16 is the upper half of a float32
     VecHalf h;
     memcpy(&h, p, sizeof h);
