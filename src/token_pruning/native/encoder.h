@@ -26,6 +26,19 @@ private:
     size_t bytes_ = 0;
 };
 
+// Memory for many matrices: one after the other in a few large pieces, since huge pages are whole or nothing.
+class Slabs {
+public:
+    explicit Slabs(size_t slab_bytes) : slab_bytes_(slab_bytes) {}
+    char* take(size_t bytes);
+    size_t used() const { return used_; }
+
+private:
+    const size_t slab_bytes_;
+    size_t left_ = 0, used_ = 0;
+    std::vector<Buffer> slabs_;
+};
+
 struct Shape {
     int layers, hidden, heads, inner;
     float epsilon;
@@ -33,33 +46,27 @@ struct Shape {
     int head_size() const { return hidden / heads; }
 };
 
-// A weight matrix with the memory it owns.
-class PackedLinear : public Linear {
-public:
-    PackedLinear() = default;
-    PackedLinear(const Kernels& kernels, const float* weight, const float* bias, int in, int out);
-    size_t bytes() const { return memory_.bytes(); }
-    int panels(const Kernels& kernels) const { return (out + kernels.panel - 1) / kernels.panel; }
-
-private:
-    Buffer memory_;
-};
+// A weight matrix packed for `kernels`; weight is [out, in], bias [out] or null.
+Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, int in, int out);
+inline int panels(const Kernels& kernels, const Linear& linear) {
+    return (linear.out + kernels.panel - 1) / kernels.panel;
+}
 
 struct Norm {
     std::vector<float> gamma, beta;
 };
 
 struct Layer {
-    PackedLinear query, key, value, output, up, down;
+    Linear query, key, value, output, up, down;
     Norm attention_norm, output_norm;
 };
 
 struct Embeddings {
-    Buffer word, position, type;  // rows of bfloat16 or float32; type may be empty
+    const char *word = nullptr, *position = nullptr, *type = nullptr;  // rows of bfloat16 or float32; type may be null
     int size = 0;                 // width of the tables, which may differ from the encoder's
     int words = 0, positions = 0, types = 0;
     Norm norm;
-    PackedLinear projection;  // size → hidden, where they differ
+    Linear projection;  // size → hidden, where they differ
 };
 
 // Decides what stays. Writes 1 or 0 per row to `keep`; returns non-zero to stop the forward pass.
@@ -91,13 +98,13 @@ public:
     Encoder(const Kernels& kernels, Shape shape) : kernels(kernels), shape(shape), layers(shape.layers) {}
     // Non-zero when `decide` asked to stop.
     int forward(const Request& request);
-    size_t weight_bytes() const;
 
     const Kernels& kernels;
     const Shape shape;
     std::vector<Layer> layers;
     Embeddings embeddings;
     bool half_tables = false;
+    Slabs memory{32 << 20};  // of all matrices and tables
 
 private:
     friend class Pass;
@@ -108,6 +115,6 @@ private:
 };
 
 // out[rows, linear.out] float32 = x[rows, linear.in] float32 · weightᵀ + bias.
-void apply_linear(const Kernels& kernels, const PackedLinear& linear, const float* x, int rows, float* out, int threads);
+void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, int rows, float* out, int threads);
 
 }  // namespace tp
