@@ -13,6 +13,7 @@ test: .venv/installed  ## all tests
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror src/token_pruning/native/* tests/native/*.cpp
 
 sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	tests/native/build.sh address,undefined

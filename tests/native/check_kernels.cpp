@@ -85,9 +85,10 @@ static double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)
 static void check_product(const Candidate& level, int rows, int in, int out) {
     const Kernels& k = *level.kernels;
     if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
-    const std::string name = level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" + std::to_string(out);
-    const auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in, 0.1f), b = random_numbers(out),
-               other = random_numbers((size_t)(rows + 3) * out);
+    const std::string name =
+        level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" + std::to_string(out);
+    const auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in, 0.1f),
+               b = random_numbers(out), other = random_numbers((size_t)(rows + 3) * out);
     Slabs slabs(0);
     const Linear linear = pack_linear(k, slabs, w.data(), b.data(), in, out);
     std::vector<int> index(rows), residual_index(rows);
@@ -109,8 +110,9 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     auto run = [&](Epilogue epilogue, void* to, int parts) {
         const int count = panels(k, linear);
         for (int part = 0; part < parts; part++)
-            k.multiply({&linear, packed.data, (float*)scale.data, rows, count * part / parts, count * (part + 1) / parts,
-                        epilogue, Activation::gelu, to, (size_t)out, other.data(), residual_index.data(), scratch.data});
+            k.multiply({&linear, packed.data, (float*)scale.data, rows, count * part / parts,
+                        count * (part + 1) / parts, epilogue, Activation::gelu, to, (size_t)out, other.data(),
+                        residual_index.data(), scratch.data});
     };
     auto compare = [&](const std::string& what, auto actual, auto wanted) {
         double worst = 0;
@@ -130,8 +132,9 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     run(Epilogue::store_float, floats.data, 3);
     check(std::memcmp(whole.data(), f, whole.size() * 4) == 0, name + " in parts");
     run(Epilogue::residual, floats.data, 2);
-    compare("residual", [&](size_t i) { return f[i]; },
-            [&](size_t i) { return expected[i] + other[(size_t)residual_index[i / out] * out + i % out]; });
+    compare(
+        "residual", [&](size_t i) { return f[i]; },
+        [&](size_t i) { return expected[i] + other[(size_t)residual_index[i / out] * out + i % out]; });
     run(Epilogue::store, exchange.data, 2);
     compare("store", exchanged, plain);
     run(Epilogue::activate_store, exchange.data, 1);
@@ -167,8 +170,8 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     fill(xq.data, q), fill(xk.data, key), fill(xv.data, value);
     const float scale = 1 / std::sqrt((float)head_size);
     k.enter();
-    k.attend({xq.data, xk.data, xv.data, (size_t)head_size, (size_t)head_size, queries, keys, head_size, scale, context.data,
-              (size_t)head_size, (float*)received.data, scratch.data});
+    k.attend({xq.data, xk.data, xv.data, (size_t)head_size, (size_t)head_size, queries, keys, head_size, scale,
+              context.data, (size_t)head_size, (float*)received.data, scratch.data});
     k.leave();
     std::vector<double> sums(keys), expected(q.size());
     for (int i = 0; i < queries; i++) {
@@ -234,7 +237,8 @@ struct Model {
         e.projection = linear(0);
         for (int l = 0, i = 1; l < shape.layers; l++) {
             Layer& layer = encoder->layers[l];
-            for (Linear* to : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.up, &layer.down}) *to = linear(i++);
+            for (Linear* to : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.up, &layer.down})
+                *to = linear(i++);
             layer.attention_norm = layer.output_norm = {gamma, beta};
         }
         return encoder;
@@ -253,7 +257,8 @@ struct Model {
         double mean = 0, variance = 0;
         for (double v : x) mean += v / x.size();
         for (double v : x) variance += (v - mean) * (v - mean) / x.size();
-        for (size_t i = 0; i < x.size(); i++) x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * gamma[i] + beta[i];
+        for (size_t i = 0; i < x.size(); i++)
+            x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * gamma[i] + beta[i];
         return x;
     }
 
@@ -273,14 +278,16 @@ struct Model {
         for (int l = 0; l < shape.layers; l++) {
             const int base = 1 + 6 * l, n = (int)x.size();
             std::vector<Row> q, k, v, context(n, Row(shape.hidden));
-            for (const Row& row : x) q.push_back(apply(base, row)), k.push_back(apply(base + 1, row)), v.push_back(apply(base + 2, row));
+            for (const Row& row : x)
+                q.push_back(apply(base, row)), k.push_back(apply(base + 1, row)), v.push_back(apply(base + 2, row));
             Row received(n);
             for (int h = 0; h < heads; h++)
                 for (int i = 0; i < n; i++) {
                     Row p(n);
                     double top = -1e300, total = 0;
                     for (int j = 0; j < n; j++) {
-                        for (int d = h * part; d < (h + 1) * part; d++) p[j] += q[i][d] * k[j][d] / std::sqrt((double)part);
+                        for (int d = h * part; d < (h + 1) * part; d++)
+                            p[j] += q[i][d] * k[j][d] / std::sqrt((double)part);
                         top = std::max(top, p[j]);
                     }
                     for (double& e : p) total += e = std::exp(e - top);
@@ -368,7 +375,8 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                 if (count) worst /= 3 * std::sqrt(squares / count);
                 check(worst <= 2 * level.tolerance(), name + ": " + std::to_string(worst));
                 if (level.dtype == Dtype::float32) check(same, name + ": other tokens kept");
-                std::vector<float> now((float*)out.data, (float*)out.data + (first_only ? lengths.size() : tokens) * hidden);
+                std::vector<float> now((float*)out.data,
+                                       (float*)out.data + (first_only ? lengths.size() : tokens) * hidden);
                 if (threads == 1)
                     once = now;
                 else
@@ -415,18 +423,22 @@ int main(int count, char** arguments) {
             for (int rows : {1, 33, 70}) check_product(level, rows, 1600, 96), check_product(level, rows, 300, 33);
             for (int in : {1, 7, 50, 255, 256, 257}) check_product(level, 13, in, in == 7 ? 1 : 40);
             for (int keys : {1, 2, 15, 16, 17, 31, 32, 33, 63, 100, 257, 512})
-                for (int head_size : {32, 64, 96, 128, 8, 20}) check_attention(level, keys, keys > 200 ? 40 : keys, head_size);
+                for (int head_size : {32, 64, 96, 128, 8, 20})
+                    check_attention(level, keys, keys > 200 ? 40 : keys, head_size);
             check_attention(level, 50, 1, 64);
         }
-        if (level.kernels->fits(model.shape.hidden, model.shape.inner, 32) && level.kernels->fits(model.size, model.size, 32)) {
-            check_encoder(level, model, quick ? std::vector<int>{5, 70} : std::vector<int>{1, 2, 15, 16, 17, 31, 32, 33});
+        if (level.kernels->fits(model.shape.hidden, model.shape.inner, 32) &&
+            level.kernels->fits(model.size, model.size, 32)) {
+            check_encoder(level, model,
+                          quick ? std::vector<int>{5, 70} : std::vector<int>{1, 2, 15, 16, 17, 31, 32, 33});
             if (!quick) check_encoder(level, model, {40}), check_encoder(level, model, {300, 260, 90});
             check_many_callers(level, model);
         } else if (level.kernels->half) {  // the embeddings' width of 32 is no multiple of 64
             Model wide;
             wide.size = 128;
             wide.word = random_numbers(wide.words * 128), wide.position = random_numbers(wide.positions * 128);
-            wide.type = random_numbers(256), wide.weights[0] = random_numbers(128 * 64, 0.1f), wide.sizes[0] = {128, 64};
+            wide.type = random_numbers(256), wide.weights[0] = random_numbers(128 * 64, 0.1f),
+            wide.sizes[0] = {128, 64};
             check_encoder(level, wide, {1, 17, 33, 64});
             check_many_callers(level, wide);
         }

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "encoder.h"
 #include "cpu_level.h"
+#include "encoder.h"
 
 #define TP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -33,11 +33,15 @@ const Kernels* kernels_at(int level, Dtype dtype) {
     if (level > best_level()) return nullptr;
     switch (level) {
 #if defined(TP_X86)
-        case AMX: return amx_kernels(dtype);
-        case AVX512: return avx512_kernels(dtype);
-        case AVX2: return avx2_kernels(dtype);
+        case AMX:
+            return amx_kernels(dtype);
+        case AVX512:
+            return avx512_kernels(dtype);
+        case AVX2:
+            return avx2_kernels(dtype);
 #endif
-        case PORTABLE: return portable_kernels(dtype);
+        case PORTABLE:
+            return portable_kernels(dtype);
     }
     return nullptr;
 }
@@ -86,8 +90,8 @@ TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, int layers, int hidden, 
 
 TP_EXPORT void tp_encoder_free(Encoder* encoder) { delete encoder; }
 
-// which: 0 query, 1 key, 2 value, 3 attention output, 4 feed-forward up, 5 feed-forward down; layer -1: the projection of
-// embeddings of another width. weight is [out, in].
+// which: 0 query, 1 key, 2 value, 3 attention output, 4 feed-forward up, 5 feed-forward down; layer -1: the projection
+// of embeddings of another width. weight is [out, in].
 TP_EXPORT int tp_encoder_set_linear(Encoder* encoder, int layer, int which, const float* weight, const float* bias,
                                     int in, int out) {
     return guarded(
@@ -121,7 +125,8 @@ TP_EXPORT int tp_encoder_set_norm(Encoder* encoder, int layer, int which, const 
         -1);
 }
 
-// which: 0 words, 1 positions, 2 token types. values is [rows, size], of bfloat16 if `half`, which all tables must share.
+// which: 0 words, 1 positions, 2 token types. values is [rows, size], of bfloat16 if `half`, which all tables must
+// share.
 TP_EXPORT int tp_encoder_set_table(Encoder* encoder, int which, const void* values, int rows, int size, int half) {
     return guarded(
         [&] {

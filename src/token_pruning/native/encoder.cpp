@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <thread>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -61,8 +62,8 @@ Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, co
 Buffer Encoder::borrow(size_t bytes) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        auto best = std::find_if(workspaces_.begin(), workspaces_.end(),
-                                 [&](const Buffer& b) { return b.bytes() >= bytes; });
+        auto best =
+            std::find_if(workspaces_.begin(), workspaces_.end(), [&](const Buffer& b) { return b.bytes() >= bytes; });
         if (best == workspaces_.end() && !workspaces_.empty()) best = workspaces_.begin();
         if (best != workspaces_.end()) {
             Buffer found = std::move(*best);
@@ -94,14 +95,14 @@ struct Arena {
 
 // What a team needs for the chunk of rows it works on.
 struct ChunkSpace {
-    char* packed;          // rows of the hidden size, packed
-    char* packed_inner;    // rows of the feed-forward's inner size, packed
-    char* inner;           // the same before quantisation
-    char* projected;       // queries, keys and values, exchange type [rows, 3 · hidden]
-    char* first_queries;   // exchange type [sequences, hidden]
+    char* packed;            // rows of the hidden size, packed
+    char* packed_inner;      // rows of the feed-forward's inner size, packed
+    char* inner;             // the same before quantisation
+    char* projected;         // queries, keys and values, exchange type [rows, 3 · hidden]
+    char* first_queries;     // exchange type [sequences, hidden]
     float *sums, *attended;  // [rows, hidden]
-    float* received;       // [heads, rows]
-    float* row_scale;      // [rows]
+    float* received;         // [heads, rows]
+    float* row_scale;        // [rows]
 };
 
 struct ThreadSpace {
@@ -128,7 +129,10 @@ Range share(int count, int rank, int threads, int step = 1) {
 class Pass {
 public:
     Pass(Encoder& encoder, const Request& request)
-        : encoder_(encoder), kernels_(encoder.kernels), shape_(encoder.shape), request_(request),
+        : encoder_(encoder),
+          kernels_(encoder.kernels),
+          shape_(encoder.shape),
+          request_(request),
           tokens_(request.cu_seqlens[request.sequences]) {
         for (int s = 0; s < request.sequences; s++)
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
@@ -147,12 +151,13 @@ public:
         offsets_.assign(request_.cu_seqlens, request_.cu_seqlens + request_.sequences + 1);
         original_.resize(tokens_);
         for (int i = 0; i < tokens_; i++) original_[i] = i;
-        kept_.reserve(tokens_), dropped_.reserve(tokens_), keep_.resize(tokens_);
+        // Nothing is allocated from here on: no thread may fail while others wait for it.
+        kept_.reserve(tokens_), dropped_.reserve(tokens_), left_.reserve(tokens_), keep_.resize(tokens_);
+        next_offsets_.reserve(offsets_.size()), sequence_chunks_.reserve(request_.sequences);
+        row_chunks_.reserve(tokens_ / 32 + asked + 1), dropped_chunks_.reserve(tokens_ / 32 + asked + 1);
         run_on_team(asked, [&](int rank, int threads) {
             if (rank == 0) begin(threads);
-            // The others learn of the mode from `barrier_`, which rank 0 makes.
-            while (!started_.load(std::memory_order_acquire)) {
-            }
+            while (!started_.load(std::memory_order_acquire)) std::this_thread::yield();
             kernels_.enter();
             work(rank, threads);
             kernels_.leave();
@@ -169,9 +174,9 @@ private:
         ChunkSpace* chunk;
         ThreadSpace* scratch;
         bool timed;
-        void wait() const {
+        void wait() const {  // alone there is nobody to wait for
             if (threads > 1) barrier->wait();
-        }  // alone there is nobody to wait for
+        }
     };
 
     struct Clock {
@@ -180,8 +185,7 @@ private:
             if (seconds_) start_ = std::chrono::steady_clock::now();
         }
         ~Clock() {
-            if (seconds_)
-                *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+            if (seconds_) *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
         }
         double* seconds_;
         std::chrono::steady_clock::time_point start_;
@@ -206,7 +210,8 @@ private:
             c.attended = arena.take<float>(rows * widest);
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
-            scratch_[t].product = arena.take<char>(std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
+            scratch_[t].product = arena.take<char>(
+                std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
             scratch_[t].attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size()));
         }
     }
@@ -214,51 +219,47 @@ private:
     void begin(int threads) {
         // A thread of its own per chunk pays only when every thread has enough rows to make up for reading all weights.
         together_ = threads > 1 && tokens_ < threads * MIN_ROWS_APART;
-        barrier_.reset(new Barrier(threads));
+        barrier_.expect(threads);
         plan_sequences(threads);
         plan_rows(threads, tokens_, row_chunks_);
         started_.store(true, std::memory_order_release);
     }
 
     void work(int rank, int threads) {
-        const Team team{together_ ? rank : 0,
-                        together_ ? threads : 1,
-                        barrier_.get(),
-                        &chunks_[together_ ? 0 : rank],
-                        &scratch_[rank],
-                        rank == 0};
+        const Team team{together_ ? rank : 0,           together_ ? threads : 1, &barrier_,
+                        &chunks_[together_ ? 0 : rank], &scratch_[rank],         rank == 0};
         take(team, row_chunks_, [&](Range r) { embed(team, r); });
         restart(rank);
         for (int layer = 0; layer < shape_.layers; layer++) {
             take(team, sequence_chunks_,
                  [&](Range r) { first_rows_only(layer) ? attend_first(team, layer, r) : attend(team, layer, r); });
-            barrier_->wait();
+            barrier_.wait();
             if (rank == 0) {
                 Clock clock(*this, team, DECIDE);
                 decide(layer, threads);
             }
-            barrier_->wait();
+            barrier_.wait();
             if (stopped_) return;
             if (!dropped_chunks_.empty()) {
                 take(team, dropped_chunks_, [&](Range r) { leave(team, layer, r); });
                 restart(rank);
             }
             take(team, row_chunks_, [&](Range r) { feed_forward(team, layer, r); });
-            barrier_->wait();
+            barrier_.wait();
             if (rank == 0) {
                 std::swap(states_[0], states_[1]);
                 if (layer + 1 == shape_.layers) finish();
                 next_.store(0);
             }
-            barrier_->wait();
+            barrier_.wait();
         }
     }
 
     // Between two lists of chunks that are taken in turn.
     void restart(int rank) {
-        barrier_->wait();
+        barrier_.wait();
         if (rank == 0) next_.store(0);
-        barrier_->wait();
+        barrier_.wait();
     }
 
     template <class Function>
@@ -315,9 +316,8 @@ private:
                            team.chunk->row_scale);
     }
 
-    void multiply(const Team& team, Part timed, const Linear& linear, const char* packed, int rows,
-                  Epilogue epilogue, void* out, size_t out_stride, const float* residual = nullptr,
-                  const int* residual_index = nullptr) {
+    void multiply(const Team& team, Part timed, const Linear& linear, const char* packed, int rows, Epilogue epilogue,
+                  void* out, size_t out_stride, const float* residual = nullptr, const int* residual_index = nullptr) {
         Clock clock(*this, team, timed);
         Range part = share(panels(kernels_, linear), team.rank, team.threads);
         if (part.size() == 0) return;
@@ -360,9 +360,7 @@ private:
     char* projected(const Team& team, int row, int column) const {
         return team.chunk->projected + ((size_t)row * 3 * shape_.hidden + column) * exchange();
     }
-    char* context(int row, int column) const {
-        return context_ + ((size_t)row * shape_.hidden + column) * exchange();
-    }
+    char* context(int row, int column) const { return context_ + ((size_t)row * shape_.hidden + column) * exchange(); }
     size_t exchange() const { return kernels_.half ? 2 : 4; }
 
     void project(const Team& team, const Linear& linear, int rows, int column) {
@@ -429,11 +427,11 @@ private:
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s];
-            kernels_.attend({team.chunk->first_queries +
-                                 ((size_t)(s - sequences.begin) * hidden + head * size) * exchange(),
-                             projected(team, at, hidden + head * size), projected(team, at, 2 * hidden + head * size),
-                             (size_t)hidden, (size_t)3 * hidden, 1, count, size, 1.0f / std::sqrt((float)size),
-                             context(offsets_[s], head * size), (size_t)hidden, nullptr, team.scratch->attention});
+            kernels_.attend(
+                {team.chunk->first_queries + ((size_t)(s - sequences.begin) * hidden + head * size) * exchange(),
+                 projected(team, at, hidden + head * size), projected(team, at, 2 * hidden + head * size),
+                 (size_t)hidden, (size_t)3 * hidden, 1, count, size, 1.0f / std::sqrt((float)size),
+                 context(offsets_[s], head * size), (size_t)hidden, nullptr, team.scratch->attention});
         }
     }
 
@@ -494,30 +492,29 @@ private:
             for (int i = 0; i < rows; i++) request_.survived[original_[i]]++;
         } else {
             if (request_.received)
-                for (int i = 0; i < rows; i++)
-                    request_.received[(size_t)layer * tokens_ + original_[i]] = received_[i];
+                for (int i = 0; i < rows; i++) request_.received[(size_t)layer * tokens_ + original_[i]] = received_[i];
             if (request_.decide) {
                 stopped_ = request_.decide(layer, rows, offsets_.data(), received_, keep_.data());
                 if (stopped_) return;
             }
-            std::vector<int32_t> offsets(1, 0);
+            next_offsets_.assign(1, 0);
             for (int s = 0; s < request_.sequences; s++) {
                 const int count = offsets_[s + 1] - offsets_[s];
                 const float divisor = request_.divisor > 0 ? request_.divisor : (float)count;
                 for (int i = offsets_[s]; i < offsets_[s + 1]; i++) {
-                    const bool keep = request_.decide ? keep_[i] != 0
-                                                      : received_[i] / divisor >= request_.thresholds[layer];
+                    const bool keep =
+                        request_.decide ? keep_[i] != 0 : received_[i] / divisor >= request_.thresholds[layer];
                     if (i == offsets_[s] || keep)
                         kept_.push_back(i), request_.survived[original_[i]]++;
                     else
                         dropped_.push_back(i), left_.push_back(original_[i]);
                 }
-                offsets.push_back((int32_t)kept_.size());
+                next_offsets_.push_back((int32_t)kept_.size());
             }
             gather_ = !dropped_.empty();
             if (gather_ && !first_rows_only(layer)) {
                 for (size_t i = 0; i < kept_.size(); i++) original_[i] = original_[kept_[i]];
-                offsets_.swap(offsets);
+                offsets_.swap(next_offsets_);
             }
         }
         if (first_rows_only(layer)) {
@@ -559,15 +556,16 @@ private:
     std::vector<ChunkSpace> chunks_;
     std::vector<ThreadSpace> scratch_;
 
-    std::vector<int32_t> offsets_;   // cu_seqlens of the rows that are left
-    std::vector<int> original_;      // the token each row is
+    std::vector<int32_t> offsets_;  // cu_seqlens of the rows that are left
+    std::vector<int32_t> next_offsets_;
+    std::vector<int> original_;        // the token each row is
     std::vector<int> kept_, dropped_;  // rows by the layer's decision
-    std::vector<int> left_;          // the tokens of `dropped_`
+    std::vector<int> left_;            // the tokens of `dropped_`
     std::vector<uint8_t> keep_;
-    bool gather_ = false;            // whether rows are taken by `kept_`
+    bool gather_ = false;  // whether rows are taken by `kept_`
     std::vector<Range> sequence_chunks_, row_chunks_, dropped_chunks_;
 
-    std::unique_ptr<Barrier> barrier_;
+    Barrier barrier_;
     std::atomic<bool> started_{false};
     std::atomic<size_t> next_{0};
     int stopped_ = 0;
@@ -575,8 +573,7 @@ private:
 
 int Encoder::forward(const Request& request) { return Pass(*this, request).run(); }
 
-void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, int rows, float* out,
-                  int threads) {
+void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, int rows, float* out, int threads) {
     run_on_team(threads, [&](int rank, int count) {
         // Threads take columns: rows may be few, and every thread packs them for itself.
         const Range part = share(panels(kernels, linear), rank, count);
@@ -584,8 +581,8 @@ void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, 
         kernels.enter();
         for (int begin = 0; begin < rows; begin += kernels.chunk_rows) {
             const int here = std::min(kernels.chunk_rows, rows - begin);
-            Buffer packed(kernels.packed_rows_bytes(here, linear.in)), scratch(kernels.product_scratch(here, linear.in, linear.out)),
-                scale(here * sizeof(float));
+            Buffer packed(kernels.packed_rows_bytes(here, linear.in)),
+                scratch(kernels.product_scratch(here, linear.in, linear.out)), scale(here * sizeof(float));
             kernels.pack_rows(x + (size_t)begin * linear.in, false, linear.in, nullptr, 0, here, here, linear.in,
                               packed.data(), (float*)scale.data());
             kernels.multiply({&linear, packed.data(), (float*)scale.data(), here, part.begin, part.end,

@@ -16,7 +16,9 @@ public:
     Buffer() = default;
     explicit Buffer(size_t bytes);
     ~Buffer();
-    Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
+    Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
+        other.data_ = nullptr, other.bytes_ = 0;
+    }
     Buffer& operator=(Buffer&& other) noexcept;
     char* data() const { return data_; }
     size_t bytes() const { return bytes_; }
@@ -63,7 +65,7 @@ struct Layer {
 
 struct Embeddings {
     const char *word = nullptr, *position = nullptr, *type = nullptr;  // rows of bfloat16 or float32; type may be null
-    int size = 0;                 // width of the tables, which may differ from the encoder's
+    int size = 0;  // width of the tables, which may differ from the encoder's
     int words = 0, positions = 0, types = 0;
     Norm norm;
     Linear projection;  // size → hidden, where they differ
@@ -74,7 +76,7 @@ typedef int (*Decide)(int layer, int rows, const int32_t* cu_seqlens, const floa
 
 struct Request {
     int sequences;
-    const int32_t* cu_seqlens;  // [sequences + 1], rising: no sequence is empty
+    const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
     int threads;
     // Absolute thresholds on received / N, N = divisor or the sequence's rows where that is 0; null: nothing is pruned
@@ -82,10 +84,10 @@ struct Request {
     const float* thresholds;
     const uint8_t* prunes;
     float divisor;
-    Decide decide;  // takes the decisions in place of thresholds, or null
-    bool first_only;  // only first tokens' states are wanted: the last layer computes no others
-    bool record;      // decide in the last layer even where its decisions change nothing
-    float* out;       // [sequences, hidden] if first_only, else [tokens, hidden]: every token's last state
+    Decide decide;      // takes the decisions in place of thresholds, or null
+    bool first_only;    // only first tokens' states are wanted: the last layer computes no others
+    bool record;        // decide in the last layer even where its decisions change nothing
+    float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: every token's last state
     int32_t* survived;  // [tokens]: layers after which the token was still there
     float* received;    // [layers, tokens] or null: attention each token received, untouched where none was computed
     double* seconds;    // [PARTS] or null: what the calling thread spent its time on

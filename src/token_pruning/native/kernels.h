@@ -61,11 +61,11 @@ struct Attention {
 struct Kernels {
     const char* level;
     const char* description;
-    int panel;            // columns of a weight panel
-    int row_tile;         // packed rows come in tiles of this many
-    int chunk_rows;       // rows a thread works on at a time, so that they stay in its second-level cache
-    bool half;            // the exchange type is bfloat16, else float32
-    bool quantized;       // rows carry a scale, and activations are packed in a pass of their own
+    int panel;       // columns of a weight panel
+    int row_tile;    // packed rows come in tiles of this many
+    int chunk_rows;  // rows a thread works on at a time, so that they stay in its second-level cache
+    bool half;       // the exchange type is bfloat16, else float32
+    bool quantized;  // rows carry a scale, and activations are packed in a pass of their own
 
     // A matrix that a level cannot hold (tiles need multiples of 32 or 64) goes to the next level.
     bool (*fits)(int hidden, int inner, int head_size);
@@ -84,7 +84,6 @@ struct Kernels {
                       float epsilon);
     // One row: out = word + position (+ type), tables of bfloat16 or float32.
     void (*embed)(const void* word, const void* position, const void* type, bool half_tables, int size, float* out);
-    void (*add_rows)(float* into, const float* other, int size);
     // Around a thread's work: AMX tiles have to be configured, and released.
     void (*enter)();
     void (*leave)();

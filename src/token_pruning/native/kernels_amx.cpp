@@ -4,16 +4,16 @@
 // weights (pairs or quadruples of input columns interleaved) to a 16 × 16 tile of 32-bit sums.
 //
 // Product. Weights are stored [out / 32][in / TILE_K][2 tiles]; rows in blocks of a few tiles of input columns,
-// [in / (DEPTH · TILE_K)][rows / 32][DEPTH][2 tiles]: everything is read in the order it lies in memory. Two tiles of rows
-// and two of weights give four tiles of sums, so that each tile that is loaded is used twice. A block of weights
+// [in / (DEPTH · TILE_K)][rows / 32][DEPTH][2 tiles]: everything is read in the order it lies in memory. Two tiles of
+// rows and two of weights give four tiles of sums, so that each tile that is loaded is used twice. A block of weights
 // (2 · DEPTH KiB) stays in the first-level cache while all rows pass by from the second; meanwhile the next block is
-// prefetched, spread evenly over the loop. Sums wait in a scratch between blocks. Where the input is wide, SUPER tiles of
+// prefetched, spread evenly over the loop. Sums wait in a scratch between blocks. Where the input is wide, 24 tiles of
 // it are multiplied with all panels before the next, so that the rows in use fit the second-level cache too. Tiles of a
 // sum are added in one order, so a row never depends on its neighbours.
 //
-// Attention. 32 queries at a time: scores on tiles, softmax in vectors, context on tiles. Keys and values of the head are
-// rearranged into weight tiles once. Probabilities are not normalised before they are multiplied with the values: the
-// 1/sum goes onto the few columns of the context, and onto the column sums of the received attention.
+// Attention. 32 queries at a time: scores on tiles, softmax in vectors, context on tiles. Keys and values of the head
+// are rearranged into weight tiles once. Probabilities are not normalised before they are multiplied with the values:
+// the 1/sum goes onto the few columns of the context, and onto the column sums of the received attention.
 #define TP_LEVEL amx
 #include "vector.h"
 
@@ -21,9 +21,11 @@ namespace tp {
 namespace TP_LEVEL {
 
 constexpr int TILE = 1024;  // bytes
-constexpr int SUPER = 24;   // tiles of input columns before the next panel
 
-// Tiles of input columns in a block, a divisor of SUPER: two pairs of row tiles and a block stay in the first-level cache
+// Tiles of input columns before the next panel.
+static inline int super_for(int tiles) { return tiles <= 48 ? tiles : 24; }
+
+// Tiles of input columns in a block, a divisor of 24: two pairs of row tiles and a block stay in the first-level cache
 // together if they are a little shorter.
 static inline int depth_for(int pairs) { return pairs == 2 ? 6 : 8; }
 
@@ -93,46 +95,11 @@ static inline __m512 power_of_two(__m512 t) {
     return _mm512_scalef_ps(p, _mm512_sub_ps(t, f));
 }
 
-// x·Φ(x), with Φ on [-5, 5) from a table of 32 parabolas: absolute error 4e-5 times |x|, an order below bfloat16's.
-struct alignas(64) NormalTable {
-    float coefficient[3][32];
-    static constexpr float low = -5.0f, step = 10.0f / 32;
-    NormalTable() {
-        for (int i = 0; i < 32; i++) {
-            double f[3];  // at three Chebyshev nodes of the segment
-            const double nodes[3] = {0.0669872981, 0.5, 0.9330127019};
-            for (int j = 0; j < 3; j++) f[j] = 0.5 * erfc(-(low + (i + nodes[j]) * step) / sqrt(2.0));
-            double d01 = (f[1] - f[0]) / (nodes[1] - nodes[0]), d12 = (f[2] - f[1]) / (nodes[2] - nodes[1]);
-            double second = (d12 - d01) / (nodes[2] - nodes[0]);
-            coefficient[2][i] = (float)second;
-            coefficient[1][i] = (float)(d01 - second * (nodes[0] + nodes[1]));
-            coefficient[0][i] = (float)(f[0] - d01 * nodes[0] + second * nodes[0] * nodes[1]);
-        }
-        for (int k = 0; k < 3; k++) coefficient[k][0] = 0;  // far from the middle Φ is 0 or 1
-        coefficient[0][31] = 1, coefficient[1][31] = coefficient[2][31] = 0;
-    }
-};
-// Made on first use, never while the library is being loaded, perhaps on a processor without these instructions.
-static const NormalTable& normal_table() {
-    static const NormalTable table;
-    return table;
-}
+// x·Φ(x) from parabolas has an absolute error of 4e-5 times |x|, an order below bfloat16's.
+typedef NormalTable<2, 50> CoarseNormal;
 
-static inline __m512 table_gelu(const NormalTable& table, __m512 x) {
-    const __m512 scale = _mm512_set1_ps(1.0f / NormalTable::step);
-    __m512 t = _mm512_fmsub_ps(x, scale, _mm512_set1_ps(NormalTable::low / NormalTable::step));
-    t = _mm512_min_ps(_mm512_max_ps(t, _mm512_setzero_ps()), _mm512_set1_ps(31.999f));
-    __m512i segment = _mm512_cvttps_epi32(t);
-    __m512 f = _mm512_reduce_ps(t, 1);  // t − ⌊t⌋
-    __m512 c[3];
-    for (int k = 0; k < 3; k++)
-        c[k] = _mm512_permutex2var_ps(_mm512_load_ps(table.coefficient[k]), segment,
-                                      _mm512_load_ps(table.coefficient[k] + 16));
-    return _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_fmadd_ps(c[2], f, c[1]), f, c[0]));
-}
-
-static inline __m512 activated(const NormalTable& table, __m512 x, Activation activation) {
-    return activation == Activation::gelu ? table_gelu(table, x) : (__m512)activate((Vec)x, activation);
+static inline __m512 activated(const CoarseNormal& table, __m512 x, Activation activation) {
+    return activation == Activation::gelu ? _mm512_mul_ps(x, table.at(x)) : (__m512)activate((Vec)x, activation);
 }
 
 // ---- products
@@ -193,34 +160,40 @@ template <class T>
 static void pack_rows(const void* source, bool half, size_t stride, const int* index, int begin, int end, int rows,
                       int in, void* packed, float* row_scale) {
     const size_t width = half ? 2 : 4;
-    const int tiles = in / T::tile_k, pairs = (rows + 31) / 32;
+    const int tiles = in / T::tile_k, pairs = (rows + 31) / 32, deepest = depth_for(pairs);
     for (int r = begin; r < end; r++) {
         const char* x = (const char*)source + (size_t)(index ? index[r] : r) * stride * width;
-        if (sizeof(typename T::Number) == 2) {
-            for (int t = 0; t < tiles; t++) {
-                char* to = (char*)packed + packed_place(r, t, pairs, tiles);
-                if (half)
-                    _mm512_store_si512(to, _mm512_loadu_si512(x + (size_t)t * 64));
-                else
-                    store_half((uint16_t*)to, load_row(x, false, t * 32), load_row(x, false, t * 32 + 16));
-            }
-        } else {
+        __m512 factor = _mm512_set1_ps(1);
+        if (sizeof(typename T::Number) == 1) {
             __m512 most = _mm512_setzero_ps();
             for (int i = 0; i < in; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load_row(x, half, i)));
-            float top = _mm512_reduce_max_ps(most);
+            const float top = _mm512_reduce_max_ps(most);
             row_scale[r] = top > 0 ? top / 127.0f : 1.0f;
-            __m512 factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 1.0f);
-            for (int i = 0; i < in; i += 16)
-                _mm_storeu_si128((__m128i*)((char*)packed + packed_place(r, i / 64, pairs, tiles) + i % 64),
-                                 _mm512_cvtsepi32_epi8(
-                                     _mm512_cvtps_epi32(_mm512_mul_ps(load_row(x, half, i), factor))));
+            factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 1.0f);
+        }
+        for (int block = 0; block < tiles; block += deepest) {
+            char* to = (char*)packed + packed_place(r, block, pairs, tiles);
+            for (int t = block; t < smaller(tiles, block + deepest); t++, to += 2 * TILE) {
+                const int i = t * T::tile_k;
+                if (sizeof(typename T::Number) == 1) {
+                    __m128i part[4];
+                    for (int q = 0; q < 4; q++)
+                        part[q] = _mm512_cvtsepi32_epi8(
+                            _mm512_cvtps_epi32(_mm512_mul_ps(load_row(x, half, i + q * 16), factor)));
+                    for (int q = 0; q < 4; q++) _mm_store_si128((__m128i*)to + q, part[q]);
+                } else if (half) {
+                    _mm512_store_si512(to, _mm512_loadu_si512(x + (size_t)i * 2));
+                } else {
+                    store_half((uint16_t*)to, load_row(x, false, i), load_row(x, false, i + 16));
+                }
+            }
         }
     }
 }
 
 // Sums of one panel, or of all where the input is multiplied in several parts, and the block that is being finished.
 static size_t product_scratch(int rows, int in, int out) {
-    const size_t panels = in / 32 > SUPER ? round_up(out, 32) / 32 : 1;
+    const size_t panels = super_for(in / 32) < in / 32 ? round_up(out, 32) / 32 : 1;
     return (round_up(rows, 32) * panels + 32) * 32 * sizeof(float);
 }
 
@@ -257,7 +230,9 @@ template <class T, Epilogue E>
 static inline void finish(const Product& p, const float* sums, int panel, int begin, int end) {
     const Linear& w = *p.linear;
     const int column = panel * 32;
-    const NormalTable& table = normal_table();
+    const CoarseNormal& table = CoarseNormal::get();
+    char* first_row = (char*)p.out;
+    if (E == Epilogue::activate_pack) first_row += packed_place(begin, panel, (p.rows + 31) / 32, w.out / 32);
     __m512 bias0 = _mm512_loadu_ps(w.bias + column), bias1 = _mm512_loadu_ps(w.bias + column + 16), scale0, scale1;
     if (sizeof(typename T::Number) == 1)
         scale0 = _mm512_loadu_ps(w.scale + column), scale1 = _mm512_loadu_ps(w.scale + column + 16);
@@ -278,9 +253,10 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
         if (E == Epilogue::store) {
             store_half((uint16_t*)p.out + place, v0, v1);
         } else if (E == Epilogue::activate_store) {
-            store_half((uint16_t*)p.out + place, activated(table, v0, p.activation), activated(table, v1, p.activation));
+            store_half((uint16_t*)p.out + place, activated(table, v0, p.activation),
+                       activated(table, v1, p.activation));
         } else if (E == Epilogue::activate_pack) {
-            char* to = (char*)p.out + packed_place(r, panel, (p.rows + 31) / 32, w.out / 32);
+            char* to = first_row + (r - begin) / 16 * TILE + (r - begin) % 16 * 64;
             store_half((uint16_t*)to, activated(table, v0, p.activation), activated(table, v1, p.activation));
         } else {
             float* to = (float*)p.out + place;
@@ -299,15 +275,15 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
 template <class T, Epilogue E>
 static void multiply_with(const Product& p) {
     const int tiles = p.linear->in / T::tile_k, row_tiles = (p.rows + 15) / 16, pairs = (row_tiles + 1) / 2;
-    const int deepest = depth_for(pairs);
+    const int deepest = depth_for(pairs), part = super_for(tiles);
     const size_t panel_bytes = (size_t)tiles * 2 * TILE;
     const char* all_weights = (const char*)p.linear->weight;
     float* finished = (float*)p.scratch;
     float* waiting = finished + 1024;
-    for (int super = 0; super < tiles; super += SUPER)
+    for (int super = 0; super < tiles; super += part)
         for (int panel = p.first_panel; panel < p.last_panel; panel++) {
-            const int end = smaller(tiles, super + SUPER);
-            float* sums = tiles > SUPER ? waiting + (size_t)(panel - p.first_panel) * pairs * 1024 : waiting;
+            const int end = smaller(tiles, super + part);
+            float* sums = part < tiles ? waiting + (size_t)(panel - p.first_panel) * pairs * 1024 : waiting;
             for (int k = super; k < end; k += deepest) {
                 const int depth = smaller(deepest, end - k);
                 const bool last = k + depth == tiles;
@@ -337,11 +313,16 @@ static void multiply_with(const Product& p) {
 template <class T>
 static void multiply(const Product& p) {
     switch (p.epilogue) {
-        case Epilogue::store: return multiply_with<T, Epilogue::store>(p);
-        case Epilogue::store_float: return multiply_with<T, Epilogue::store_float>(p);
-        case Epilogue::activate_pack: return multiply_with<T, Epilogue::activate_pack>(p);
-        case Epilogue::activate_store: return multiply_with<T, Epilogue::activate_store>(p);
-        case Epilogue::residual: return multiply_with<T, Epilogue::residual>(p);
+        case Epilogue::store:
+            return multiply_with<T, Epilogue::store>(p);
+        case Epilogue::store_float:
+            return multiply_with<T, Epilogue::store_float>(p);
+        case Epilogue::activate_pack:
+            return multiply_with<T, Epilogue::activate_pack>(p);
+        case Epilogue::activate_store:
+            return multiply_with<T, Epilogue::activate_store>(p);
+        case Epilogue::residual:
+            return multiply_with<T, Epilogue::residual>(p);
     }
 }
 
@@ -525,7 +506,8 @@ static void attend(const Attention& a) {
                 const __mmask16 mask = j < whole ? 0xffff : rest;
                 __m512 sums = _mm512_maskz_loadu_ps(mask, a.received + j);
                 for (int r = 0; r < count; r++)
-                    sums = _mm512_fmadd_ps(_mm512_loadu_ps(s.scores + r * s.wide + j), _mm512_set1_ps(inverse[r]), sums);
+                    sums =
+                        _mm512_fmadd_ps(_mm512_loadu_ps(s.scores + r * s.wide + j), _mm512_set1_ps(inverse[r]), sums);
                 _mm512_mask_storeu_ps(a.received + j, mask, sums);
             }
         if (tiles == 2)
@@ -563,7 +545,6 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
             attend,
             normalize,
             embed,
-            add_rows,
             enter,
             leave};
 }

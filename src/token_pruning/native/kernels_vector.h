@@ -1,14 +1,17 @@
 // Matrix products and attention in float32 vectors, for any sizes: AVX-512, AVX2 and plain C++ are this one file
 // compiled three times (kernels_avx512.cpp, kernels_avx2.cpp, kernels_portable.cpp).
 //
-// Product. The weight is cut into panels of NR = 2·W columns, stored [panel][in][NR]; rows are packed in blocks of DEPTH
-// input columns, stored [in / DEPTH][rows][DEPTH], so that a row's numbers lie at compile-time offsets. One panel's
-// block of DEPTH rows (32 KiB with AVX-512) stays in the first-level cache while all packed rows pass by; MR rows × NR
-// columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16 and int8 weights
-// are widened to float32 once per block. int8 rows hold whole numbers; scales are applied to the sums.
+// Product. The weight is cut into panels of NR = 2·W columns, stored [panel][in][NR]; rows are packed in blocks of
+// DEPTH input columns, stored [in / DEPTH][rows][DEPTH], so that a row's numbers lie at compile-time offsets. One
+// panel's block of DEPTH rows (32 KiB with AVX-512) stays in the first-level cache while all packed rows pass by; MR
+// rows × NR columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16 and
+// int8 weights are widened to float32 once per block. int8 rows hold whole numbers; scales are applied to the sums.
 //
-// Attention. Both products use the same registers' kernel: keys and values of one head are copied into panels, MR
-// queries at a time.
+// Where the input is wide, SUPER columns of it are multiplied with all panels before the next.
+//
+// Attention, NR queries of a head at a time, with the same registers' kernel: scores come out transposed, [keys][NR],
+// so that softmax needs no sums across a vector, and are read transposed by the product with the values. They are not
+// normalised before it: 1/sum goes onto the context, and onto the received attention.
 #include "vector.h"
 
 namespace tp {
@@ -19,54 +22,76 @@ constexpr int MR = W == 16 ? 12 : 6;
 constexpr int DEPTH = 256;
 constexpr int PREFETCH_STEP = 16;  // columns between two prefetches
 
+// Input columns before the next panel.
+static inline int super_for(int in) { return in <= 1536 ? in : 768; }
+
 static inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-// sums[ROWS][NR] (+)= rows[ROWS][DEPTH] · panel[depth][NR]; rows of sums are `stride` apart. Every PREFETCH_STEP columns
-// `lines` cache lines are prefetched from `prefetch` on.
-template <int ROWS>
-static void micro(const float* rows, const float* panel, int depth, float* sums, size_t stride, bool accumulate,
-                  const char* prefetch, int lines) {
+// sums[ROWS][NR] (+)= rows[ROWS][depth] · panel[depth][NR]. Number (r, k) of the rows lies at r · ROW_STRIDE +
+// k · COLUMN_STRIDE; rows of the panel are `panel_stride` apart, those of the sums `stride`. Every PREFETCH_STEP
+// columns `lines` cache lines are prefetched from `prefetch` on.
+struct MicroArguments {
+    const float* rows;
+    const float* panel;
+    size_t panel_stride;
+    int depth;
+    float* sums;
+    size_t stride;
+    bool accumulate;
+    const char* prefetch;
+    int lines;
+};
+
+template <int ROWS, int ROW_STRIDE, int COLUMN_STRIDE>
+static void micro(const MicroArguments& m) {
     Vec c[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-        c[r][0] = accumulate ? load(sums + r * stride) : Vec{};
-        c[r][1] = accumulate ? load(sums + r * stride + W) : Vec{};
+        c[r][0] = m.accumulate ? load(m.sums + r * m.stride) : Vec{};
+        c[r][1] = m.accumulate ? load(m.sums + r * m.stride + W) : Vec{};
     }
-    for (int from = 0; from < depth; from += PREFETCH_STEP) {
-        for (int i = 0; i < lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
-        prefetch += 64 * lines;
-        const int to = smaller(depth, from + PREFETCH_STEP);
-        for (int k = from; k < to; k++) {
-            Vec b0 = load(panel + (size_t)k * NR), b1 = load(panel + (size_t)k * NR + W);
+    const float *rows = m.rows, *panel = m.panel;
+    const size_t panel_stride = m.panel_stride;
+    const char* prefetch = m.prefetch;
+    for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
+        for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
+        prefetch += 64 * m.lines;
+        for (int k = smaller(PREFETCH_STEP, m.depth - from); k > 0; k--) {
+            Vec b0 = load(panel), b1 = load(panel + W);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
-                Vec a = all(rows[r * DEPTH + k]);
+                Vec a = all(rows[r * ROW_STRIDE]);
                 c[r][0] += a * b0;
                 c[r][1] += a * b1;
             }
+            panel += panel_stride;
+            rows += COLUMN_STRIDE;
         }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-        store(sums + r * stride, c[r][0]);
-        store(sums + r * stride + W, c[r][1]);
+        store(m.sums + r * m.stride, c[r][0]);
+        store(m.sums + r * m.stride + W, c[r][1]);
     }
 }
 
-typedef void (*Micro)(const float*, const float*, int, float*, size_t, bool, const char*, int);
-template <int... ROWS>
+typedef void (*Micro)(const MicroArguments&);
+template <int ROW_STRIDE, int COLUMN_STRIDE, int... ROWS>
 struct MicroTable {
-    static constexpr Micro table[] = {micro<ROWS + 1>...};
+    static constexpr Micro table[] = {micro<ROWS + 1, ROW_STRIDE, COLUMN_STRIDE>...};
 };
 #if defined(__AVX512F__)
-typedef MicroTable<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11> Micros;
+template <int ROW_STRIDE, int COLUMN_STRIDE>
+using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11>;
 #else
-typedef MicroTable<0, 1, 2, 3, 4, 5> Micros;
+template <int ROW_STRIDE, int COLUMN_STRIDE>
+using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5>;
 #endif
 
-static void micro_any(int count, const float* rows, const float* panel, int depth, float* sums, size_t stride,
-                      bool accumulate, const char* prefetch = nullptr, int lines = 0) {
-    Micros::table[count - 1](rows, panel, depth, sums, stride, accumulate, prefetch, lines);
+// Rows of a step: as even as can be, since a last step of one or two rows would wait for its own sums.
+static inline int even_step(int rows) {
+    const int steps = (rows + MR - 1) / MR;
+    return (rows + steps - 1) / steps;
 }
 
 static bool fits(int, int, int head_size) { return head_size <= DEPTH; }
@@ -125,7 +150,11 @@ static void pack_rows(const void* source, bool, size_t stride, const int* index,
     }
 }
 
-static size_t product_scratch(int rows, int, int) { return ((size_t)rows + DEPTH) * NR * sizeof(float); }
+// A block of weights made wider, and sums of one panel, or of all where the input is multiplied in several parts.
+static size_t product_scratch(int rows, int in, int out) {
+    const size_t panels = super_for(in) < in ? round_up(out, NR) / NR : 1;
+    return (rows * panels + DEPTH) * NR * sizeof(float);
+}
 
 static inline const float* widen(const float* panel, int, float*) { return panel; }
 static inline const float* widen(const uint16_t* panel, int depth, float* to) {
@@ -137,157 +166,183 @@ static inline const float* widen(const int8_t* panel, int depth, float* to) {
     return to;
 }
 
-static void finish(const Product& p, const float* sums, int row, int column, int count) {
-    const Linear& w = *p.linear;
-    float values[NR];
-    for (int half = 0; half < 2; half++) {
-        int first = column + half * W;
-        if (first + W <= w.out) {
-            Vec v = load(sums + half * W);
-            if (w.scale) v = v * p.row_scale[row] * load(w.scale + first);
-            store(values + half * W, v + load(w.bias + first));
-            continue;
-        }
-        for (int i = 0; first + i < w.out && i < W; i++) {
-            float v = sums[half * W + i];
-            if (w.scale) v = v * p.row_scale[row] * w.scale[first + i];
-            values[half * W + i] = v + w.bias[first + i];
-        }
-        for (int i = larger(0, w.out - first); i < W; i++) values[half * W + i] = 0;
-    }
+// What happens to W sums of a row, `column` being the first.
+template <Epilogue E>
+static inline void finish(const Product& p, const float* sums, int row, int column) {
+    const Linear& w = *p.linear;  // bias and scale are padded to whole panels
+    Vec v = load(sums);
+    if (w.scale) v = v * p.row_scale[row] * load(w.scale + column);
+    v += load(w.bias + column);
+    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
     float* out = (float*)p.out + (size_t)row * p.out_stride + column;
-    switch (p.epilogue) {
-        case Epilogue::store:
-        case Epilogue::store_float:
-            memcpy(out, values, count * sizeof(float));
-            break;
-        case Epilogue::activate_pack:
-        case Epilogue::activate_store:
-            for (int half = 0; half < 2; half++)
-                store(values + half * W, activate(load(values + half * W), p.activation));
-            if (p.epilogue == Epilogue::activate_pack)
-                out = (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
-            memcpy(out, values, count * sizeof(float));
-            break;
-        case Epilogue::residual: {
-            const float* other =
-                p.residual + (size_t)(p.residual_index ? p.residual_index[row] : row) * p.out_stride + column;
-            for (int i = 0; i < count; i++) out[i] = values[i] + other[i];
-        }
+    if (E == Epilogue::activate_pack)
+        out = (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
+    const float* other = nullptr;
+    if (E == Epilogue::residual)
+        other = p.residual + (size_t)(p.residual_index ? p.residual_index[row] : row) * p.out_stride + column;
+    if (column + W <= w.out) {
+        store(out, other ? v + load(other) : v);
+        return;
     }
+    float values[W];
+    store(values, v);
+    for (int i = 0; column + i < w.out; i++) out[i] = values[i] + (other ? other[i] : 0.0f);
+}
+
+template <class Weight, Epilogue E>
+static void multiply_with(const Product& p) {
+    const Linear& w = *p.linear;
+    float* widened = (float*)p.scratch;
+    float* waiting = widened + (size_t)DEPTH * NR;
+    const int step = even_step(p.rows), steps = (p.rows + step - 1) / step, part = super_for(w.in);
+    const Weight* all_weights = (const Weight*)w.weight;
+    for (int super = 0; super < w.in; super += part)
+        for (int panel = p.first_panel; panel < p.last_panel; panel++) {
+            const int end = smaller(w.in, super + part);
+            float* sums = part < w.in ? waiting + (size_t)(panel - p.first_panel) * p.rows * NR : waiting;
+            for (int k = super; k < end; k += DEPTH) {
+                const int depth = smaller(DEPTH, end - k);
+                const Weight* block = all_weights + ((size_t)panel * w.in + k) * NR;
+                const float* b = widen(block, depth, widened);
+                const float* a = (const float*)p.packed_rows + (size_t)(k / DEPTH) * p.rows * DEPTH;
+                // The next block of weights, spread over this one's steps.
+                const Weight* next = block + (size_t)depth * NR;
+                if (k + depth == end && panel + 1 < p.last_panel)
+                    next = all_weights + ((size_t)(panel + 1) * w.in + super) * NR;
+                else if (k + depth == end)
+                    next = end < w.in ? all_weights + ((size_t)p.first_panel * w.in + end) * NR : nullptr;
+                const int slots = (depth + PREFETCH_STEP - 1) / PREFETCH_STEP;
+                const int ahead = next ? (int)(depth * NR * sizeof(Weight) / 64) : 0;
+                const int lines = (ahead + steps * slots - 1) / (steps * slots);
+                for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
+                    const int count = smaller(step, p.rows - r);
+                    Micros<DEPTH, 1>::table[count - 1]({a + (size_t)r * DEPTH, b, NR, depth, sums + (size_t)r * NR, NR,
+                                                        k > 0, (const char*)next + (size_t)fetched * 64,
+                                                        fetched < ahead ? lines : 0});
+                    if (k + depth == w.in)
+                        for (int i = r; i < r + count; i++)
+                            for (int half = 0; half < NR && panel * NR + half < w.out; half += W)
+                                finish<E>(p, sums + (size_t)i * NR + half, i, panel * NR + half);
+                }
+            }
+        }
 }
 
 template <class Weight>
 static void multiply(const Product& p) {
-    const Linear& w = *p.linear;
-    float* sums = (float*)p.scratch;
-    float* widened = sums + (size_t)p.rows * NR;
-    // As even as can be: a last step of one or two rows would wait for its own sums.
-    const int steps = (p.rows + MR - 1) / MR, step = (p.rows + steps - 1) / steps;
-    const Weight* end = (const Weight*)w.weight + (size_t)p.last_panel * w.in * NR;
-    for (int panel = p.first_panel; panel < p.last_panel; panel++) {
-        const int columns = smaller(NR, w.out - panel * NR);
-        for (int k = 0; k < w.in; k += DEPTH) {
-            const int depth = smaller(DEPTH, w.in - k);
-            const Weight* block = (const Weight*)w.weight + ((size_t)panel * w.in + k) * NR;
-            const float* b = widen(block, depth, widened);
-            const float* a = (const float*)p.packed_rows + (size_t)(k / DEPTH) * p.rows * DEPTH;
-            // The next block, which follows in memory, spread over this one's steps.
-            const char* next = (const char*)(block + (size_t)depth * NR);
-            const int slots = (depth + PREFETCH_STEP - 1) / PREFETCH_STEP;
-            const int ahead = (int)(smaller(depth * NR, (int)(end - block) - depth * NR) * sizeof(Weight) / 64);
-            const int lines = (ahead + steps * slots - 1) / (steps * slots);
-            for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
-                const int count = smaller(step, p.rows - r);
-                micro_any(count, a + (size_t)r * DEPTH, b, depth, sums + (size_t)r * NR, NR, k > 0,
-                          next + (size_t)fetched * 64, fetched < ahead ? lines : 0);
-                if (k + depth == w.in)
-                    for (int i = r; i < r + count; i++) finish(p, sums + (size_t)i * NR, i, panel * NR, columns);
-            }
-        }
+    switch (p.epilogue) {
+        case Epilogue::store:
+        case Epilogue::store_float:
+            return multiply_with<Weight, Epilogue::store>(p);
+        case Epilogue::activate_pack:
+            return multiply_with<Weight, Epilogue::activate_pack>(p);
+        case Epilogue::activate_store:
+            return multiply_with<Weight, Epilogue::activate_store>(p);
+        case Epilogue::residual:
+            return multiply_with<Weight, Epilogue::residual>(p);
     }
 }
 
-// Scratch: key panels [keys / NR][head][NR], value panels [head / NR][keys][NR], MR scaled queries, their scores in
-// blocks of DEPTH keys, MR rows of context.
+// The lower, or upper, halves of two vectors in turn: a₀ b₀ a₁ b₁ …
+template <int OFFSET>
+static inline Vec interleave(Vec a, Vec b) {
+    VecInt mask;
+    for (int i = 0; i < W; i++) mask[i] = i / 2 + OFFSET + i % 2 * W;
+    return __builtin_shuffle(a, b, mask);
+}
+
+// to[column][NR] = factor · from[row][column] for `rows` ≤ NR rows; the others are zero.
+static void transpose(const float* from, size_t stride, int rows, int columns, float factor, float* to) {
+    int column = 0;
+    for (; column + W <= columns; column += W)
+        for (int half = 0; half < NR; half += W) {
+            Vec x[W], y[W];
+            for (int r = 0; r < W; r++)
+                x[r] = half + r < rows ? load(from + (size_t)(half + r) * stride + column) * factor : Vec{};
+            for (int width = W; width > 1; width /= 2) {
+                for (int i = 0; i < W / 2; i++) {
+                    y[2 * i] = interleave<0>(x[i], x[i + W / 2]);
+                    y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2]);
+                }
+                for (int i = 0; i < W; i++) x[i] = y[i];
+            }
+            for (int i = 0; i < W; i++) store(to + (size_t)(column + i) * NR + half, x[i]);
+        }
+    for (; column < columns; column++)
+        for (int r = 0; r < NR; r++)
+            to[(size_t)column * NR + r] = r < rows ? from[(size_t)r * stride + column] * factor : 0.0f;
+}
+
+// Scratch: keys [keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR queries transposed,
+// their scores [keys][NR], MR rows of context, received attention [keys][W].
 static size_t attention_scratch(int keys, int head_size) {
-    size_t wide_keys = round_up(keys, DEPTH), wide_head = round_up(head_size, NR);
-    return (wide_keys * head_size + wide_head * keys + MR * DEPTH + MR * wide_keys + MR * wide_head) * sizeof(float);
+    const size_t wide_head = round_up(head_size, NR);
+    return ((size_t)keys * (DEPTH + wide_head + NR + W) + head_size * NR + MR * NR) * sizeof(float);
 }
 
 static void attend(const Attention& a) {
     const int n = a.keys, size = a.head_size, wide_head = (int)round_up(size, NR);
-    const size_t wide_keys = round_up(n, DEPTH);
     float* keys = (float*)a.scratch;
-    float* values = keys + wide_keys * size;
-    float* queries = values + (size_t)wide_head * n;
-    float* scores = queries + MR * DEPTH;
-    float* context = scores + MR * wide_keys;
+    float* copied_values = keys + (size_t)n * DEPTH;
+    float* queries = copied_values + (size_t)n * wide_head;
+    float* scores = queries + (size_t)size * NR;
+    float* context = scores + (size_t)n * NR;
+    float* received = context + MR * NR;
 
-    const float *k = (const float*)a.key, *v = (const float*)a.value;
-    for (int j = 0; j < n; j += NR)
-        for (int d = 0; d < size; d++)
-            for (int i = 0; i < NR; i++)
-                keys[((size_t)(j / NR) * size + d) * NR + i] = j + i < n ? k[(size_t)(j + i) * a.stride + d] : 0.0f;
-    for (int d = 0; d < wide_head; d += NR)
-        for (int j = 0; j < n; j++)
-            for (int i = 0; i < NR; i++)
-                values[((size_t)(d / NR) * n + j) * NR + i] = d + i < size ? v[(size_t)j * a.stride + d + i] : 0.0f;
-    if (a.received) memset(a.received, 0, n * sizeof(float));
-
-    for (int first = 0; first < a.queries; first += MR) {
-        int count = smaller(MR, a.queries - first);
-        for (int r = 0; r < count; r++) {
-            const float* q = (const float*)a.query + (size_t)(first + r) * a.query_stride;
-            for (int d = 0; d < size; d++) queries[r * DEPTH + d] = q[d] * a.scale;
-        }
-        // Row r's score of key j lies at scores[(j / DEPTH · MR + r) · DEPTH + j % DEPTH].
-        for (int j = 0; j < n; j += NR)
-            micro_any(count, queries, keys + (size_t)(j / NR) * size * NR, size,
-                      scores + (size_t)(j / DEPTH) * MR * DEPTH + j % DEPTH, DEPTH, false);
-        for (int r = 0; r < count; r++) {
-            Vec most = all(-3e38f);
-            Vec total = Vec{};
-            float top, rest = 0;
-            for (int block = 0; block < n; block += DEPTH) {
-                const float* s = scores + ((size_t)(block / DEPTH) * MR + r) * DEPTH;
-                int here = smaller(DEPTH, n - block), whole = here / W * W;
-                for (int j = 0; j < whole; j += W) most = maximum(most, load(s + j));
-                for (int j = whole; j < here; j++) most = maximum(most, all(s[j]));
-            }
-            top = largest(most);
-            for (int block = 0; block < n; block += DEPTH) {
-                float* s = scores + ((size_t)(block / DEPTH) * MR + r) * DEPTH;
-                int here = smaller(DEPTH, n - block), whole = here / W * W;
-                for (int j = 0; j < whole; j += W) {
-                    Vec e = exponential(load(s + j) - top);
-                    store(s + j, e);
-                    total += e;
-                }
-                if (whole < here) {  // panels reach past the last key, so a whole vector can be read and written
-                    float e[W];
-                    store(e, exponential(load(s + whole) - top));
-                    for (int j = whole; j < here; j++) rest += s[j] = e[j - whole];
-                }
-            }
-            float inverse = 1.0f / (sum(total) + rest);
-            for (int block = 0; block < n; block += DEPTH) {
-                float* s = scores + ((size_t)(block / DEPTH) * MR + r) * DEPTH;
-                int here = smaller(DEPTH, n - block);
-                for (int j = 0; j < here; j++) s[j] *= inverse;
-                if (a.received)
-                    for (int j = 0; j < here; j++) a.received[block + j] += s[j];
-            }
-        }
+    const float *key = (const float*)a.key, *value = (const float*)a.value;
+    const bool in_place = size % NR == 0;
+    for (int j = 0; j < n; j++) memcpy(keys + (size_t)j * DEPTH, key + j * a.stride, size * sizeof(float));
+    if (!in_place)
         for (int d = 0; d < wide_head; d += NR)
-            for (int block = 0; block < n; block += DEPTH)
-                micro_any(count, scores + (size_t)(block / DEPTH) * MR * DEPTH,
-                          values + ((size_t)(d / NR) * n + block) * NR, smaller(DEPTH, n - block), context + d,
-                          wide_head, block > 0);
-        for (int r = 0; r < count; r++)
-            memcpy((float*)a.context + (size_t)(first + r) * a.context_stride, context + (size_t)r * wide_head,
-                   size * sizeof(float));
+            for (int j = 0; j < n; j++)
+                for (int i = 0; i < NR; i++)
+                    copied_values[((size_t)(d / NR) * n + j) * NR + i] =
+                        d + i < size ? value[(size_t)j * a.stride + d + i] : 0.0f;
+    for (int j = 0; a.received && j < n; j++) store(received + j * W, Vec{});
+
+    const int key_step = even_step(n);
+    for (int first = 0; first < a.queries; first += NR) {
+        const int count = smaller(NR, a.queries - first);
+        const float* query = (const float*)a.query + (size_t)first * a.query_stride;
+        transpose(query, a.query_stride, count, size, a.scale, queries);
+        for (int j = 0; j < n; j += key_step)
+            Micros<DEPTH, 1>::table[smaller(key_step, n - j) - 1](
+                {keys + (size_t)j * DEPTH, queries, NR, size, scores + (size_t)j * NR, NR, false, nullptr, 0});
+        float inverse[NR];
+        for (int half = 0; half < NR; half += W) {
+            float* column = scores + half;
+            Vec most = load(column), total = Vec{};
+            for (int j = 1; j < n; j++) most = maximum(most, load(column + (size_t)j * NR));
+            for (int j = 0; j < n; j++) {
+                const Vec e = exponential(load(column + (size_t)j * NR) - most);
+                store(column + (size_t)j * NR, e);
+                total += e;
+            }
+            store(inverse + half, 1.0f / total);
+            for (int i = larger(0, count - half); i < W; i++) inverse[half + i] = 0;  // no query is there
+            const Vec factor = load(inverse + half);
+            for (int j = 0; a.received && j < n; j++)
+                store(received + j * W, load(received + j * W) + load(column + (size_t)j * NR) * factor);
+        }
+        const int step = even_step(count);
+        for (int d = 0; d < wide_head; d += NR)
+            for (int r = 0; r < count; r += step) {
+                const int rows = smaller(step, count - r);
+                Micros<1, NR>::table[rows - 1]({scores + r, in_place ? value + d : copied_values + (size_t)d * n,
+                                                in_place ? a.stride : NR, n, context, NR, false, nullptr, 0});
+                for (int i = 0; i < rows; i++) {
+                    float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
+                    const int columns = smaller(NR, size - d);
+                    if (columns == NR) {
+                        store(to, load(context + i * NR) * inverse[r + i]);
+                        store(to + W, load(context + i * NR + W) * inverse[r + i]);
+                    } else {
+                        for (int c = 0; c < columns; c++) to[c] = context[i * NR + c] * inverse[r + i];
+                    }
+                }
+            }
     }
+    for (int j = 0; a.received && j < n; j++) a.received[j] = sum(load(received + j * W));
 }
 
 static void nothing() {}
@@ -299,7 +354,7 @@ static constexpr Kernels table_of(const char* name, const char* description, boo
             description,
             NR,
             1,
-            144,
+            192,
             false,
             quantized,
             fits,
@@ -313,7 +368,6 @@ static constexpr Kernels table_of(const char* name, const char* description, boo
             attend,
             normalize,
             embed,
-            add_rows,
             nothing,
             nothing};
 }

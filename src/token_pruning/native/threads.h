@@ -9,11 +9,12 @@ namespace tp {
 // Where the threads of a team wait for each other. Spins, then yields: the waits are microseconds long.
 class Barrier {
 public:
-    explicit Barrier(int threads) : threads_(threads) {}
+    // Before any thread waits.
+    void expect(int threads) { threads_ = threads; }
     void wait();
 
 private:
-    const int threads_;
+    int threads_ = 1;
     std::atomic<int> arrived_{0};
     std::atomic<unsigned> round_{0};
 };
