@@ -217,17 +217,26 @@ private:
     }
 
     void begin(int threads) {
-        // A thread of its own per chunk pays only when every thread has enough rows to make up for reading all weights.
-        together_ = threads > 1 && tokens_ < threads * MIN_ROWS_APART;
         barrier_.expect(threads);
-        plan_sequences(threads);
-        plan_rows(threads, tokens_, row_chunks_);
+        plan(threads);
         started_.store(true, std::memory_order_release);
     }
 
+    // How the rows that are left are worked on until the next decision.
+    void plan(int threads) {
+        // A thread of its own per chunk pays only when every thread has enough rows to make up for reading all weights.
+        together_ = threads > 1 && offsets_.back() < threads * MIN_ROWS_APART;
+        plan_sequences(threads);
+        plan_rows(threads, offsets_.back(), row_chunks_);
+    }
+
+    Team team_of(int rank, int threads) {
+        return {together_ ? rank : 0,           together_ ? threads : 1, &barrier_,
+                &chunks_[together_ ? 0 : rank], &scratch_[rank],         rank == 0};
+    }
+
     void work(int rank, int threads) {
-        const Team team{together_ ? rank : 0,           together_ ? threads : 1, &barrier_,
-                        &chunks_[together_ ? 0 : rank], &scratch_[rank],         rank == 0};
+        Team team = team_of(rank, threads);
         take(team, row_chunks_, [&](Range r) { embed(team, r); });
         restart(rank);
         for (int layer = 0; layer < shape_.layers; layer++) {
@@ -240,6 +249,7 @@ private:
             }
             barrier_.wait();
             if (stopped_) return;
+            team = team_of(rank, threads);
             if (!dropped_chunks_.empty()) {
                 take(team, dropped_chunks_, [&](Range r) { leave(team, layer, r); });
                 restart(rank);
@@ -524,9 +534,8 @@ private:
             plan_rows(threads, (int)kept_.size(), row_chunks_);
             return;
         }
+        plan(threads);
         if (!request_.first_only) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
-        plan_rows(threads, offsets_.back(), row_chunks_);
-        plan_sequences(threads);
     }
 
     // After the last layer: what is wanted of the states that are left.
@@ -540,7 +549,7 @@ private:
         memcpy(request_.out, states_[0], request_.sequences * hidden * sizeof(float));
     }
 
-    static constexpr int MIN_ROWS_APART = 192;
+    static constexpr int MIN_ROWS_APART = 96;
 
     Encoder& encoder_;
     const Kernels& kernels_;
