@@ -252,6 +252,7 @@ def run(workload: str, made: dict[str, Any], dtype: str, threads: int, arguments
         "workload": workload,
         "about": WORKLOADS[workload].about,
         "batch_size": WORKLOADS[workload].batch_size,
+        "passes": arguments.passes,
         "dtype": dtype,
         "threads": threads,
         **measured,
@@ -281,7 +282,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{about['cpu']}, {'with' if about['amx'] else 'without'} AMX, {about['processors']} processors. {installed}.",
         "",
-        f"Medians of {count(about['passes'], 'pass', 'passes')}, with the slowest and the fastest; "
+        "Medians of a run's passes, with the slowest and the fastest; "
         "engines took turns in one process, on the same sequences. *To best dense*: against the fastest engine of "
         "others in the same run, median of the passes' ratios. *Memory*: resident, after building and one batch, with "
         "the peak on the way. *Logits*: largest difference from transformers in float32, relative to the largest "
@@ -300,7 +301,8 @@ def markdown(result: dict[str, Any]) -> str:
                 "",
                 f"{done['about'][0].upper()}{done['about'][1:]}; batch size {done['batch_size']}, "
                 f"{done['sequences'][0]} sequences a pass, {done['mean_tokens']:.1f} tokens on average, padded batches "
-                f"{done['fill']:.1%} full, relative FLOPs {done['relative_flops']:.3f}.",
+                f"{done['fill']:.1%} full, {count(done['passes'], 'pass', 'passes')}, relative FLOPs "
+                f"{done['relative_flops']:.3f}.",
                 "",
                 "| dtype | engine | sequences/s (slowest – fastest) | to best dense | memory (peak), MiB | logits |",
                 "|---|---|---|---|---|---|",
@@ -391,9 +393,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def put(runs: list[dict[str, Any]], done: dict[str, Any]) -> None:
+    """Add a run in its place, or replace the one that was there."""
+
+    def place(run: dict[str, Any]) -> tuple[int, int, int]:
+        return list(WORKLOADS).index(run["workload"]), run["threads"], DTYPES.index(run["dtype"])
+
+    runs[:] = sorted([run for run in runs if place(run) != place(done)] + [done], key=place)
+
+
+def json_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.json")
+
+
 def write(result: dict[str, Any], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_name(f"{output.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    json_path(output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     output.with_name(f"{output.name}.md").write_text(markdown(result), encoding="utf-8")
     plot(result, output.with_name(f"{output.name}.png"))
 
@@ -409,9 +424,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder in the official GLUE layout, for the same")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave memory out")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json, OUTPUT.md and OUTPUT.png")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the runs that OUTPUT.json has and this command has not"
+    )
     arguments = parser.parse_args()
     if arguments.passes < 1 or min(arguments.threads) < 1:
         parser.error("--passes and --threads must be at least 1")
+    if arguments.add and not (arguments.output and json_path(arguments.output).exists()):
+        parser.error("--add needs the --output of an earlier run")
     return arguments
 
 
@@ -422,12 +442,13 @@ def main() -> None:
             "cpu": cpu_name(),
             "amx": has_amx(),
             "processors": os.cpu_count(),
-            "passes": arguments.passes,
             "versions": versions(),
             "settings": {name: PEERS[name].settings for name in arguments.peers},
         },
         "runs": [],
     }
+    if arguments.add:
+        result["runs"] = json.loads(json_path(arguments.output).read_text(encoding="utf-8"))["runs"]
     skipped = []
     for workload in arguments.workload or WORKLOADS:
         with tempfile.TemporaryDirectory() as folder:
@@ -447,7 +468,7 @@ def main() -> None:
             for threads in arguments.threads:
                 for dtype in arguments.dtypes:
                     print(f"{workload}, {count(threads, 'thread')}, {dtype}", file=sys.stderr, flush=True)
-                    result["runs"].append(run(workload, made, dtype, threads, arguments))
+                    put(result["runs"], run(workload, made, dtype, threads, arguments))
                     if arguments.output:
                         write(result, arguments.output)
     if not result["runs"]:

@@ -324,6 +324,35 @@ class KeepEven(tp.Pruner):
         return (tokens.layout.indices % tokens.layout.width) % (2**tokens.layer) == 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeepTwo(tp.FixedThreshold):
+    """A method of the package with another decision."""
+
+    prune_mode: ClassVar[str] = "keep_two"
+
+    def keep(self, tokens: Any) -> Tensor:
+        return torch.arange(tokens.layout.total) < 2
+
+
+def test_a_threshold_method_with_another_decision() -> None:
+    with pruned(tiled_model(), KeepTwo()) as model:
+        engine = tp.compile(model, "float32", threads=1)
+    with tp.record(engine) as trace:
+        engine(**ragged_batch(LENGTHS))
+    assert trace.ffn_lengths[-1].tolist() == [2, 1, 1, 1, 1, 1, 1]
+
+
+def test_layers_without_a_threshold_compute_no_importance() -> None:
+    thresholds = [0.0, -1.0, 0.008, 0.0]
+    with pruned(tiled_model(), tp.FixedThreshold(thresholds=thresholds)) as model:
+        engine: Any = tp.compile(model, "float32", threads=1)
+    with tp.record(engine) as trace:
+        recorded = engine(**ragged_batch(LENGTHS)).logits
+    assert torch.equal(engine(**ragged_batch(LENGTHS)).logits, recorded)
+    assert trace.ffn_lengths.sum(1).tolist()[:2] == [sum(LENGTHS)] * 2
+    assert trace.ffn_lengths.sum(1).tolist()[2] < sum(LENGTHS)
+
+
 def test_a_pruner_of_ones_own(level: str) -> None:
     with pruned(tiled_model(), KeepEven()) as model:
         with tp.record(model) as expected, torch.no_grad():

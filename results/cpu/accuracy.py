@@ -79,7 +79,7 @@ def table(result: dict[str, Any]) -> str:
         f"{about['cpu']}, {'with' if about['amx'] else 'without'} AMX; torch {about['torch']}, transformers "
         f"{about['transformers']}. Change of the metric in points against the model in float32.",
         "",
-        "| task | checkpoint | model, float32 | engine, float32 | bfloat16 | int8 | kept alike: float32 / bfloat16 / int8 |",
+        "| task | checkpoint | model, float32 | engine, float32 | bfloat16 | int8 | kept alike, same order |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, task in result["tasks"].items():
@@ -88,7 +88,7 @@ def table(result: dict[str, Any]) -> str:
             reference = rows["model, float32"]["metric"]
             ours = [rows[f"engine, {dtype}"] for dtype in DTYPES]
             changes = [f"{row['metric']:.2f} ({row['metric'] - reference:+.2f})" for row in ours]
-            alike = " / ".join(f"{row['kept_alike']:.2%}" for row in ours) if stage == "hard" else ""
+            alike = ", ".join(f"{row['kept_alike']:.2%}" for row in ours) if stage == "hard" else ""
             lines.append(f"| {name} | {title} | {reference:.2f} | {' | '.join(changes)} | {alike} |")
     return "\n".join(lines) + "\n"
 

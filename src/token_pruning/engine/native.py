@@ -275,8 +275,11 @@ class NativeEncoder:
         survived = torch.zeros(layout.total, dtype=torch.int32)
         received = torch.full((layers, layout.total), torch.nan) if recorded else None
         method = pruner.pruner
+        absolute = type(method).keep is FixedThreshold.keep
         prunes = bytes(method.prunes(layer, layers) for layer in range(1, layers + 1))
-        absolute = isinstance(method, FixedThreshold)
+        if absolute and pruner.thresholds is not None and not recorded:  # importance is never negative
+            useful = (pruner.thresholds > 0).tolist()
+            prunes = bytes(a and b for a, b in zip(prunes, useful, strict=True))
         decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived)
         request = _Request(
             sequences=cu_seqlens.numel() - 1,

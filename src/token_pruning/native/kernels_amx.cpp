@@ -212,13 +212,14 @@ static inline void micro(const char* rows, const char* weights, int depth, const
         tile_load<4>(rows, 64);
         tile_load<6>(weights, 64);
         T::template tile_multiply<0, 4, 6>();
+        for (int i = 0; i < lines / 2; i++) _mm_prefetch(prefetch + 64 * i, _MM_HINT_T1);
         tile_load<7>(weights + TILE, 64);
         T::template tile_multiply<1, 4, 7>();
         if (ROW_TILES == 2) {
             tile_load<5>(rows + TILE, 64);
             T::template tile_multiply<2, 5, 6>(), T::template tile_multiply<3, 5, 7>();
         }
-        for (int i = 0; i < lines; i++) _mm_prefetch(prefetch + 64 * i, _MM_HINT_T1);
+        for (int i = lines / 2; i < lines; i++) _mm_prefetch(prefetch + 64 * i, _MM_HINT_T1);
         prefetch += 64 * lines;
         rows += 2 * TILE, weights += 2 * TILE;
     }
@@ -294,6 +295,8 @@ static void multiply_with(const Product& p) {
                            : end < tiles            ? all_weights + panel_bytes * p.first_panel + (size_t)end * 2 * TILE
                                                     : nullptr;
                 const int lines = next ? (depth * 2 * TILE / 64 + pairs * depth - 1) / (pairs * depth) : 0;
+                // With one pair of row tiles all time goes into reading weights, which is faster a step ahead.
+                if (pairs == 1 && next) next = weights + 2 * TILE;
                 const char* rows = (const char*)p.packed_rows + ((size_t)k * pairs) * 2 * TILE;
                 for (int pair = 0; pair < pairs; pair++) {
                     const char* block = rows + (size_t)pair * depth * 2 * TILE;
@@ -531,7 +534,7 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
             description,
             32,
             16,
-            256,
+            384,
             true,
             quantized,
             fits<T>,
