@@ -1,7 +1,7 @@
 """Dense against pruned on the clock: evaluation of a data set, and a training step.
 
     python benchmarks/core.py --pruned CKPT_HARD --task MRPC --data-dir GLUE --output results/core/speed-mrpc
-    make bench        # what `make demo` trained, on its docstrings
+    python benchmarks/core.py        # what `make demo` trained, on its docstrings
 
 Everything computes with the same weights, those of the pruned checkpoint, on the same examples. Variants take turns
 within one run; the first turn warms up and is not counted. Medians, with the fastest and slowest turn.

@@ -22,11 +22,11 @@ import token_pruning as tp
 from token_pruning.engine.native import PARTS
 from token_pruning.machine import cpu_name
 
-TURNS = 15
+TURNS = 7
 CASES = {
     "32 sequences of about 50 tokens": (32, 50),
     "one sequence of 50 tokens": (1, 50),
-    "16 × 370 tokens": (16, 370),
+    "8 × 370 tokens": (8, 370),
 }
 NAMES = {
     "embed": "embeddings",

@@ -141,6 +141,8 @@ def test_packed_input_equals_padded_input(family: str, head: str, level: str) ->
     valid = batch["attention_mask"].bool()
     cu_seqlens = torch.tensor([0, *np.cumsum(LENGTHS).tolist()], dtype=torch.int32)
     padded, packed = outputs(engine(**batch)), outputs(engine.run_packed(batch["input_ids"][valid], cu_seqlens))
+    narrow = outputs(engine.run_packed(batch["input_ids"][valid].int(), cu_seqlens.long()))
+    assert all(torch.equal(narrow[name], value) for name, value in packed.items())
     assert padded.keys() == packed.keys()
     for name, value in packed.items():
         expected = padded[name][valid] if padded[name].shape[:2] == valid.shape else padded[name]

@@ -185,7 +185,9 @@ class Engine:
         _check_ids("input_ids", input_ids, 1)
         mask = _mask_of(cu_seqlens, input_ids.shape[0])
         padded = {
-            "input_ids": torch.full(mask.shape, self._padding, dtype=torch.int64).masked_scatter_(mask, input_ids)
+            "input_ids": torch.full(mask.shape, self._padding, dtype=torch.int64).masked_scatter_(
+                mask, input_ids.long()
+            )
         }
         for name, value in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             if value is not None:
