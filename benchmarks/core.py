@@ -8,7 +8,6 @@ within one run; the first turn warms up and is not counted. Medians, with the fa
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from output import write
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
@@ -153,9 +153,7 @@ def main() -> None:
     }
     print(markdown(result))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+        write(result, markdown(result), arguments.output)
 
 
 if __name__ == "__main__":

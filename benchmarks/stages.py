@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from output import write
 
 import token_pruning as tp
 from token_pruning.engine.native import PARTS
@@ -148,9 +149,7 @@ def main() -> None:
     result["peaks"] = {name: max(highest[name], again[name]) for name in highest}
     print(markdown(result))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        arguments.output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+        write(result, markdown(result), arguments.output)
 
 
 if __name__ == "__main__":

@@ -136,9 +136,7 @@ public:
           tokens_(request.cu_seqlens[request.sequences]) {
         for (int s = 0; s < request.sequences; s++)
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
-        chunk_rows_ = (int)round_up(std::max({kernels_.chunk_rows, longest_, kernels_.row_tile}), 32);
-        chunk_rows_ = std::min(chunk_rows_, (int)round_up(std::max(tokens_, 1), 32));
-        chunk_rows_ = std::max(chunk_rows_, (int)round_up(longest_, 32));
+        chunk_rows_ = (int)round_up(std::min(tokens_, std::max(kernels_.chunk_rows, longest_)), 32);
     }
 
     int run() {

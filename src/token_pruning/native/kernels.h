@@ -62,7 +62,6 @@ struct Kernels {
     const char* level;
     const char* description;
     int panel;       // columns of a weight panel
-    int row_tile;    // packed rows come in tiles of this many
     int chunk_rows;  // rows a thread works on at a time, so that they stay in its second-level cache
     bool half;       // the exchange type is bfloat16, else float32
     bool quantized;  // rows carry a scale, and activations are packed in a pass of their own
@@ -72,7 +71,7 @@ struct Kernels {
     size_t (*weight_bytes)(int in, int out);
     void (*pack_weight)(const float* weight, int in, int out, void* packed, float* scale);
     size_t (*packed_rows_bytes)(int rows, int in);
-    // Rows [begin, end) of a block of `rows`; begin is a multiple of row_tile. source_half: rows are bfloat16.
+    // Rows [begin, end) of a block of `rows`; begin is a multiple of 16. source_half: rows are bfloat16.
     void (*pack_rows)(const void* source, bool source_half, size_t stride, const int* index, int begin, int end,
                       int rows, int in, void* packed, float* row_scale);
     size_t (*product_scratch)(int rows, int in, int out);

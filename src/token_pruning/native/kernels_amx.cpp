@@ -42,21 +42,12 @@ template <int T>
 static inline void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"n"(T));
 }
-template <int SUMS, int ROWS, int WEIGHTS>
-static inline void tile_multiply_bfloat16() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
-}
-template <int SUMS, int ROWS, int WEIGHTS>
-static inline void tile_multiply_int8() {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
-}
-
 struct Bfloat16 {
     typedef uint16_t Number;
     static constexpr int tile_k = 32;
     template <int SUMS, int ROWS, int WEIGHTS>
     static inline void tile_multiply() {
-        tile_multiply_bfloat16<SUMS, ROWS, WEIGHTS>();
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
     }
 };
 struct Int8 {
@@ -64,7 +55,7 @@ struct Int8 {
     static constexpr int tile_k = 64;
     template <int SUMS, int ROWS, int WEIGHTS>
     static inline void tile_multiply() {
-        tile_multiply_int8<SUMS, ROWS, WEIGHTS>();
+        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(SUMS), "n"(ROWS), "n"(WEIGHTS));
     }
 };
 
@@ -405,10 +396,10 @@ static inline void score_tiles(const AttentionScratch& s, const uint16_t* query,
         for (int b = 0; b < blocks; b++) {
             tile_load<6>(keys + b * 512, 64), tile_load<7>(keys + (blocks + b) * 512, 64);
             tile_load<4>(query + b * 32, stride * 2);
-            tile_multiply_bfloat16<0, 4, 6>(), tile_multiply_bfloat16<1, 4, 7>();
+            Bfloat16::tile_multiply<0, 4, 6>(), Bfloat16::tile_multiply<1, 4, 7>();
             if (TILES == 2) {
                 tile_load<5>(query + 16 * stride + b * 32, stride * 2);
-                tile_multiply_bfloat16<2, 5, 6>(), tile_multiply_bfloat16<3, 5, 7>();
+                Bfloat16::tile_multiply<2, 5, 6>(), Bfloat16::tile_multiply<3, 5, 7>();
             }
         }
         tile_store<0>(s.scores + j, wide * 4), tile_store<1>(s.scores + j + 16, wide * 4);
@@ -430,10 +421,10 @@ static inline void context_tiles(const AttentionScratch& s, int head_size) {
             const uint16_t* values = s.values + ((size_t)(j / 32) * column_tiles + c) * 512;
             tile_load<6>(values, 64), tile_load<7>(values + 512, 64);
             tile_load<4>(s.probabilities + j, wide * 2);
-            tile_multiply_bfloat16<0, 4, 6>(), tile_multiply_bfloat16<1, 4, 7>();
+            Bfloat16::tile_multiply<0, 4, 6>(), Bfloat16::tile_multiply<1, 4, 7>();
             if (TILES == 2) {
                 tile_load<5>(s.probabilities + 16 * wide + j, wide * 2);
-                tile_multiply_bfloat16<2, 5, 6>(), tile_multiply_bfloat16<3, 5, 7>();
+                Bfloat16::tile_multiply<2, 5, 6>(), Bfloat16::tile_multiply<3, 5, 7>();
             }
         }
         float* context = s.context + c * 16;
@@ -533,7 +524,6 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
     return {"amx",
             description,
             32,
-            16,
             384,
             true,
             quantized,

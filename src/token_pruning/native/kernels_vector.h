@@ -7,7 +7,7 @@
 // rows × NR columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16 and
 // int8 weights are widened to float32 once per block. int8 rows hold whole numbers; scales are applied to the sums.
 //
-// Where the input is wide, SUPER columns of it are multiplied with all panels before the next.
+// Where the input is wide, 768 columns of it are multiplied with all panels before the next.
 //
 // Attention, NR queries of a head at a time, with the same registers' kernel: scores come out transposed, [keys][NR],
 // so that softmax needs no sums across a vector, and are read transposed by the product with the values. They are not
@@ -353,7 +353,6 @@ static constexpr Kernels table_of(const char* name, const char* description, boo
     return {name,
             description,
             NR,
-            1,
             192,
             false,
             quantized,

@@ -79,12 +79,11 @@ static inline Vec maximum(Vec a, Vec b) {
 static inline Vec absolute(Vec x) { return (Vec)((VecInt)x & 0x7fffffff); }
 
 static inline float sum(Vec v) {
-    float parts[W], total = 0;
+    float parts[W];
     store(parts, v);
     for (int half = W / 2; half; half /= 2)
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    total = parts[0];
-    return total;
+    return parts[0];
 }
 static inline float largest(Vec v) {
     float parts[W];
