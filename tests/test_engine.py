@@ -47,6 +47,8 @@ PRUNERS = (
     tp.TopK(token_keep_rate=0.2),
     tp.RelativeThreshold(token_threshold=0.4),
     tp.RisingThreshold(final_token_threshold=0.7),
+    tp.FixedThreshold(final_token_threshold=1.52, scoring_mode="relative", summary_tokens="segment"),
+    tp.TopK(token_keep_rate=0.2, summary_tokens="shared"),
 )
 LENGTHS = (5, 40, 1, 33, 16, 17, 70)
 

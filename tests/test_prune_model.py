@@ -31,6 +31,8 @@ from tests.tiny import (
     tiny_config,
     tiny_model,
 )
+from token_pruning.importance import SCORING_MODES
+from token_pruning.summary import SUMMARY_TOKENS
 
 LAYERS = 4
 METHODS = ("learned", "fixed", "topk", "relative", "rising")
@@ -39,10 +41,12 @@ LENGTHS = st.lists(st.one_of(st.sampled_from([1, 2, 80]), st.integers(1, 80)), m
 STRENGTHS = st.floats(0, 1)
 
 
-def pruner_of(method: str, strength: float, scoring_mode: Any = "mean") -> tp.Pruner:
+def pruner_of(method: str, strength: float, scoring_mode: Any = "mean", summary_tokens: Any = "none") -> tp.Pruner:
     """A pruner that drops next to nothing at strength 0 and nearly everything at strength 1."""
-    shared: dict[str, Any] = {"scoring_mode": scoring_mode, "max_seq_length": 16}
-    final = strength * (0.15 if scoring_mode == "mean" else 0.1)
+    shared: dict[str, Any] = {
+        "scoring_mode": scoring_mode, "max_seq_length": 16, "summary_tokens": summary_tokens
+    }  # fmt: skip
+    final = strength * {"mean": 0.15, "mean_norm": 0.1, "relative": 2.4}[scoring_mode]
     return {
         "learned": lambda: tp.LearnedThreshold(final_token_threshold=final, **shared),
         "fixed": lambda: tp.FixedThreshold(thresholds=[final, final / 2, final, 2 * final], **shared),
@@ -63,16 +67,23 @@ def run(model: Any, pruner: tp.Pruner, batch: dict[str, Tensor], execution: str 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=5)
-@given(lengths=LENGTHS, strength=STRENGTHS, mode=st.sampled_from(["mean", "mean_norm"]), seed=st.integers(0, 9))
-@example(lengths=[1, 80, 2, 33], strength=0.4, mode="mean", seed=0)
-@example(lengths=[30, 30, 30], strength=0.4, mode="mean_norm", seed=0)
+@given(
+    lengths=LENGTHS,
+    strength=STRENGTHS,
+    mode=st.sampled_from(SCORING_MODES),
+    summaries=st.sampled_from(SUMMARY_TOKENS),
+    seed=st.integers(0, 9),
+)
+@example(lengths=[1, 80, 2, 33], strength=0.4, mode="mean", summaries="none", seed=0)
+@example(lengths=[30, 30, 30], strength=0.4, mode="mean_norm", summaries="none", seed=0)
+@example(lengths=[40, 2, 33], strength=0.4, mode="relative", summaries="segment", seed=0)
 def test_packed_equals_masked(
-    family: str, head: str, lengths: list[int], strength: float, mode: str, seed: int
+    family: str, head: str, lengths: list[int], strength: float, mode: str, summaries: str, seed: int
 ) -> None:
     model = shared_model(family, head)
     batch = ragged_batch([min(n, LONGEST[family]) for n in lengths], family=family, seed=seed)
     for method in METHODS:
-        pruner = pruner_of(method, strength, mode)
+        pruner = pruner_of(method, strength, mode, summaries)
         packed, packed_trace = run(model, pruner, batch)
         masked, masked_trace = run(model, pruner, batch, "masked")
         if decision_margin(masked_trace, LAYERS) < 1e-6:
@@ -80,6 +91,7 @@ def test_packed_equals_masked(
         assert same_survivors(packed_trace, masked_trace), method
         assert torch.equal(packed_trace.attention_lengths, masked_trace.attention_lengths)
         assert torch.equal(packed_trace.ffn_lengths, masked_trace.ffn_lengths)
+        assert torch.equal(packed_trace.summary_lengths, masked_trace.summary_lengths)
         expected = outputs(masked)
         assert outputs(packed).keys() == expected.keys()
         for name, value in outputs(packed).items():
@@ -99,11 +111,16 @@ def test_the_strengths_of_these_tests_prune_some_and_not_all(execution: str) -> 
 
 
 @pytest.mark.parametrize("execution", ["packed", "masked"])
-@pytest.mark.parametrize("mode", ["mean", "mean_norm"])
+@pytest.mark.parametrize(
+    ("mode", "summaries"),
+    [("mean", "none"), ("mean_norm", "none"), ("relative", "none"), ("mean", "shared"), ("mean_norm", "segment")],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_both_executions_equal_a_second_writing_of_the_rules(method: str, mode: str, execution: str) -> None:
+def test_both_executions_equal_a_second_writing_of_the_rules(
+    method: str, mode: str, summaries: str, execution: str
+) -> None:
     model = shared_model("bert", "sequence")
-    pruner = pruner_of(method, 0.45, mode)
+    pruner = pruner_of(method, 0.45, mode, summaries)
     lengths = [23, 1, 40, 2, 9]
     batch = ragged_batch(lengths, seed=3)
     book = BertByTheBook(model, pruner)
@@ -123,8 +140,9 @@ def test_both_executions_equal_a_second_writing_of_the_rules(method: str, mode: 
         assert not states[row, length:].any()
     kept = [sum(s > 0 for s in survived) for _, survived, _ in expected]
     assert trace.attention_lengths[0].tolist() == lengths
-    assert trace.ffn_lengths[0].tolist() == kept
-    assert trace.attention_lengths[1].tolist() == kept
+    left = (trace.ffn_lengths[0] - trace.summary_lengths[0]).tolist()
+    assert left == kept
+    assert torch.equal(trace.attention_lengths[1], trace.ffn_lengths[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

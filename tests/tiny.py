@@ -149,7 +149,7 @@ def keep_by_the_book(
 
 
 def divisor_by_the_book(pruner: tp.Pruner, entered: int) -> int:
-    return pruner.max_seq_length if pruner.scoring_mode == "mean" else entered
+    return {"mean": pruner.max_seq_length, "mean_norm": entered, "relative": 1}[pruner.scoring_mode]
 
 
 def decision_margin(trace: tp.Trace, layers: int) -> float:
@@ -160,8 +160,11 @@ def decision_margin(trace: tp.Trace, layers: int) -> float:
         for layer, record in done.layers.items():
             if record.scores is None:
                 continue
-            parts = record.scores.split(record.entering.lengths)
-            for size, scores in zip(sizes, parts, strict=True):
+            before = done.layers[layer - 1].summaries if layer > 1 else None
+            tokens = torch.ones(record.entering.total, dtype=torch.bool) if before is None else ~before.present
+            parts = zip(*(x.split(record.entering.lengths) for x in (record.scores, tokens)), strict=True)
+            for size, (scores, proper) in zip(sizes, parts, strict=True):
+                scores = scores[proper]
                 if len(scores):
                     margin = min(margin, keep_by_the_book(done.pruner, layer, layers, scores.tolist(), size)[1])
     return margin
@@ -201,24 +204,45 @@ class BertByTheBook:
         )
         states = list(self.norm("embeddings.LayerNorm", x))
         alive = list(range(len(ids)))
+        separator = ids.index(ids[-1])
+        segment = [int(self.pruner.summary_tokens == "segment" and i > separator) for i in range(len(ids))]
+        summaries: dict[int, tuple[Tensor, Tensor]] = {}  # per segment its state and the weight it has gathered
         survived = [0] * len(ids)
         soft_masks = []
         for layer in range(1, self.layers + 1):
             name = f"encoder.layer.{layer - 1}"
-            x = torch.stack([states[i] for i in alive])
+            x = torch.stack([*(states[i] for i in alive), *(state for state, _ in summaries.values())])
             q, k, v = (self.linear(f"{name}.attention.self.{part}", x) for part in ("query", "key", "value"))
             size = x.shape[1] // self.heads
-            contexts, scores = [], x.new_zeros(len(alive))
+            contexts, scores = [], x.new_zeros(len(x))
             for head in range(self.heads):
                 part = slice(head * size, (head + 1) * size)
                 attention = (q[:, part] @ k[:, part].T / size**0.5).softmax(-1)
                 contexts.append(attention @ v[:, part])
                 scores = scores + attention.sum(0)
-            scores = scores / (self.heads * divisor_by_the_book(self.pruner, len(alive)))
+            received = scores / self.heads
+            scores = received[: len(alive)] / divisor_by_the_book(self.pruner, len(x))
             attended = self.norm(
                 f"{name}.attention.output.LayerNorm",
                 x + self.linear(f"{name}.attention.output.dense", torch.cat(contexts, -1)),
             )
+            keep, margin = [True] * len(alive), 1.0
+            if not self.soft:
+                keep, margin = keep_by_the_book(self.pruner, layer, self.layers, scores.tolist(), len(ids))
+            summaries = {
+                which: (state, weight)
+                for (which, (_, weight)), state in zip(summaries.items(), attended[len(alive) :], strict=True)
+            }
+            if self.pruner.summary_tokens != "none" and layer < self.layers:
+                for row, token in enumerate(alive):
+                    if not keep[row]:
+                        which = segment[token]
+                        state, weight = summaries.get(which, (torch.zeros_like(attended[0]), torch.zeros(())))
+                        total = weight + received[row]
+                        state = (state * weight + attended[row] * received[row]) / total
+                        summaries[which] = (state, total)
+            entering = [*attended[: len(alive)], *(state for state, _ in summaries.values())]
+            attended = torch.stack(entering)
             inner = torch.nn.functional.gelu(self.linear(f"{name}.intermediate.dense", attended))
             after = self.norm(f"{name}.output.LayerNorm", attended + self.linear(f"{name}.output.dense", inner))
             if self.soft:
@@ -226,10 +250,11 @@ class BertByTheBook:
                 distance = (scores[1:] - self.thresholds[layer - 1]) / self.pruner.temperature
                 soft_masks.append(torch.cat([x.new_ones(1), distance.sigmoid()]))
                 after = after * soft_masks[-1][:, None]
-                keep = [True] * len(alive)
-            else:
-                keep, margin = keep_by_the_book(self.pruner, layer, self.layers, scores.tolist(), len(ids))
-                self.margin = min(self.margin, margin)
+            self.margin = min(self.margin, margin)
+            summaries = {
+                which: (state, weight)
+                for (which, (_, weight)), state in zip(summaries.items(), after[len(alive) :], strict=True)
+            }
             for row, token in enumerate(alive):
                 states[token] = after[row] if keep[row] else attended[row]
                 survived[token] += keep[row]

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
-from token_pruning.attention import masked_attention, packed_attention
+from token_pruning.attention import first_token_attention, masked_attention, packed_attention
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.models import family_of, supported_model_types
+from token_pruning.models import family_of, reads_first_token_only, supported_model_types
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.ragged import pack, row_bucket, unpack
 from token_pruning.state import ForwardState, TokenPruner, Trace, recording
@@ -30,11 +30,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 ATTENTION_NAME = "token_pruning"
 _STATE = "token_pruning_state"  # the forward keyword argument that carries the state
+_FIRST_ONLY = "token_pruning_first_only"  # by which a head says that it reads first tokens only
 _MODULE_NAME = "token_pruner"
 
 # Between a layer's attention and the module its rows are dropped at, which may receive nothing but a tensor
 # (DistilBERT's LayerNorm), the state is handed over within the thread. Both run again under gradient checkpointing.
 _handover = threading.local()
+
+# The rows that the last layer's query and output projections are to compute and how many there are; None for all.
+_first_rows = threading.local()
 
 
 class Attachment:
@@ -70,6 +74,10 @@ class Attachment:
         _write_keys(config, pruner)
         model.add_module(_MODULE_NAME, self.token_pruner)
 
+        if reads_first_token_only(model):
+            # Only a call of the whole model: its encoder may be called for other tokens' states too.
+            self.handles.append(model.register_forward_pre_hook(_enter_head, with_kwargs=True))
+            self._compute_first_rows_only(layers[-1])
         self.handles.append(base.register_forward_pre_hook(self.enter_model, with_kwargs=True))
         self.handles.append(encoder.register_forward_pre_hook(self.enter_encoder, with_kwargs=True))
         self.handles.append(encoder.register_forward_hook(self.leave_encoder, with_kwargs=True))
@@ -79,6 +87,14 @@ class Attachment:
             self.handles.append(
                 layer.register_forward_hook(partial(self.leave_layer, number), with_kwargs=True, prepend=True)
             )
+
+    def _compute_first_rows_only(self, last_layer: nn.Module) -> None:
+        """Have the last layer's row-wise projections skip rows nobody wants, where its pass says so."""
+        self.handles.append(last_layer.register_forward_pre_hook(self.enter_last_layer, with_kwargs=True))
+        modules = self.family.layer_modules(last_layer)
+        for linear in (modules.query, modules.attention_output):
+            self.handles.append(linear.register_forward_pre_hook(_take_first_rows))
+            self.handles.append(linear.register_forward_hook(_put_first_rows_back))
 
     def detach(self) -> None:
         """Undo everything."""
@@ -92,6 +108,7 @@ class Attachment:
     def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Start a state, and hand it to the layers in place of the attention mask."""
         kwargs = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        first_only = kwargs.pop(_FIRST_ONLY, False)
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             return (), kwargs  # the model itself says what is missing
@@ -113,7 +130,14 @@ class Attachment:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
         elif mask.shape != shape:
             raise ConfigError(f"attention_mask has shape {list(mask.shape)}; it must be {list(shape)}, as the input")
-        state = ForwardState(self.token_pruner, mask.to(device, torch.bool), self.layer_numbers, packed=self.packed)
+        state = ForwardState(
+            self.token_pruner,
+            mask.to(device, torch.bool),
+            self.layer_numbers,
+            packed=self.packed,
+            input_ids=kwargs.get("input_ids"),
+            first_only=first_only,
+        )
         return (), {**kwargs, "attention_mask": None, _STATE: state}
 
     def enter_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,20 +152,39 @@ class Attachment:
     def _pack(self, hidden_states: Tensor, state: ForwardState) -> Tensor:
         return _with_filler(pack(hidden_states, state.valid))[None]
 
+    def enter_last_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Say which rows its projections are to compute."""
+        state = _state(kwargs)
+        layer = self.shape.num_layers
+        only = state.packed and state.first_only(layer) and not state.prunes(layer)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        _first_rows.value = (state.entering(layer).first_rows, hidden_states.shape[1]) if only else None
+
     def leave_attention(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Drop the rows that leave, and remember their states."""
         state, layer = cast(tuple[ForwardState, int], _handover.value)
         _handover.value = None
         hidden_states = output[0] if isinstance(output, tuple) else output
         record = state.layers[layer]
+        rows = hidden_states[0] if state.packed else hidden_states.flatten(0, 1)[record.entering.indices]
+        if record.merge is not None and record.dropped_rows is not None:
+            gone = record.dropped_rows
+            state.last_states[layer] = (record.entering.indices[gone], rows[gone])
+            rows = record.merge.apply(rows)
+            if not state.packed:
+                flat = hidden_states.flatten(0, 1).index_copy(0, record.entering.indices, rows)
+                hidden_states = flat.view(hidden_states.shape)
         if not state.packed:
             state.attention_outputs[layer] = hidden_states
+            return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+        if state.first_only(layer):
+            kept_rows = record.entering.first_rows
+        elif record.kept_rows is not None and record.dropped_rows is not None:
+            gone, kept_rows = record.dropped_rows, record.kept_rows
+            state.last_states.setdefault(layer, (record.entering.indices[gone], rows[gone]))
+        else:
             return None
-        if record.kept_rows is None or record.dropped_rows is None:
-            return None
-        rows = hidden_states[0]
-        state.last_states[layer] = (record.entering.indices[record.dropped_rows], rows[record.dropped_rows])
-        kept = _with_filler(rows[record.kept_rows])[None]
+        kept = _with_filler(rows[kept_rows])[None]
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
 
     def leave_layer(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -150,6 +193,8 @@ class Attachment:
         record = state.layers[layer]
         hidden_states = output[0] if isinstance(output, tuple) else output
         if record.soft_mask is not None:
+            if state.packed and state.first_only(layer):
+                return None  # first tokens are never masked
             if state.packed:
                 factor = torch.nn.functional.pad(
                     record.soft_mask, (0, hidden_states.shape[1] - record.entering.total), value=1.0
@@ -170,16 +215,51 @@ class Attachment:
         state = _state(kwargs)
         hidden_states = output.last_hidden_state
         if state.packed:
-            last = state.layers[self.shape.num_layers].leaving
-            places = [last.indices, *(indices for indices, _ in state.last_states.values())]
-            rows = [hidden_states[0, : last.total], *(rows for _, rows in state.last_states.values())]
-            output.last_hidden_state = unpack(torch.cat(rows), torch.cat(places), *state.mask.shape)
+            places, rows = self._final_rows(hidden_states[0], state)
+            output.last_hidden_state = unpack(rows, places, *state.mask.shape)
         else:  # packed execution never sees padding; neither do heads in the reference
-            output.last_hidden_state = hidden_states.masked_fill(~state.mask[..., None], 0.0)
+            flat = hidden_states.masked_fill(~state.mask[..., None], 0.0).flatten(0, 1)
+            for places, rows in state.last_states.values():  # some of their rows carry summaries
+                flat = flat.index_copy(0, places, rows)
+            output.last_hidden_state = flat.view(hidden_states.shape)
         for token_pruner, trace in recording.get():
             if token_pruner is self.token_pruner:
                 trace.passes.append(state.record)
         return output
+
+    def _final_rows(self, rows: Tensor, state: ForwardState) -> tuple[Tensor, Tensor]:
+        """Places in the padded batch, and the last hidden state of the token at each."""
+        last = state.layers[self.shape.num_layers]
+        if state.record.first_only:
+            first = last.entering.first_rows
+            return last.entering.indices[first], rows[: first.numel()]
+        places, rows = last.leaving.indices, rows[: last.leaving.total]
+        if last.summaries is not None:
+            tokens = ~last.summaries.present
+            places, rows = places[tokens], rows[tokens]
+        dropped = state.last_states.values()
+        return torch.cat([places, *(p for p, _ in dropped)]), torch.cat([rows, *(r for _, r in dropped)])
+
+
+def _enter_head(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A head that reads first tokens only says so to its encoder."""
+    return args, {**kwargs, _FIRST_ONLY: True}
+
+
+def _take_first_rows(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+    """``[1, rows, dim]`` to the rows wanted."""
+    if _first_rows.value is None:
+        return None
+    rows, _ = _first_rows.value
+    return (args[0][:, rows],)
+
+
+def _put_first_rows_back(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Zeros where nothing was computed: the model expects as many rows as it gave."""
+    if _first_rows.value is None:
+        return None
+    rows, total = _first_rows.value
+    return output.new_zeros(1, total, output.shape[-1]).index_copy(1, rows, output)
 
 
 def _state(kwargs: dict[str, Any]) -> ForwardState:
@@ -244,7 +324,12 @@ def _attention_function(
     entering, prunes = state.entering(layer), state.prunes(layer)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     probabilities: Tensor | None = None
-    if state.packed:
+    if state.packed and state.first_only(layer) and not prunes:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        first, received = entering.first_rows, None
+        context = first_token_attention(q[first], k, v, entering, scaling, dropout)
+        context = torch.zeros_like(q).index_copy(0, first, context)[None]
+    elif state.packed:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         context, received = packed_attention(q, k, v, entering, scaling, dropout, needs_importance=prunes)
         context = context[None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from token_pruning.models import ModelShape, shape_of
-from token_pruning.state import Trace
+from token_pruning.state import ComputedLengths, Trace
 
 
 @dataclass(frozen=True)
@@ -38,38 +38,41 @@ class Flops:
         return {name: value / 1e9 for name, value in asdict(self).items()}
 
 
-def layer_flops(shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor) -> Tensor:
+def layer_flops(
+    shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor, query_lengths: Tensor | None = None
+) -> Tensor:
     """FLOPs of single layers.
 
     Args:
         shape: the model's sizes.
-        attention_lengths: tokens in the layer's attention, any shape.
+        attention_lengths: tokens in the layer's attention, any shape; whole numbers or, in the soft stage, fractions.
         ffn_lengths: tokens in its feed-forward, the same shape.
+        query_lengths: tokens whose own attention is computed, the same shape; all unless given.
 
     Returns:
-        float64, the same shape.
+        float64, the same shape, differentiable.
     """
     attending, remaining = attention_lengths.double(), ffn_lengths.double()
-    projections = 4 * attending * shape.hidden_size**2
-    attention = 2 * attending**2 * shape.hidden_size
+    asking = attending if query_lengths is None else query_lengths.double()
+    projections = 2 * (attending + asking) * shape.hidden_size**2
+    attention = 2 * asking * attending * shape.hidden_size
     feed_forward = shape.ffn_matrices * remaining * shape.hidden_size * shape.intermediate_size
     return 2 * (projections + attention + feed_forward)
 
 
-def flops_from_lengths(shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor, max_seq_length: int) -> Flops:
+def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_length: int) -> Flops:
     """FLOPs per example from token counts.
 
     Args:
         shape: the model's sizes.
-        attention_lengths: tokens that entered each layer's attention, ``[layers, examples]`` int64.
-        ffn_lengths: tokens left after each layer's pruning, ``[layers, examples]`` int64.
+        computed: the rows computed in each layer, each ``[layers, examples]`` int64.
         max_seq_length: what sequences are padded to for the padded figure, in tokens; the longest sequence if longer.
     """
-    valid = attention_lengths[0].expand_as(attention_lengths)
-    padded = torch.full_like(attention_lengths, max(max_seq_length, int(valid.max())))
+    valid = computed.keys[0].expand_as(computed.keys)
+    padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
     totals = [
-        layer_flops(shape, entering, leaving).sum(0).mean().item()
-        for entering, leaving in ((padded, padded), (valid, valid), (attention_lengths, ffn_lengths))
+        layer_flops(shape, keys, feed_forward, queries).sum(0).mean().item()
+        for keys, queries, feed_forward in ((padded,) * 3, (valid,) * 3, computed)
     ]
     return Flops(*totals)
 
@@ -83,7 +86,8 @@ def count_flops(model: Any, trace: Trace) -> Flops:
 
     Returns:
         The three figures, each the mean over the trace's examples. Sequences are padded to the pruner's
-        ``max_seq_length``, or to the longest sequence of the trace if that is longer.
+        ``max_seq_length``, or to the longest sequence of the trace if that is longer. Dense models compute every token
+        of the last layer; a pruned one whose head reads the first token only does not.
     """
     shape = shape_of(getattr(model, "config", model))
-    return flops_from_lengths(shape, trace.attention_lengths, trace.ffn_lengths, trace.max_seq_length)
+    return flops_from_lengths(shape, trace.computed_lengths, trace.max_seq_length)

@@ -7,6 +7,7 @@ is keyed by layer and written once, so that gradient checkpointing can run a lay
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from token_pruning.importance import normalizer
 from token_pruning.pruners import LayerTokens, LearnedThreshold, Pruner
 from token_pruning.ragged import Layout, drop, layout_from_mask
+from token_pruning.summary import Merge, Summaries, plan_merge, segments_of
 
 
 class TokenPruner(nn.Module):
@@ -67,9 +69,12 @@ class LayerRecord:
         entering: tokens that took part in the layer's attention.
         leaving: tokens left after its pruning.
         kept_rows: rows of ``entering`` that stay, int64; None where nothing was pruned.
-        dropped_rows: rows of ``entering`` that leave, int64; None where nothing was pruned.
+        dropped_rows: rows of ``entering`` whose tokens leave, int64; None where nothing was pruned. With summary tokens
+            a dropped token's row may stay, to carry the summary.
         soft_mask: ``[entering.total]`` float32 in the soft stage, else None.
         scores: ``[entering.total]`` float32 importance, or None where none was computed.
+        merge: how the dropped tokens become summary tokens, or None.
+        summaries: the summary tokens among the rows of ``leaving``, or None.
     """
 
     entering: Layout
@@ -78,6 +83,22 @@ class LayerRecord:
     dropped_rows: Tensor | None = None
     soft_mask: Tensor | None = None
     scores: Tensor | None = None
+    merge: Merge | None = None
+    summaries: Summaries | None = None
+
+
+class ComputedLengths(NamedTuple):
+    """Rows that a model computes per layer and sequence, ``[layers, batch]`` int64.
+
+    Attributes:
+        keys: keys and values.
+        queries: queries, and so attention and its output projection.
+        feed_forward: rows of the feed-forward.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    feed_forward: Tensor
 
 
 @dataclass
@@ -89,19 +110,28 @@ class PassRecord:
         mask: ``[batch, width]`` bool, True for a valid token.
         valid: the valid tokens.
         layers: a record per layer, 1-based.
+        first_only: whether the last layer computed first tokens only, since the head reads no others.
     """
 
     pruner: Pruner
     mask: Tensor
     valid: Layout
     layers: dict[int, LayerRecord] = field(default_factory=dict)
+    first_only: bool = False
 
 
 class ForwardState:
     """Everything one forward pass knows about its tokens."""
 
     def __init__(
-        self, token_pruner: TokenPruner, mask: Tensor, layer_numbers: Mapping[nn.Module, int], *, packed: bool
+        self,
+        token_pruner: TokenPruner,
+        mask: Tensor,
+        layer_numbers: Mapping[nn.Module, int],
+        *,
+        packed: bool,
+        input_ids: Tensor | None = None,
+        first_only: bool = False,
     ) -> None:
         """Start with the valid tokens.
 
@@ -110,6 +140,8 @@ class ForwardState:
             mask: ``[batch, width]`` bool, True for a valid token.
             layer_numbers: the number (1-based) of the layer an attention module belongs to.
             packed: packed execution, or the masked reference.
+            input_ids: ``[batch, width]``; without them a pair's sentences share a summary token.
+            first_only: whether the last hidden states of other than first tokens are wanted by nobody.
         """
         self.token_pruner = token_pruner
         self.layer_numbers = layer_numbers
@@ -118,7 +150,11 @@ class ForwardState:
         self.with_grad = torch.is_grad_enabled()
         self.mask = mask
         self.valid = layout_from_mask(mask)
-        self.record = PassRecord(token_pruner.pruner, mask, self.valid)
+        self.record = PassRecord(token_pruner.pruner, mask, self.valid, first_only=first_only)
+        self.recorded = any(pruner is token_pruner for pruner, _ in recording.get())
+        self.segments: Tensor | None = None
+        if token_pruner.pruner.summary_tokens == "segment" and input_ids is not None:
+            self.segments = segments_of(input_ids, self.valid)
         self.layers = self.record.layers
         self.last_states: dict[int, tuple[Tensor, Tensor]] = {}
         """Per layer, the places in the padded batch of the tokens dropped there, and their hidden states."""
@@ -129,9 +165,20 @@ class ForwardState:
         """The tokens that take part in ``layer``'s attention (1-based)."""
         return self.valid if layer == 1 else self.layers[layer - 1].leaving
 
+    def summaries(self, layer: int) -> Summaries | None:
+        """The summary tokens among those that enter ``layer``."""
+        return None if layer == 1 else self.layers[layer - 1].summaries
+
+    def first_only(self, layer: int) -> bool:
+        """Whether ``layer`` is the last, and only its first tokens' results are wanted."""
+        return self.record.first_only and layer == self.token_pruner.num_layers
+
     def prunes(self, layer: int) -> bool:
-        """Whether ``layer`` needs importance scores."""
-        return self.soft or self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
+        """Whether ``layer`` needs importance scores: in a last layer for first tokens only to record them."""
+        if self.soft:
+            return True
+        wanted = self.recorded or not self.first_only(layer)
+        return wanted and self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
 
     def decide(self, layer: int, received: Tensor | None) -> None:
         """Take the layer's decision from the attention its tokens received, and record it.
@@ -142,24 +189,47 @@ class ForwardState:
         """
         entering = self.entering(layer)
         if received is None:
-            self.layers.setdefault(layer, LayerRecord(entering, entering))
+            self.layers.setdefault(layer, LayerRecord(entering, entering, summaries=self.summaries(layer)))
             return
         module = self.token_pruner
         pruner = module.pruner
         divisor = normalizer(entering, pruner.scoring_mode, pruner.max_seq_length)
         scores = received / divisor[entering.sequence_ids]
         threshold = None if module.thresholds is None else module.thresholds[layer - 1]
-        tokens = LayerTokens(layer, module.num_layers, entering, scores, self.valid.lengths_tensor, threshold)
+        summaries = self.summaries(layer)
+        present = None if summaries is None else summaries.present
+        tokens = LayerTokens(layer, module.num_layers, entering, scores, self.valid.lengths_tensor, threshold, present)
         if self.soft:
             assert isinstance(pruner, LearnedThreshold)
             # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
             soft_mask = pruner.soft_mask(tokens)
             self.layers.setdefault(layer, LayerRecord(entering, entering, soft_mask=soft_mask, scores=scores))
-        elif layer not in self.layers:
-            with torch.no_grad():
-                keep = pruner.keep(tokens).index_fill(0, entering.first_rows, True)
-                leaving, kept, dropped = drop(entering, keep)
-            self.layers[layer] = LayerRecord(entering, leaving, kept, dropped, scores=scores.detach())
+            return
+        with torch.no_grad():
+            keep = pruner.keep(tokens).index_fill(0, entering.first_rows, True)
+            if present is not None:
+                keep |= present
+        # After the last layer nobody would attend to a summary.
+        merge = None
+        if pruner.summary_tokens != "none" and layer < module.num_layers:
+            # As above, computed again with gradient checkpointing.
+            merge, summaries = plan_merge(self._groups(entering), ~keep, summaries, received)
+            dropped = (~keep).nonzero().squeeze(-1)
+            leaving, kept, _ = drop(entering, keep | summaries.present)
+            summaries = Summaries(summaries.present[kept], summaries.weights[kept])
+        else:
+            leaving, kept, dropped = drop(entering, keep)
+            summaries = None if summaries is None else Summaries(summaries.present[kept], summaries.weights[kept])
+        self.layers.setdefault(
+            layer,
+            LayerRecord(entering, leaving, kept, dropped, scores=scores.detach(), merge=merge, summaries=summaries),
+        )
+
+    def _groups(self, layout: Layout) -> Tensor:
+        """Which summary token each row would go to, ``[layout.total]`` int64."""
+        if self.segments is None:
+            return layout.sequence_ids
+        return 2 * layout.sequence_ids + self.segments[layout.indices]
 
 
 @dataclass
@@ -185,13 +255,40 @@ class Trace:
 
     @property
     def attention_lengths(self) -> Tensor:
-        """Tokens that entered each layer's attention, ``[layers, batch]`` int64."""
+        """Tokens that entered each layer's attention, summary tokens included, ``[layers, batch]`` int64."""
         return self._per_layer("entering")
 
     @property
     def ffn_lengths(self) -> Tensor:
-        """Tokens left after each layer's pruning, ``[layers, batch]`` int64. In the soft stage nothing leaves."""
+        """Tokens left after each layer's pruning, summary tokens included, ``[layers, batch]`` int64.
+
+        In the soft stage nothing leaves. Where the head reads the first token only, the last layer's decision is
+        recorded though none of its other tokens are computed; see :attr:`computed_lengths`.
+        """
         return self._per_layer("leaving")
+
+    @property
+    def summary_lengths(self) -> Tensor:
+        """Summary tokens among those left after each layer's pruning, ``[layers, batch]`` int64."""
+
+        def count(record: LayerRecord) -> Tensor:
+            layout = record.leaving
+            present = layout.indices.new_zeros(layout.total) if record.summaries is None else record.summaries.present
+            return layout.indices.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, present.long())
+
+        return torch.cat(
+            [torch.stack([count(done.layers[layer]) for layer in sorted(done.layers)]) for done in self.passes], dim=1
+        )
+
+    @property
+    def computed_lengths(self) -> ComputedLengths:
+        """The rows computed in each layer: what FLOPs are counted from."""
+        keys, feed_forward = self.attention_lengths, self.ffn_lengths.clone()
+        queries = keys.clone()
+        narrow = torch.cat([torch.full((done.valid.batch_size,), done.first_only) for done in self.passes])
+        for lengths in (queries, feed_forward):
+            lengths[-1] = torch.where(narrow.to(lengths.device), lengths[-1].clamp(max=1), lengths[-1])
+        return ComputedLengths(keys, queries, feed_forward)
 
     @property
     def soft_lengths(self) -> Tensor:
@@ -236,13 +333,14 @@ class Trace:
         """For every sequence, the number of layers after which each valid token was still there.
 
         A list with one ``[valid tokens]`` int64 tensor per sequence; 0 means dropped in the first layer, the number of
-        layers means never dropped.
+        layers means never dropped. A token whose row carries a summary was dropped.
         """
         result: list[Tensor] = []
         for done in self.passes:
             survived = torch.zeros(done.mask.numel(), dtype=torch.long, device=done.mask.device)
             for record in done.layers.values():
-                survived[record.leaving.indices] += 1
+                left = record.leaving.indices
+                survived[left if record.summaries is None else left[~record.summaries.present]] += 1
             result += torch.split(survived[done.valid.indices], done.valid.lengths)
         return result
 

@@ -67,6 +67,41 @@ def packed_attention(
     return _with_zeros(context, rows), torch.cat(importances)[slots] if needs_importance else None
 
 
+def first_token_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention of each sequence's first token alone.
+
+    Args:
+        query: ``[sequences, heads, head_dim]``: the first tokens' queries, empty sequences left out.
+        key: ``[rows, heads, head_dim]`` with at least ``layout.total`` rows; ``value`` alike.
+        value: see ``key``.
+        layout: the tokens present.
+        scaling: factor on ``query · key``.
+        dropout: probability of zeroing an attention probability.
+
+    Returns:
+        context ``[sequences, heads, head_dim]``.
+    """
+    starts = layout.first_rows
+    lengths = layout.lengths_tensor
+    lengths = lengths[lengths > 0]
+    width = max(layout.lengths)
+    columns = torch.arange(width, device=starts.device)
+    present = columns < lengths[:, None]
+    places = torch.where(present, starts[:, None] + columns, layout.total).flatten()
+    slots = present.flatten().nonzero().squeeze(-1)
+    k, v = (
+        _rearrange(x[: layout.total], places, slots).view(*present.shape, *x.shape[1:]).transpose(1, 2)
+        for x in (key, value)
+    )
+    q = (query * scaling).unsqueeze(2)
+    if torch.is_grad_enabled():
+        return _softmax_attention(q, k, v, present, dropout, False)[0].squeeze(2)
+    mask = present[:, None, None, :]
+    return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).squeeze(2)
+
+
 def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
     """Group sequences by length into padded blocks.
 

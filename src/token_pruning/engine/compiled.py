@@ -257,7 +257,7 @@ class _CompiledBase(nn.Module):
         traces = [trace for pruner, trace in recording.get() if pruner is engine.token_pruner]
         output = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only, recorded=bool(traces))
         for trace in traces:
-            trace.passes.append(PassRecord(engine.token_pruner.pruner, mask, layout, output.layers))
+            trace.passes.append(PassRecord(engine.token_pruner.pruner, mask, layout, output.layers, engine._first_only))
         return self._output(output.states, layout, packed, kwargs.get("return_dict"))
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:

@@ -18,6 +18,7 @@ from token_pruning.models import EmbeddingModules, Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.ragged import Layout
 from token_pruning.state import LayerRecord, TokenPruner
+from token_pruning.summary import Summaries, segments_of
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
 LEVELS = ("portable", "avx2", "avx512", "amx")
@@ -45,6 +46,8 @@ class _Request(ctypes.Structure):
         ("decide", _DECIDE),
         ("first_only", ctypes.c_bool),
         ("record", ctypes.c_bool),
+        ("segments", c_void_p),
+        ("hosts", c_void_p),
         ("out", c_void_p),
         ("survived", c_void_p),
         ("received", c_void_p),
@@ -276,11 +279,16 @@ class NativeEncoder:
         received = torch.full((layers, layout.total), torch.nan) if recorded else None
         method = pruner.pruner
         absolute = type(method).keep is FixedThreshold.keep
+        hosts = segments = None
+        if method.summary_tokens != "none":
+            hosts = torch.zeros(layout.total, dtype=torch.uint8)
+            if method.summary_tokens == "segment":
+                segments = segments_of(tokens.id_grid(), layout)[layout.indices].to(torch.uint8)
         prunes = bytes(method.prunes(layer, layers) for layer in range(1, layers + 1))
         if absolute and pruner.thresholds is not None and not recorded:  # importance is never negative
             useful = (pruner.thresholds > 0).tolist()
             prunes = bytes(a and b for a, b in zip(prunes, useful, strict=True))
-        decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived)
+        decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived, hosts)
         request = _Request(
             sequences=cu_seqlens.numel() - 1,
             cu_seqlens=cu_seqlens.data_ptr(),
@@ -290,10 +298,12 @@ class NativeEncoder:
             threads=self.threads,
             thresholds=_pointer(pruner.thresholds) if absolute else None,
             prunes=ctypes.cast(ctypes.c_char_p(prunes), c_void_p),
-            divisor=float(method.max_seq_length) if method.scoring_mode == "mean" else 0.0,
+            divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             decide=_DECIDE(decisions) if decisions else _DECIDE(),
             first_only=first_only,
             record=recorded,
+            segments=_pointer(segments),
+            hosts=_pointer(hosts),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
             received=_pointer(received),
@@ -303,7 +313,7 @@ class NativeEncoder:
         if decisions and decisions.error:
             raise decisions.error
         _check(self._library, status < 0)
-        records = _records(tokens, pruner, survived, received) if received is not None else {}
+        records = _records(tokens, pruner, survived, hosts, received) if received is not None else {}
         if first_only and len(out) < layout.batch_size:
             out = out.new_zeros(layout.batch_size, out.shape[1]).index_copy_(0, filled.nonzero().squeeze(1), out)
         return EncoderOutput(out, records)
@@ -332,39 +342,51 @@ class NativeEncoder:
         return lines
 
 
-def _layout_of(tokens: PackedTokens, survived: Tensor, layers: int) -> Layout:
-    """The tokens that survived at least so many layers."""
-    layout = tokens.layout
+def _rows_left(survived: Tensor, hosts: Tensor | None, layers: int) -> Tensor:
+    """``[tokens]`` bool: tokens that survived at least so many layers, and rows that carry a summary after them."""
     left = survived >= layers
+    return left if hosts is None else left | hosts.bool()
+
+
+def _layout_of(tokens: PackedTokens, left: Tensor) -> Layout:
+    layout = tokens.layout
     before = torch.nn.functional.pad(left.cumsum(0), (1, 0))
     return Layout(layout.indices[left], before[layout.cu_seqlens.long()].to(torch.int32), layout.width)
 
 
-def _records(tokens: PackedTokens, pruner: TokenPruner, survived: Tensor, received: Tensor) -> dict[int, LayerRecord]:
+def _records(
+    tokens: PackedTokens, pruner: TokenPruner, survived: Tensor, hosts: Tensor | None, received: Tensor
+) -> dict[int, LayerRecord]:
     method = pruner.pruner
     records = {}
     for layer in range(1, pruner.num_layers + 1):
-        entering, leaving = (_layout_of(tokens, survived, done) for done in (layer - 1, layer))
+        present, left = (_rows_left(survived, hosts, done) for done in (layer - 1, layer))
+        entering, leaving = _layout_of(tokens, present), _layout_of(tokens, left)
         scores = None
         if method.prunes(layer, pruner.num_layers):
             divisor = normalizer(entering, method.scoring_mode, method.max_seq_length)
-            scores = received[layer - 1][survived >= layer - 1] / divisor[entering.sequence_ids]
-        records[layer] = LayerRecord(entering, leaving, scores=scores)
+            scores = received[layer - 1][present] / divisor[entering.sequence_ids]
+        summaries = None
+        if hosts is not None:
+            summary = (survived < layer)[left]
+            summaries = Summaries(summary, torch.full(summary.shape, torch.nan))
+        records[layer] = LayerRecord(entering, leaving, scores=scores, summaries=summaries)
     return records
 
 
 class _Decisions:
     """Asks a pruner what stays, on behalf of the native encoder."""
 
-    def __init__(self, tokens: PackedTokens, pruner: TokenPruner, survived: Tensor) -> None:
-        self.tokens, self.pruner, self.survived = tokens, pruner, survived
+    def __init__(self, tokens: PackedTokens, pruner: TokenPruner, survived: Tensor, hosts: Tensor | None) -> None:
+        self.tokens, self.pruner, self.survived, self.hosts = tokens, pruner, survived, hosts
         self.error: BaseException | None = None
 
     def __call__(self, layer: int, rows: int, cu_seqlens: Any, received: Any, keep: Any) -> int:
         try:
             tokens, module = self.tokens, self.pruner
             # Rows that are still there have survived every layer before this one.
-            layout = _layout_of(tokens, self.survived, layer)
+            present = _rows_left(self.survived, self.hosts, layer)
+            layout = _layout_of(tokens, present)
             total = torch.frombuffer(
                 (c_float * rows).from_address(ctypes.addressof(received.contents)), dtype=torch.float32
             )
@@ -378,6 +400,7 @@ class _Decisions:
                     scores=scores,
                     input_lengths=tokens.layout.lengths_tensor,
                     threshold=None if module.thresholds is None else module.thresholds[layer],
+                    summaries=None if self.hosts is None else (self.survived < layer)[present],
                 )
             )
             flags = decision.to(torch.uint8).contiguous()

@@ -25,6 +25,11 @@ class PackedTokens:
     token_types: Tensor | None
     layout: Layout
 
+    def id_grid(self) -> Tensor:
+        """The padded batch again, ``[batch, width]`` int32, with zeros for padding."""
+        grid = self.ids.new_zeros(self.layout.batch_size * self.layout.width)
+        return grid.index_copy_(0, self.layout.indices, self.ids).view(self.layout.batch_size, self.layout.width)
+
 
 @dataclass(frozen=True)
 class EncoderOutput:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, pad
 from transformers.activations import ACT2FN
 
-from token_pruning.attention import packed_attention
+from token_pruning.attention import first_token_attention, packed_attention
 from token_pruning.engine.tokens import EncoderOutput, PackedTokens
 from token_pruning.models import Family, LayerModules
 from token_pruning.ragged import Layout, row_bucket
@@ -35,9 +35,9 @@ class TorchEncoder:
         projection = modules.projection
         self._projection = None if projection is None else _Linear([projection], dtype)
         self._activation = ACT2FN[family.activation(base.config)]
+        layers = list(family.layers(family.encoder(base)))
         self._layers = [
-            _Layer(family.layer_modules(layer), self._activation, dtype)
-            for layer in family.layers(family.encoder(base))
+            _Layer(family.layer_modules(layer), self._activation, dtype, last=layer is layers[-1]) for layer in layers
         ]
 
     def head_linear(self, linear: nn.Linear, vocabulary: int) -> nn.Module:
@@ -49,17 +49,33 @@ class TorchEncoder:
         layout = tokens.layout
         places = layout.batch_size * layout.width
         mask = torch.zeros(places, dtype=torch.bool).index_fill_(0, layout.indices, True)
-        state = ForwardState(pruner, mask.view(layout.batch_size, layout.width), {}, packed=True)
+        state = ForwardState(
+            pruner,
+            mask.view(layout.batch_size, layout.width),
+            {},
+            packed=True,
+            input_ids=tokens.id_grid(),
+            first_only=first_only,
+        )
         states = torch.zeros(places, self.shape.hidden_size)
         x = self._with_filler(self._embed(tokens))
         for number, layer in enumerate(self._layers, start=1):
             entering = state.entering(number)
-            last = first_only and number == self.shape.num_layers
-            needs_importance = state.prunes(number) and (recorded or not last)
-            context, received = layer.attend(x, entering, self.shape.num_heads, needs_importance)
+            heads, prunes = self.shape.num_heads, state.prunes(number)
+            if state.first_only(number) and not prunes:
+                context, x = layer.attend_first(x, entering, heads)
+                state.decide(number, None)
+                x = layer.feed_forward(layer.finish_attention(self._with_filler(context), self._with_filler(x)))
+                continue
+            context, received = layer.attend(x, entering, heads, prunes)
             state.decide(number, received)
             record = state.layers[number]
-            rows = entering.first_rows if last else record.kept_rows
+            if record.merge is not None:  # a summary needs the states of the tokens dropped
+                x = layer.finish_attention(context, x)
+                states[entering.indices[record.dropped_rows]] = x[record.dropped_rows].float()
+                x = layer.feed_forward(self._with_filler(record.merge.apply(x)[record.kept_rows]))
+                continue
+            rows = entering.first_rows if state.first_only(number) else record.kept_rows
             if record.dropped_rows is not None and not first_only:
                 gone = record.dropped_rows
                 states[entering.indices[gone]] = layer.finish_attention(context[gone], x[gone]).float()
@@ -72,7 +88,9 @@ class TorchEncoder:
             result[filled] = x[: int(filled.sum())].float()
         else:
             left = state.layers[self.shape.num_layers].leaving
-            states[left.indices] = x[: left.total].float()
+            summaries = state.layers[self.shape.num_layers].summaries
+            tokens = slice(None) if summaries is None else ~summaries.present
+            states[left.indices[tokens]] = x[: left.total][tokens].float()
             result = states[layout.indices]
         return EncoderOutput(result, state.layers if recorded else {})
 
@@ -91,7 +109,7 @@ class TorchEncoder:
 
     def explain(self) -> list[str]:
         """Which products are used."""
-        prepacked = self._layers[0].query_key_value.prepacked is not None
+        prepacked = self._layers[0].projections.prepacked is not None
         return [f"products: {'oneDNN with prepacked weights' if prepacked else 'torch.nn.functional.linear'}"]
 
 
@@ -145,8 +163,11 @@ def _prepack(weight: Tensor, bias: Tensor) -> Tensor | None:
 
 
 class _Layer:
-    def __init__(self, modules: LayerModules, activation: nn.Module, dtype: torch.dtype) -> None:
-        self.query_key_value = _Linear([modules.query, modules.key, modules.value], dtype)
+    def __init__(self, modules: LayerModules, activation: nn.Module, dtype: torch.dtype, *, last: bool) -> None:
+        # Queries apart in the last layer, where only first tokens' may be wanted.
+        self.query = _Linear([modules.query], dtype) if last else None
+        inputs = [modules.key, modules.value]
+        self.projections = _Linear(inputs if last else [modules.query, *inputs], dtype)
         self.attention_output = _Linear([modules.attention_output], dtype)
         self.attention_norm = _Norm(modules.attention_norm, dtype)
         self.up, self.down = _Linear([modules.feed_forward_up], dtype), _Linear([modules.feed_forward_down], dtype)
@@ -155,9 +176,21 @@ class _Layer:
 
     def attend(self, x: Tensor, layout: Layout, heads: int, needs_importance: bool) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows, hidden]`` and received attention."""
-        q, k, v = self.query_key_value(x).view(x.shape[0], 3, heads, -1).unbind(1)
+        projected = self.projections(x)
+        if self.query is not None:
+            projected = torch.cat([self.query(x), projected], 1)
+        q, k, v = projected.view(x.shape[0], 3, heads, -1).unbind(1)
         context, received = packed_attention(q, k, v, layout, q.shape[-1] ** -0.5, needs_importance=needs_importance)
         return context.flatten(1), received
+
+    def attend_first(self, x: Tensor, layout: Layout, heads: int) -> tuple[Tensor, Tensor]:
+        """In the last layer, first tokens' contexts and their rows of ``x``, both ``[sequences, hidden]``."""
+        assert self.query is not None
+        first = x[layout.first_rows]
+        size = x.shape[1] // heads
+        q = self.query(first).view(-1, heads, size)
+        k, v = self.projections(x).view(-1, 2, heads, size).unbind(1)
+        return first_token_attention(q, k, v, layout, size**-0.5).flatten(1), first
 
     def finish_attention(self, context: Tensor, x: Tensor) -> Tensor:
         return self.attention_norm(self.attention_output(context) + x)

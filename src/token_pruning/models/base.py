@@ -99,5 +99,9 @@ def column_positions(input_ids: Tensor, config: Any) -> Tensor:
 
 
 def reads_first_token_only(model: nn.Module) -> bool:
-    """Whether the model's outputs depend on the last hidden state of each sequence's first token alone."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    """Whether the model's outputs depend on the last hidden state of each sequence's first token alone.
+
+    That is known of the classes of transformers itself; one of another's may read what it likes.
+    """
+    cls = type(model)
+    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ForSequenceClassification")

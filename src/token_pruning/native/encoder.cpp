@@ -151,6 +151,10 @@ public:
         for (int i = 0; i < tokens_; i++) original_[i] = i;
         // Nothing is allocated from here on: no thread may fail while others wait for it.
         kept_.reserve(tokens_), dropped_.reserve(tokens_), left_.reserve(tokens_), keep_.resize(tokens_);
+        if (request_.hosts) {
+            summaries_.assign(SEGMENTS * request_.sequences, Summary());
+            summary_of_kept_.reserve(tokens_), summary_of_dropped_.reserve(tokens_), shares_.reserve(tokens_);
+        }
         next_offsets_.reserve(offsets_.size()), sequence_chunks_.reserve(request_.sequences);
         row_chunks_.reserve(tokens_ / 32 + asked + 1), dropped_chunks_.reserve(tokens_ / 32 + asked + 1);
         run_on_team(asked, [&](int rank, int threads) {
@@ -177,6 +181,14 @@ private:
         }
     };
 
+    // What a sequence has dropped from one of its segments.
+    struct Summary {
+        bool exists = false;
+        float weight = 0;     // importance gathered in earlier layers
+        float gathered = 0;   // and in this one
+        float own_share = 1;  // of the summary's state so far in the merged one
+    };
+
     struct Clock {
         Clock(const Pass& pass, const Team& team, Part part)
             : seconds_(pass.request_.seconds && team.timed ? pass.request_.seconds + part : nullptr) {
@@ -195,6 +207,10 @@ private:
         states_[1] = arena.take<float>(tokens_ * hidden);
         context_ = arena.take<char>(tokens_ * hidden * wide);
         received_ = arena.take<float>(tokens_);
+        if (request_.hosts) {
+            gone_ = arena.take<float>(tokens_ * hidden);
+            means_ = arena.take<float>((size_t)SEGMENTS * request_.sequences * hidden);
+        }
         const size_t widest = std::max<size_t>(hidden, encoder_.embeddings.size);
         chunks_.resize(threads), scratch_.resize(threads);
         for (int t = 0; t < threads; t++) {
@@ -250,7 +266,12 @@ private:
             team = team_of(rank, threads);
             if (!dropped_chunks_.empty()) {
                 take(team, dropped_chunks_, [&](Range r) { leave(team, layer, r); });
-                restart(rank);
+                barrier_.wait();
+                if (rank == 0) {
+                    next_.store(0);
+                    if (request_.hosts) average_dropped();
+                }
+                barrier_.wait();
             }
             take(team, row_chunks_, [&](Range r) { feed_forward(team, layer, r); });
             barrier_.wait();
@@ -459,9 +480,35 @@ private:
     void leave(const Team& team, int layer, Range r) {
         finish_attention(team, encoder_.layers[layer], dropped_.data() + r.begin, 0, r.size());
         const Range part = share(r.size(), team.rank, team.threads, 16);
-        for (int i = part.begin; i < part.end; i++)
-            memcpy(request_.out + (size_t)left_[r.begin + i] * shape_.hidden,
-                   team.chunk->attended + (size_t)i * shape_.hidden, shape_.hidden * sizeof(float));
+        for (int i = part.begin; i < part.end; i++) {
+            const float* state = team.chunk->attended + (size_t)i * shape_.hidden;
+            const size_t bytes = shape_.hidden * sizeof(float);
+            if (!request_.first_only) memcpy(request_.out + (size_t)left_[r.begin + i] * shape_.hidden, state, bytes);
+            if (request_.hosts) memcpy(gone_ + (size_t)(r.begin + i) * shape_.hidden, state, bytes);
+        }
+    }
+
+    // What this layer's dropped tokens add to their summaries, by importance.
+    void average_dropped() {
+        const size_t hidden = shape_.hidden;
+        for (size_t i = 0; i < summaries_.size(); i++)
+            if (summaries_[i].gathered > 0) std::fill_n(means_ + i * hidden, hidden, 0.0f);
+        for (size_t i = 0; i < dropped_.size(); i++) {
+            float* mean = means_ + summary_of_dropped_[i] * hidden;
+            for (size_t k = 0; k < hidden; k++) mean[k] += shares_[i] * gone_[i * hidden + k];
+        }
+    }
+
+    // Rows that carry a summary take up what was dropped; `rows` are those of `kept_` from `begin` on.
+    void merge_summaries(float* rows, int begin, Range part) const {
+        const size_t hidden = shape_.hidden;
+        for (int i = part.begin; i < part.end; i++) {
+            const int which = summary_of_kept_[begin + i];
+            if (which < 0 || summaries_[which].gathered == 0) continue;
+            float* row = rows + i * hidden;
+            const float *mean = means_ + which * hidden, own = summaries_[which].own_share;
+            for (size_t k = 0; k < hidden; k++) row[k] = own * row[k] + mean[k];
+        }
     }
 
     // The rest of the layer for the rows that stay.
@@ -470,6 +517,8 @@ private:
         const int rows = r.size(), hidden = shape_.hidden, inner = shape_.inner;
         ChunkSpace& c = *team.chunk;
         finish_attention(team, l, gather_ ? kept_.data() + r.begin : nullptr, r.begin, rows);
+        if (gather_ && summarizes(layer))
+            merge_summaries(c.attended, r.begin, share(rows, team.rank, team.threads, 16));
         pack(team, c.attended, false, hidden, nullptr, rows, hidden, c.packed);
         team.wait();
         if (kernels_.quantized) {
@@ -491,13 +540,45 @@ private:
         return request_.prunes[layer] && (request_.record || !first_rows_only(layer));
     }
 
+    bool summarizes(int layer) const { return request_.hosts && layer + 1 < shape_.layers; }
+    bool is_summary(int row) const { return request_.hosts && request_.hosts[original_[row]]; }
+
+    // The summary that a row goes to, or is.
+    int summary_of(int sequence, int row) const {
+        return SEGMENTS * sequence + (request_.segments ? request_.segments[original_[row]] : 0);
+    }
+
+    // A token leaves. Its row stays where it is the first of its segment's to do so, and carries the summary.
+    void drop_into_summary(int sequence, int row) {
+        const int which = summary_of(sequence, row);
+        Summary& summary = summaries_[which];
+        const float weight = std::max(received_[row], SMALLEST_WEIGHT);
+        summary.gathered += weight;
+        summary_of_dropped_.push_back(which), shares_.push_back(weight);
+        if (summary.exists) return;
+        summary.exists = true;
+        request_.hosts[original_[row]] = 1;
+        kept_.push_back(row), summary_of_kept_.push_back(which);
+    }
+
+    // Weights become shares of the merged summaries.
+    void share_summaries() {
+        for (Summary& s : summaries_) s.own_share = s.weight / std::max(s.weight + s.gathered, SMALLEST_WEIGHT);
+        for (size_t i = 0; i < shares_.size(); i++) {
+            const Summary& s = summaries_[summary_of_dropped_[i]];
+            shares_[i] /= s.weight + s.gathered;
+        }
+        for (Summary& s : summaries_) s.weight += s.gathered;
+    }
+
     void decide(int layer, int threads) {
         next_.store(0);
         const int rows = offsets_.back();
         kept_.clear(), dropped_.clear(), left_.clear(), dropped_chunks_.clear();
         gather_ = false;
         if (!decides(layer)) {
-            for (int i = 0; i < rows; i++) request_.survived[original_[i]]++;
+            for (int i = 0; i < rows; i++)
+                if (!is_summary(i)) request_.survived[original_[i]]++;
         } else {
             if (request_.received)
                 for (int i = 0; i < rows; i++) request_.received[(size_t)layer * tokens_ + original_[i]] = received_[i];
@@ -506,19 +587,27 @@ private:
                 if (stopped_) return;
             }
             next_offsets_.assign(1, 0);
+            summary_of_kept_.clear(), summary_of_dropped_.clear(), shares_.clear();
+            for (Summary& s : summaries_) s.gathered = 0;
             for (int s = 0; s < request_.sequences; s++) {
                 const int count = offsets_[s + 1] - offsets_[s];
                 const float divisor = request_.divisor > 0 ? request_.divisor : (float)count;
                 for (int i = offsets_[s]; i < offsets_[s + 1]; i++) {
                     const bool keep =
                         request_.decide ? keep_[i] != 0 : received_[i] / divisor >= request_.thresholds[layer];
-                    if (i == offsets_[s] || keep)
-                        kept_.push_back(i), request_.survived[original_[i]]++;
-                    else
+                    const bool summary = is_summary(i);
+                    if (i == offsets_[s] || keep || summary) {
+                        kept_.push_back(i);
+                        if (request_.hosts) summary_of_kept_.push_back(summary ? summary_of(s, i) : -1);
+                        if (!summary) request_.survived[original_[i]]++;
+                    } else {
                         dropped_.push_back(i), left_.push_back(original_[i]);
+                        if (summarizes(layer)) drop_into_summary(s, i);
+                    }
                 }
                 next_offsets_.push_back((int32_t)kept_.size());
             }
+            if (summarizes(layer)) share_summaries();
             gather_ = !dropped_.empty();
             if (gather_ && !first_rows_only(layer)) {
                 for (size_t i = 0; i < kept_.size(); i++) original_[i] = original_[kept_[i]];
@@ -533,7 +622,7 @@ private:
             return;
         }
         plan(threads);
-        if (!request_.first_only) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
+        if (!request_.first_only || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
     }
 
     // After the last layer: what is wanted of the states that are left.
@@ -541,13 +630,16 @@ private:
         const size_t hidden = shape_.hidden;
         if (!request_.first_only) {
             for (int i = 0; i < offsets_.back(); i++)
-                memcpy(request_.out + original_[i] * hidden, states_[0] + i * hidden, hidden * sizeof(float));
+                if (!is_summary(i))
+                    memcpy(request_.out + original_[i] * hidden, states_[0] + i * hidden, hidden * sizeof(float));
             return;
         }
         memcpy(request_.out, states_[0], request_.sequences * hidden * sizeof(float));
     }
 
     static constexpr int MIN_ROWS_APART = 96;
+    static constexpr int SEGMENTS = 2;               // summary tokens a sequence can have
+    static constexpr float SMALLEST_WEIGHT = 1e-6f;  // attention received can underflow to 0
 
     Encoder& encoder_;
     const Kernels& kernels_;
@@ -569,7 +661,12 @@ private:
     std::vector<int> kept_, dropped_;  // rows by the layer's decision
     std::vector<int> left_;            // the tokens of `dropped_`
     std::vector<uint8_t> keep_;
-    bool gather_ = false;  // whether rows are taken by `kept_`
+    std::vector<Summary> summaries_;
+    std::vector<int> summary_of_kept_;          // for each of `kept_`, the summary its row carries, or -1
+    std::vector<int> summary_of_dropped_;       // for each of `dropped_`, the summary it goes to,
+    std::vector<float> shares_;                 // and its share there
+    float *gone_ = nullptr, *means_ = nullptr;  // states of `dropped_`; what they add to each summary
+    bool gather_ = false;                       // whether rows are taken by `kept_`
     std::vector<Range> sequence_chunks_, row_chunks_, dropped_chunks_;
 
     Barrier barrier_;

@@ -84,9 +84,13 @@ struct Request {
     const float* thresholds;
     const uint8_t* prunes;
     float divisor;
-    Decide decide;      // takes the decisions in place of thresholds, or null
-    bool first_only;    // only first tokens' states are wanted: the last layer computes no others
-    bool record;        // decide in the last layer even where its decisions change nothing
+    Decide decide;    // takes the decisions in place of thresholds, or null
+    bool first_only;  // only first tokens' states are wanted: the last layer computes no others
+    bool record;      // decide in the last layer even where its decisions change nothing
+    // Summary tokens: which of its sequence's summaries, 0 or 1, a dropped token goes to; null: 0. Used where `hosts`
+    // is given: [tokens], zero at first, set to 1 for a dropped token whose row carries a summary from then on.
+    const uint8_t* segments;
+    uint8_t* hosts;
     float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: every token's last state
     int32_t* survived;  // [tokens]: layers after which the token was still there
     float* received;    // [layers, tokens] or null: attention each token received, untouched where none was computed

@@ -10,6 +10,7 @@ from torch import Tensor
 from token_pruning.checks import choice, positive_integer
 from token_pruning.importance import SCORING_MODES, ScoringMode
 from token_pruning.ragged import Layout
+from token_pruning.summary import SUMMARY_TOKENS, SummaryTokens
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LayerTokens:
         scores: importance scores, ``[layout.total]`` float32.
         input_lengths: valid tokens per sequence at the model's input, ``[batch]`` int64.
         threshold: this layer's threshold as a float32 scalar, or None for methods without thresholds.
+        summaries: ``[layout.total]`` bool, True for a summary token, which stays whatever is decided; None where there
+            are none.
     """
 
     layer: int
@@ -31,6 +34,7 @@ class LayerTokens:
     scores: Tensor
     input_lengths: Tensor
     threshold: Tensor | None
+    summaries: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class Pruner(ABC):
     Args:
         scoring_mode: what divides received attention, see :func:`token_pruning.importance.normalizer`.
         max_seq_length: that divisor in ``"mean"`` mode, and the length "padded" FLOPs are counted for; tokens.
+        summary_tokens: whether what is dropped lives on as summary tokens (:mod:`token_pruning.summary`): ``"none"``,
+            ``"shared"`` (one per sequence) or ``"segment"`` (one for each sentence of a pair). The soft stage drops
+            nothing, so it has none.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -54,11 +61,13 @@ class Pruner(ABC):
 
     scoring_mode: ScoringMode = "mean"
     max_seq_length: int = 128
+    summary_tokens: SummaryTokens = "none"
 
     def __post_init__(self) -> None:
         """Check the configuration."""
         choice("scoring_mode", self.scoring_mode, SCORING_MODES)
         positive_integer("max_seq_length", self.max_seq_length)
+        choice("summary_tokens", self.summary_tokens, SUMMARY_TOKENS)
 
     @abstractmethod
     def keep(self, tokens: LayerTokens) -> Tensor:
@@ -80,4 +89,6 @@ class Pruner(ABC):
     def config(self) -> dict[str, Any]:
         """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.summary_tokens == "none":
+            values["summary_tokens"] = None
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}

@@ -55,6 +55,8 @@ class TopK(Pruner):
         rate = self.keep_rate(tokens.layer, tokens.num_layers)
         counts = (tokens.input_lengths.double() * rate).round().long().clamp(min=1)  # round() is half to even
         scores = tokens.scores.index_fill(0, layout.first_rows, torch.inf)
+        if tokens.summaries is not None:  # they stay besides
+            scores = scores.masked_fill(tokens.summaries, -torch.inf)
         # Two stable sorts: by score, then by sequence. Rows end up sequence by sequence, best first.
         by_score = scores.argsort(descending=True, stable=True)
         order = by_score[layout.sequence_ids[by_score].argsort(stable=True)]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from token_pruning.attach import attachment_of, is_pruned, record
 from token_pruning.flops import flops_from_lengths
 from token_pruning.models import shape_of
+from token_pruning.state import ComputedLengths
 from token_pruning.training.run_dir import write_json
 
 Features = Sequence[Mapping[str, Any]]
@@ -71,7 +72,7 @@ def evaluate(
         bf16: bfloat16 autocast.
         progress: show a progress bar.
     """
-    logits, attention_lengths, ffn_lengths, seconds = predict(
+    logits, computed, ffn_lengths, seconds = predict(
         model, features, collate, batch_size=batch_size, bf16=bf16, progress=progress
     )
     labels = np.array([feature["labels"] for feature in features])
@@ -81,12 +82,12 @@ def evaluate(
         max_seq_length = token_pruner.pruner.max_seq_length
         if token_pruner.thresholds is not None:
             thresholds = token_pruner.thresholds.tolist()
-    flops = flops_from_lengths(shape_of(model.config), attention_lengths, ffn_lengths, max_seq_length)
+    flops = flops_from_lengths(shape_of(model.config), computed, max_seq_length)
     return Evaluation(
         metrics=compute_metrics(logits, labels),
         gflops_per_example=flops.gflops(),
         relative_flops=flops.relative,
-        tokens_entering=attention_lengths[0].float().mean().item(),
+        tokens_entering=computed.keys[0].float().mean().item(),
         tokens_kept_per_layer=ffn_lengths.float().mean(1).tolist(),
         thresholds=thresholds,
         examples=len(features),
@@ -102,12 +103,12 @@ def predict(
     batch_size: int,
     bf16: bool = False,
     progress: bool = True,
-) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, float]:
+) -> tuple[np.ndarray, ComputedLengths, torch.Tensor, float]:
     """Logits of every example, in the features' order.
 
     Returns:
-        Logits ``[examples, labels]`` float32; the lengths of :class:`token_pruning.Trace`, ``[layers, examples]`` in
-        order of length; seconds spent in forward passes.
+        Logits ``[examples, labels]`` float32; ``computed_lengths`` and ``ffn_lengths`` of
+        :class:`token_pruning.Trace`, ``[layers, examples]`` in order of length; seconds spent in forward passes.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]), reverse=True)
@@ -134,11 +135,13 @@ def predict(
     finally:
         model.train(was_training)
     if trace is None:
-        attention_lengths = ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
+        ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
+        computed = ComputedLengths(ffn_lengths, ffn_lengths, ffn_lengths)
     else:
-        attention_lengths, ffn_lengths = trace.attention_lengths.cpu(), trace.ffn_lengths.cpu()
+        computed = ComputedLengths(*(lengths.cpu() for lengths in trace.computed_lengths))
+        ffn_lengths = trace.ffn_lengths.cpu()
     back = torch.tensor(order).argsort()
-    return torch.cat(logits)[back].numpy(), attention_lengths, ffn_lengths, seconds
+    return torch.cat(logits)[back].numpy(), computed, ffn_lengths, seconds
 
 
 def format_evaluation(name: str, evaluation: Evaluation) -> str:
