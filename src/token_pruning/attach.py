@@ -233,10 +233,7 @@ class Attachment:
         if state.record.first_only:
             first = last.entering.first_rows
             return last.entering.indices[first], rows[: first.numel()]
-        places, rows = last.leaving.indices, rows[: last.leaving.total]
-        if last.summaries is not None:
-            tokens = ~last.summaries.present
-            places, rows = places[tokens], rows[tokens]
+        places, rows = last.leaving.indices[last.token_rows], rows[last.token_rows]
         dropped = state.last_states.values()
         return torch.cat([places, *(p for p, _ in dropped)]), torch.cat([rows, *(r for _, r in dropped)])
 

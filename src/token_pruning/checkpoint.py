@@ -1,5 +1,6 @@
 """Loading checkpoints: hand-written ``config.json`` keys, learned thresholds, I-BERT and LTP names."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -48,6 +49,11 @@ class Checkpoint:
         """Whether it has I-BERT's key names, and is RoBERTa in all but name."""
         return self.config.get("model_type") in IBERT_MODEL_TYPES
 
+    @property
+    def num_outputs(self) -> int:
+        """How many outputs a classification head has; two where ``config.json`` does not say, as in transformers."""
+        return len(self.config.get("id2label") or ()) or int(self.config.get("num_labels") or 2)
+
     def label_names(self) -> list[str] | None:
         """The labels in the order of the outputs; empty for a regression, None where the checkpoint names none."""
         id2label = self.config.get("id2label") or {}
@@ -55,6 +61,14 @@ class Checkpoint:
             return []
         names = [str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
         return names or None
+
+    def sha256(self) -> str:
+        """Over ``config.json`` and the weights' files as they are now, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        for path in (self.path / "config.json", *_weight_files(self.path)):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def pruner(self, *, learned: bool = False, temperature: float | None = None) -> Pruner:
         """The method that ``config.json`` names, with the thresholds found in the weights.

@@ -1,6 +1,11 @@
 """Writing files whole or not at all."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 STAGING_PREFIX = "incomplete-"
 
@@ -19,6 +24,26 @@ def write_text(path: Path, text: str) -> Path:
     staging = path.with_name(STAGING_PREFIX + path.name)
     try:
         staging.write_text(text, encoding="utf-8")
+        return staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file as :func:`write_text` writes text, also where several runs write it at once.
+
+    Args:
+        path: the final name.
+        tensors: the content, by name.
+        metadata: goes into the file's header.
+
+    Returns:
+        ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f"{STAGING_PREFIX}{uuid4().hex}-{path.name}")
+    try:
+        save_file(dict(tensors), staging, dict(metadata))
         return staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)

@@ -86,6 +86,13 @@ class LayerRecord:
     merge: Merge | None = None
     summaries: Summaries | None = None
 
+    @property
+    def token_rows(self) -> Tensor:
+        """Rows of ``leaving`` that hold tokens, not summaries, int64."""
+        if self.summaries is None:
+            return torch.arange(self.leaving.total, device=self.leaving.indices.device)
+        return (~self.summaries.present).nonzero().squeeze(-1)
+
 
 class ComputedLengths(NamedTuple):
     """Rows that a model computes per layer and sequence, ``[layers, batch]`` int64.
@@ -339,8 +346,7 @@ class Trace:
         for done in self.passes:
             survived = torch.zeros(done.mask.numel(), dtype=torch.long, device=done.mask.device)
             for record in done.layers.values():
-                left = record.leaving.indices
-                survived[left if record.summaries is None else left[~record.summaries.present]] += 1
+                survived[record.leaving.indices[record.token_rows]] += 1
             result += torch.split(survived[done.valid.indices], done.valid.lengths)
         return result
 

@@ -2,8 +2,8 @@
 
 The hidden states of the tokens dropped at a layer become their importance-weighted mean, merged with the segment's
 earlier summary by the importance each has gathered. A summary is an ordinary row to all that follows: it attends, is
-attended to, counts as a query in others' importance, and goes through the feed-forward; it is never dropped. It takes the
-row of the first token that its segment lost, so that nothing else has to know of it.
+attended to, counts as a query in others' importance, and goes through the feed-forward; it is never dropped. It takes
+the row of the first token that its segment lost, so that nothing else has to know of it.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def plan_merge(
         raw = torch.where(summaries.present, summaries.weights, raw)
         taking_part = dropped | summaries.present
     rows = taking_part.nonzero().squeeze(-1)
-    present, slots = groups[rows].unique(return_inverse=True)
+    present, slots = torch.unique(groups[rows], return_inverse=True)
     # A summary stays in its row; a new one takes the first row that its group lost.
     order = rows if summaries is None else torch.where(summaries.present[rows], rows - total, rows)
     first = torch.full_like(present, total).scatter_reduce(0, slots, order, "amin")

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.errors import ConfigError
-from token_pruning.training.options import ARCHITECTURES, MASKING_MODES, TrainOptions
+from token_pruning.training.options import (
+    ARCHITECTURES,
+    DISTILLATION_TEMPERATURE,
+    DISTILLATION_WEIGHT,
+    MASKING_MODES,
+    TrainOptions,
+)
 
 # Learning rates of the published code where --lr is not given.
 _LEARNING_RATES = {"MRPC": 2e-5}
@@ -50,6 +56,19 @@ def add_train(commands: Any) -> None:
     soft.add_argument("--temperature", type=float, metavar="T", help="temperature of the soft mask (default 1e-3)")
     soft.add_argument("--lr-threshold", type=float, help="learning rate of the thresholds (default: --lr)")
     soft.add_argument("--weight-decay-threshold", type=float, help="weight decay of the thresholds (default 0)")
+    teacher = parser.add_argument_group("distillation (any masking mode)")
+    teacher.add_argument(
+        "--teacher", metavar="CKPT",
+        help="dense checkpoint, folder or hub name, whose outputs are learned beside the labels",
+    )  # fmt: skip
+    teacher.add_argument(
+        "--distillation-weight", type=float, metavar="α",
+        help=f"the teacher's share of the loss, up to 1 (default {DISTILLATION_WEIGHT:g})",
+    )  # fmt: skip
+    teacher.add_argument(
+        "--distillation-temperature", type=float, metavar="τ",
+        help=f"temperature of both models' probabilities (default {DISTILLATION_TEMPERATURE:g}); not for a regression",
+    )  # fmt: skip
     parser.set_defaults(run=_train)
 
 
@@ -196,6 +215,7 @@ def _train(arguments: argparse.Namespace) -> None:
     names = (
         "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
         "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
+        "teacher", "distillation_weight", "distillation_temperature",
     )  # fmt: skip
     lr = arguments.lr
     if lr is None:

@@ -87,10 +87,8 @@ class TorchEncoder:
             filled = layout.lengths_tensor > 0
             result[filled] = x[: int(filled.sum())].float()
         else:
-            left = state.layers[self.shape.num_layers].leaving
-            summaries = state.layers[self.shape.num_layers].summaries
-            tokens = slice(None) if summaries is None else ~summaries.present
-            states[left.indices[tokens]] = x[: left.total][tokens].float()
+            last = state.layers[self.shape.num_layers]
+            states[last.leaving.indices[last.token_rows]] = x[last.token_rows].float()
             result = states[layout.indices]
         return EncoderOutput(result, state.layers if recorded else {})
 

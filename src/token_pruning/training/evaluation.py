@@ -103,8 +103,11 @@ def predict(
     batch_size: int,
     bf16: bool = False,
     progress: bool = True,
+    description: str = "evaluating",
 ) -> tuple[np.ndarray, ComputedLengths, torch.Tensor, float]:
     """Logits of every example, in the features' order.
+
+    Arguments are those of :func:`evaluate`; ``description`` stands before the progress bar.
 
     Returns:
         Logits ``[examples, labels]`` float32; ``computed_lengths`` and ``ffn_lengths`` of
@@ -121,7 +124,7 @@ def predict(
     try:
         with torch.inference_mode(), record(model) if pruned else nullcontext() as trace:
             starts = range(0, len(order), batch_size)
-            for start in tqdm(starts, desc="evaluating", leave=False, disable=not progress):
+            for start in tqdm(starts, desc=description, leave=False, disable=not progress):
                 batch = dict(collate([features[i] for i in order[start : start + batch_size]]))
                 batch.pop("labels", None)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -8,6 +8,8 @@ from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError
 
 MASKING_MODES = ("none", "soft", "hard", "mixed")
+DISTILLATION_WEIGHT = 0.5
+DISTILLATION_TEMPERATURE = 2.0
 _SOFT_ONLY = ("regularization", "temperature", "lr_threshold", "weight_decay_threshold")
 _FLAG = {"regularization": "--lambda", "batch_size": "--bs", "epochs": "--epoch", "save_steps": "--save-step"}
 
@@ -42,6 +44,11 @@ class TrainOptions:
         temperature: T, soft stage only.
         lr_threshold: learning rate of the thresholds, soft stage only; the weights' unless given.
         weight_decay_threshold: of the thresholds, soft stage only; 0 unless given.
+        teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub.
+        distillation_weight: α, the teacher's share of the loss, only with a teacher; ``DISTILLATION_WEIGHT`` unless
+            given.
+        distillation_temperature: τ of the teacher's and the model's probabilities, only with a teacher and not for a
+            regression; ``DISTILLATION_TEMPERATURE`` unless given.
         save_steps: steps between evaluations, log lines and checkpoints; every epoch unless given.
         load_best: finish with the best evaluated model rather than the last.
         save_all: keep every checkpoint rather than three.
@@ -68,6 +75,9 @@ class TrainOptions:
     temperature: float | None = None
     lr_threshold: float | None = None
     weight_decay_threshold: float | None = None
+    teacher: str | None = None
+    distillation_weight: float | None = None
+    distillation_temperature: float | None = None
     save_steps: int | None = None
     load_best: bool = True
     save_all: bool = False
@@ -82,15 +92,21 @@ class TrainOptions:
         """Check everything that needs no file."""
         choice(flag("masking_mode"), self.masking_mode, MASKING_MODES)
         choice(flag("arch"), self.arch, ARCHITECTURES)
-        for name in ("lr", "epochs", "regularization", "temperature", "lr_threshold"):
+        for name in ("lr", "epochs", "regularization", "temperature", "lr_threshold", "distillation_temperature"):
             if (value := getattr(self, name)) is not None:
                 number(flag(name), value, above=0)
+        if self.distillation_weight is not None:
+            number(flag("distillation_weight"), self.distillation_weight, above=0, high=1)
         for name in ("weight_decay", "weight_decay_threshold"):
             if (value := getattr(self, name)) is not None:
                 number(flag(name), value, low=0)
         for name in ("batch_size", "max_length", "save_steps"):
             if (value := getattr(self, name)) is not None:
                 positive_integer(flag(name), value)
+        if self.teacher is None:
+            for name in ("distillation_weight", "distillation_temperature"):
+                if (value := getattr(self, name)) is not None:
+                    raise ConfigError(f"{flag(name)} is {value!r}; it applies to training with --teacher")
         if self.pruning and self.masking_mode == "none":
             raise ConfigError(f"{flag(next(iter(self.pruning)))} applies to pruning, not to masking mode 'none'")
         if self.soft:

@@ -9,6 +9,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.files import STAGING_PREFIX, write_text
 
 RUN_FILE = "run.json"
+TEACHER_LOGITS = "teacher_logits"  # the folder of what was computed with a model as the teacher, or for a run
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,7 +83,9 @@ class RunDir:
         if self.path.is_dir():
             ours = not resume and (self.path / RUN_FILE).exists()
             for entry in self.path.iterdir():
-                replaced = not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs"))
+                replaced = (
+                    not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", TEACHER_LOGITS))
+                )
                 if entry.name.startswith(STAGING_PREFIX) or replaced or (ours and entry.is_file()):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_json(self.path / RUN_FILE, {"options": identity, "finished": False})

@@ -20,8 +20,9 @@ from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.metrics import compute_metrics
 from token_pruning.models import shape_of
 from token_pruning.pruners import Pruner, Unpruned
+from token_pruning.training.distillation import Distillation, read_teacher, teacher_logits
 from token_pruning.training.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
-from token_pruning.training.options import TrainOptions, flag
+from token_pruning.training.options import DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT, TrainOptions, flag
 from token_pruning.training.run_dir import RunDir
 from token_pruning.training.trainer import (
     KEPT_CHECKPOINTS,
@@ -57,11 +58,15 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(checkpoint.config))
     if run_dir.path.resolve() == checkpoint.path.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
+    teacher = None if options.teacher is None else read_teacher(options.teacher)
+    if teacher is not None and run_dir.path.resolve() == teacher.path.resolve():
+        raise ConfigError(f"output directory {run_dir.path} is the --teacher folder; give another --output-dir")
     identity = options.identity()
     resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
     data = load_data(checkpoint)
     if data.train is None:
         raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
+    distillation = None if teacher is None else _distillation(teacher, data.task, options)
 
     arguments = _training_arguments(options, run_dir, data.task)
     if options.batch_size % arguments.world_size:
@@ -80,16 +85,21 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         run_dir.start(identity, resume=resume)
 
     evaluate_splits = _evaluator(tokenizer, data, model, options, run_dir.path if first_process else None)
+    features = _features(tokenizer, data.train, data.task, model, options.max_length)
+    if teacher is not None:
+        with arguments.main_process_first(local=False):  # the others find what it has written
+            _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
     trainer = PruningTrainer(
         model,
         arguments,
         data_collator=collator(tokenizer, options.bf16),
-        train_dataset=_features(tokenizer, data.train, data.task, model, options.max_length),
+        train_dataset=features,
         eval_dataset=[],  # the Trainer asks for one; evaluate_splits has the examples
         processing_class=tokenizer,
         run_dir=run_dir,
         evaluate_splits=evaluate_splits,
         regularization=options.regularization,
+        distillation=distillation,
         lr_threshold=options.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
         keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,
@@ -184,6 +194,56 @@ def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
     return load_model(checkpoint, model_class=transformers.AutoModelForSequenceClassification, **head)
 
 
+def _distillation(teacher: Checkpoint, task: Task, options: TrainOptions) -> Distillation:
+    """The options checked against the task and the teacher's outputs."""
+    if teacher.num_outputs != task.num_labels:
+        raise ConfigError(
+            f"--teacher {options.teacher} has {teacher.num_outputs} outputs; it must have as many as the model that is "
+            f"trained from {options.restore} for task {task.name}, {task.num_labels}"
+        )
+    weight = DISTILLATION_WEIGHT if options.distillation_weight is None else options.distillation_weight
+    temperature = options.distillation_temperature
+    if not task.is_regression:
+        return Distillation(weight, DISTILLATION_TEMPERATURE if temperature is None else temperature)
+    if temperature is not None:
+        raise ConfigError(
+            f"--distillation-temperature is {temperature!r}; task {task.name} is a regression, which has none"
+        )
+    return Distillation(weight)
+
+
+def _add_teacher_logits(
+    features: list[dict[str, Any]],
+    teacher: Checkpoint,
+    examples: Examples,
+    task: Task,
+    model: Any,
+    options: TrainOptions,
+    run_dir: RunDir,
+    device: torch.device,
+) -> None:
+    """Give every training example its ``teacher_logits``, a list of floats in the order of the model's outputs."""
+    tokenizer = load_tokenizer(teacher)  # its own: a larger model of another family may teach
+    logits = teacher_logits(
+        teacher,
+        _encode(tokenizer, examples, options.max_length),
+        collator(tokenizer, options.bf16),
+        fallback=run_dir.path,
+        batch_size=options.batch_size,
+        bf16=options.bf16,
+        device=device,
+    )
+    if task.labels is not None:
+        names = teacher.label_names() or []
+        theirs = _label_order(names, task.labels)
+        if not theirs and not all(name.startswith("LABEL_") for name in names):
+            logger.warning("%s names its outputs %s; they are taken for %s", teacher.path, names, list(task.labels))
+        ours = _label_order((name for _, name in sorted(model.config.id2label.items())), task.labels)
+        logits = logits[:, [(theirs or list(task.labels)).index(label) for label in ours or task.labels]]
+    for feature, row in zip(features, logits.tolist(), strict=True):
+        feature["teacher_logits"] = row
+
+
 def _label_order(names: Iterable[str], labels: tuple[str, ...]) -> list[str]:
     """The task's labels in the order of the model's outputs; empty if the model has other ``names`` for them."""
     by_name = {label.lower(): label for label in labels}
@@ -200,6 +260,10 @@ def tokenize(tokenizer: Any, examples: Examples, model: Any, max_length: int) ->
     longest = shape_of(model.config).max_positions
     if max_length > longest:
         raise ConfigError(f"{flag('max_length')} is {max_length}; the model has positions for at most {longest} tokens")
+    return _encode(tokenizer, examples, max_length)
+
+
+def _encode(tokenizer: Any, examples: Examples, max_length: int) -> list[dict[str, Any]]:
     encoded = tokenizer(examples.first, examples.second, truncation=True, max_length=max_length)
     return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
 

@@ -1,6 +1,7 @@
-"""The Trainer: the regularized loss, thresholds with a learning rate of their own, checkpoints that are never half."""
+"""The Trainer: the regularized or distilled loss, thresholds with their own learning rate, checkpoints never half."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from token_pruning.attach import attachment_of, freeze_thresholds, is_pruned, re
 from token_pruning.files import STAGING_PREFIX
 from token_pruning.pruners import Unpruned
 from token_pruning.state import Trace
+from token_pruning.training.distillation import Distillation
 from token_pruning.training.evaluation import Evaluation
 from token_pruning.training.run_dir import RunDir
 
@@ -44,6 +46,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         run_dir: RunDir,
         evaluate_splits: EvaluateSplits,
         regularization: float | None = None,
+        distillation: Distillation | None = None,
         lr_threshold: float | None = None,
         weight_decay_threshold: float | None = None,
         keep_checkpoints: int | None = KEPT_CHECKPOINTS,
@@ -56,6 +59,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
             run_dir: where checkpoints go.
             evaluate_splits: evaluates a model on every validation split and reports what it finds.
             regularization: λ of the soft stage.
+            distillation: how to learn from the examples' ``teacher_logits``; None where they have none.
             lr_threshold: learning rate of the thresholds; the weights' if None.
             weight_decay_threshold: of the thresholds; 0 if None.
             keep_checkpoints: how many checkpoints to keep, None for all.
@@ -64,6 +68,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         self.run_dir = run_dir
         self.evaluate_splits = evaluate_splits
         self.regularization = regularization
+        self.distillation = distillation
         self.lr_threshold = lr_threshold
         self.weight_decay_threshold = weight_decay_threshold
         self.keep_checkpoints = keep_checkpoints
@@ -81,12 +86,15 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, in the soft stage plus λ times the regularizer."""
-        if not _drops_tokens(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        token_pruner = attachment_of(model).token_pruner
-        with record(model) as trace:
+        """The task's loss, mixed with the distance to the teacher; in the soft stage plus λ times the regularizer."""
+        teacher_logits = inputs.pop("teacher_logits", None)
+        with record(model) if _drops_tokens(model) else nullcontext() as trace:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distillation is not None:
+            loss = self.distillation.mix(loss, outputs["logits"], teacher_logits)
+        if trace is None:
+            return (loss, outputs) if return_outputs else loss
+        token_pruner = attachment_of(model).token_pruner
         lengths = trace.soft_lengths if token_pruner.soft else trace.ffn_lengths
         self._kept.append((lengths.detach().sum(1) / trace.attention_lengths[0].sum()).float())
         if token_pruner.soft:
