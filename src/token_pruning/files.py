@@ -20,13 +20,27 @@ def write_text(path: Path, text: str) -> Path:
     Returns:
         ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(STAGING_PREFIX + path.name)
+    write_files(path.parent, {path.name: text})
+    return path
+
+
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write files that belong together: all under temporary names, then all renamed.
+
+    Args:
+        folder: made if missing, with its parents. Older files stay as they are until every new one is complete.
+        contents: text (written as UTF-8) or bytes by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = {name: folder / (STAGING_PREFIX + name) for name in contents}
     try:
-        staging.write_text(text, encoding="utf-8")
-        return staging.replace(path)
+        for name, content in contents.items():
+            staging[name].write_bytes(content.encode() if isinstance(content, str) else content)
+        for name, file in staging.items():
+            file.replace(folder / name)
     finally:
-        staging.unlink(missing_ok=True)
+        for file in staging.values():
+            file.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

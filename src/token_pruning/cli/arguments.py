@@ -1,6 +1,7 @@
 """The arguments of every command, and what they run."""
 
 import argparse
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from token_pruning.training.options import (
     DISTILLATION_WEIGHT,
     MASKING_MODES,
     TrainOptions,
+    flag,
 )
 
 # Learning rates of the published code where --lr is not given.
@@ -36,6 +38,10 @@ def add_train(commands: Any) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=float, help="learning rate of the weights (default 4e-5; MRPC 2e-5)")
     training.add_argument("--epoch", "--epochs", dest="epochs", type=float, default=10.0, help="epochs (default 10)")
+    training.add_argument(
+        "--train-length-quantile", type=float, metavar="Q",
+        help="train only on examples no longer, in tokens, than the Q-quantile of the training set (default: all)",
+    )  # fmt: skip
     training.add_argument("--weight-decay", type=float, default=0.0, help="weight decay (default 0)")
     training.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     training.add_argument(
@@ -105,6 +111,30 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--dense", action="store_true", help="leave the checkpoint's pruning off")
     parser.set_defaults(run=_predict)
+
+
+def add_analyze(commands: Any) -> None:
+    """``token-pruning analyze``."""
+    parser = commands.add_parser(
+        "analyze",
+        help="where checkpoints drop tokens: by length, by layer, by outcome, in single texts",
+        description="Evaluate checkpoints side by side on the validation examples, each pruned as its config.json says "
+        "(dense if it names no prune_mode), and write analysis.md with tables and plots, analysis.json with every "
+        "figure, and trajectories.html with the tokens of a few texts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--restore", nargs="+", required=True, metavar="CKPT", help="one or more checkpoints")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: their folders' names)")
+    parser.add_argument("--task", help="RTE, MRPC, STSB, SST2, QNLI, QQP or MNLI")
+    parser.add_argument("--data-dir", type=Path, help="folder in the official GLUE layout (default: the hub's GLUE)")
+    parser.add_argument("--validation-file", type=Path, help="instead of --task: your own CSV, TSV, JSON or JSONL")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where to write; an older analysis is replaced")
+    parser.add_argument("--quantiles", type=int, default=4, help="groups of examples by length (default 4)")
+    parser.add_argument("--samples", type=int, default=8, help="texts whose tokens are shown (default 8)")
+    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.set_defaults(run=_analyze, train_file=None)
 
 
 def add_demo(commands: Any) -> None:
@@ -214,7 +244,7 @@ def _load_data(arguments: argparse.Namespace, need_train: bool, checkpoint: Any)
 def _train(arguments: argparse.Namespace) -> None:
     names = (
         "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
-        "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
+        "train_length_quantile", "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
         "teacher", "distillation_weight", "distillation_temperature",
     )  # fmt: skip
     lr = arguments.lr
@@ -247,6 +277,36 @@ def _predict(arguments: argparse.Namespace) -> None:
         bf16=arguments.bf16,
         dense=arguments.dense,
     )
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    if bool(arguments.task) == bool(arguments.validation_file):
+        raise ConfigError("give either --task (a GLUE task) or --validation-file")
+    if arguments.data_dir and not arguments.task:
+        raise ConfigError(f"--data-dir is {arguments.data_dir}; it applies to --task, not to --validation-file")
+
+    from token_pruning.analysis.run import analyze
+
+    names = ("names", "quantiles", "samples", "batch_size", "max_length", "bf16")
+    analyze(
+        arguments.restore,
+        partial(_load_data, arguments, False),
+        arguments.output_dir,
+        command=_command("analyze", arguments),
+        **{name: getattr(arguments, name) for name in names},
+    )
+
+
+def _command(name: str, arguments: argparse.Namespace) -> str:
+    """The command line that gives these arguments, with what was left at None or off left out."""
+    words = ["token-pruning", name]
+    for key, value in vars(arguments).items():
+        if key == "run" or value is None or value is False:
+            continue
+        words.append(flag(key))
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from token_pruning.pruners.base import LayerTokens, Pruner
 
 
 def _relative_scores(tokens: LayerTokens) -> Tensor:
-    """``s_i / max_i s_i`` within each sequence, summaries left out of the maximum, ``[tokens.layout.total]`` float32."""
+    """``s_i / max_i s_i`` within each sequence, the maximum without summaries, ``[tokens.layout.total]`` float32."""
     sequence = tokens.layout.sequence_ids
     scores = tokens.scores if tokens.summaries is None else tokens.scores.masked_fill(tokens.summaries, 0.0)
     largest = scores.new_zeros(tokens.layout.batch_size).scatter_reduce(0, sequence, scores, "amax")

@@ -29,33 +29,46 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
     return write_text(Path(path), _render(results))
 
 
-def _render(results: Mapping[str, Any]) -> str:
+def load_template(name: str) -> Any:
+    """A page's Jinja2 template; whatever it is given is escaped.
+
+    Without Jinja2 or matplotlib this raises :class:`~token_pruning.errors.ConfigError`.
+    """
     try:
         import jinja2
-        import markupsafe
         import matplotlib  # noqa: F401 - only to know that it is there
     except ImportError as error:
         raise ConfigError("the report needs the report extra: pip install token-pruning[report]") from error
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda file: resources.files(__package__).joinpath(file).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"fixed": _fixed, "significant": _significant, "times": _times}
-    template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
+    return environment.get_template(name)
+
+
+def _render(results: Mapping[str, Any]) -> str:
+    template = load_template("page.html")
+    import markupsafe
 
     stages, metric, num_layers = results["stages"], results["metric"], results["num_layers"]
     dense = stages[0]["metrics"].get(metric)
     points = [p for p in results["curve"] if _is_number(p["metric"]) and _is_number(p["relative_flops"])]
     tokens = plots.tokens_plot(stages, results["tokens_entering"])
-    return template.render(
+    text: str = template.render(
         results=results,
         metrics=list(dict.fromkeys([metric, *(name for stage in stages for name in stage["metrics"])])),
         rows=[_row(stage, stages[0], metric) for stage in stages],
         tokens_plot=markupsafe.Markup(tokens),
         curve_plot=markupsafe.Markup(plots.curve_plot(points, metric, dense)) if points else None,
-        samples=[_sample(sample, num_layers) for sample in results["samples"]],
-        palette=_palette(num_layers + 1),
+        samples=[arrange_sample(sample, num_layers) for sample in results["samples"]],
+        palette=palette(num_layers + 1),
     )
+    return text
 
 
 def _row(stage: Mapping[str, Any], dense: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -69,7 +82,7 @@ def _row(stage: Mapping[str, Any], dense: Mapping[str, Any], metric: str) -> dic
     return {**stage, "points": points, "speed_up": speed_up}
 
 
-def _sample(sample: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def arrange_sample(sample: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     """Arrange one text for the page: words of coloured pieces, then what is left of it after every layer."""
     survived = sample["survived_layers"]
     pieces = [
@@ -125,7 +138,7 @@ def _runs(pieces: Sequence[Mapping[str, Any]], layer: int) -> list[tuple[bool, s
     return runs
 
 
-def _palette(levels: int) -> dict[str, list[tuple[str, str]]]:
+def palette(levels: int) -> dict[str, list[tuple[str, str]]]:
     """Give a background and a text colour for every level, for the light and the dark scheme.
 
     Yellow–green–blue runs evenly from light to dark, so it also reads without colour vision.

@@ -36,8 +36,8 @@ _DISTANCES = (7, 18, 30, 44, 60)  # in points, tried in this order; the far ones
 
 def tokens_plot(stages: Sequence[Mapping[str, Any]], tokens_entering: float) -> str:
     """Draw the mean number of kept tokens in every layer, one bar per stage, as an ``<svg>`` element."""
-    with _style("tokens"):
-        figure, axes = _figure()
+    with style("tokens"):
+        figure, (axes,) = new_figure()
         drawn = [stage for stage in stages if stage["tokens_kept_per_layer"]]
         layers = max((len(stage["tokens_kept_per_layer"]) for stage in drawn), default=0)
         width = 0.82 / max(len(drawn), 1)
@@ -52,7 +52,7 @@ def tokens_plot(stages: Sequence[Mapping[str, Any]], tokens_entering: float) -> 
         axes.set_xlabel("layer")
         axes.set_ylabel("mean tokens kept")
         axes.grid(axis="y")
-        _legend(figure)
+        legend(figure)
         listed = "; ".join(
             f"{stage['name']}: " + ", ".join(f"{kept:.1f}" for kept in stage["tokens_kept_per_layer"])
             for stage in drawn
@@ -66,8 +66,8 @@ def curve_plot(points: Sequence[Mapping[str, Any]], metric: str, dense: float | 
 
     ``dense`` is the dense model's metric: a dashed line stands one point (0.01) below it.
     """
-    with _style("curve"):
-        figure, axes = _figure()
+    with style("curve"):
+        figure, (axes,) = new_figure()
         kinds = list(dict.fromkeys(["dense", "learned", *(point["kind"] for point in points)]))
         for i, kind in enumerate(kinds):
             drawn = sorted((p["relative_flops"], p["metric"]) for p in points if p["kind"] == kind)
@@ -83,13 +83,14 @@ def curve_plot(points: Sequence[Mapping[str, Any]], metric: str, dense: float | 
         axes.set_xlabel("FLOPs relative to dense on valid tokens")
         axes.set_ylabel(metric)
         axes.grid()
-        _legend(figure)
+        legend(figure)
         _label(figure, axes, points, None if dense is None else dense - 0.01)
         listed = "; ".join(f"{p['label']}: {p['metric']:.4f} at {p['relative_flops']:.3f}" for p in points)
         return _svg(figure, "curve", f"Points of {metric} against FLOPs relative to the dense model. {listed}.")
 
 
-def _style(salt: str) -> Any:
+def style(salt: str, ink: str = INK, muted: str = MUTED, grid: str = GRID) -> Any:
+    """The look of every plot, as a context; ``salt`` makes an SVG's ids the same on every run."""
     import matplotlib
 
     return matplotlib.rc_context(
@@ -100,18 +101,18 @@ def _style(salt: str) -> Any:
             "text.parse_math": False,
             "font.family": ["DejaVu Sans"],
             "font.size": 9.5,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": MUTED,
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.edgecolor": muted,
             "axes.linewidth": 0.8,
             "axes.axisbelow": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "xtick.color": MUTED,
-            "ytick.color": MUTED,
-            "xtick.labelcolor": INK,
-            "ytick.labelcolor": INK,
-            "grid.color": GRID,
+            "xtick.color": muted,
+            "ytick.color": muted,
+            "xtick.labelcolor": ink,
+            "ytick.labelcolor": ink,
+            "grid.color": grid,
             "grid.linewidth": 0.8,
             "grid.alpha": 1,
             "legend.frameon": False,
@@ -119,18 +120,20 @@ def _style(salt: str) -> Any:
     )
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float] = _SIZE, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of ``size`` inches, and its axes, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, dpi=72, layout="constrained")
+    figure = Figure(figsize=size, dpi=72, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _legend(figure: Any) -> None:
+def legend(figure: Any) -> None:
+    """Name the first axes' series above the figure, in as many columns as fit."""
     names = figure.axes[0].get_legend_handles_labels()[1]
-    columns = max(1, min(len(names), 72 // (max(map(len, names), default=0) + 6)))
+    columns = max(1, min(len(names), int(14 * figure.get_figwidth()) // (max(map(len, names), default=0) + 6)))
     figure.legend(loc="outside upper left", ncols=columns, columnspacing=1.4, handletextpad=0.5, handlelength=1.8)
 
 
@@ -148,7 +151,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Mapping[str, Any]], line: fl
     ]
     for note in notes:
         note.set_in_layout(False)
-    with _quiet():
+    with quiet():
         figure.draw_without_rendering()  # lays the axes out, so that points have their final places
         figure.set_layout_engine("none")
         centres = [axes.transData.transform(note.xy) for note in notes]
@@ -177,7 +180,7 @@ def _label(figure: Any, axes: Any, points: Sequence[Mapping[str, Any]], line: fl
             taken.append(box)
 
 
-def _quiet() -> AbstractContextManager[object]:
+def quiet() -> AbstractContextManager[object]:
     """Keep matplotlib from warning of letters its own font lacks: the browser draws the text."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
@@ -185,7 +188,7 @@ def _quiet() -> AbstractContextManager[object]:
 def _svg(figure: Any, name: str, text: str) -> str:
     """Give the figure as an ``<svg>`` element fit for an HTML page, with ``text`` as its spoken description."""
     buffer = io.StringIO()
-    with _quiet():
+    with quiet():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -95,6 +95,11 @@ def evaluate(
     )
 
 
+def length_order(features: Features) -> list[int]:
+    """The order in which examples are run: the longest first, equal ones as they come."""
+    return sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]), reverse=True)
+
+
 def predict(
     model: nn.Module,
     features: Features,
@@ -111,10 +116,11 @@ def predict(
 
     Returns:
         Logits ``[examples, labels]`` float32; ``computed_lengths`` and ``ffn_lengths`` of
-        :class:`token_pruning.Trace`, ``[layers, examples]`` in order of length; seconds spent in forward passes.
+        :class:`token_pruning.Trace`, ``[layers, examples]`` in the order of :func:`length_order`; seconds spent in
+        forward passes.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]), reverse=True)
+    order = length_order(features)
     logits: list[torch.Tensor] = []
     lengths: list[torch.Tensor] = []
     seconds = 0.0

@@ -53,6 +53,7 @@ class TrainOptions:
         load_best: finish with the best evaluated model rather than the last.
         save_all: keep every checkpoint rather than three.
         max_length: tokens per example, longer ones are truncated.
+        train_length_quantile: train only on examples that are at most as long as this quantile of all lengths.
         seed: of everything random.
         bf16: bfloat16 autocast.
         output_dir: instead of the paper's folder.
@@ -82,6 +83,7 @@ class TrainOptions:
     load_best: bool = True
     save_all: bool = False
     max_length: int = 128
+    train_length_quantile: float | None = None
     seed: int = 42
     bf16: bool = False
     output_dir: str | None = None
@@ -100,6 +102,8 @@ class TrainOptions:
         for name in ("weight_decay", "weight_decay_threshold"):
             if (value := getattr(self, name)) is not None:
                 number(flag(name), value, low=0)
+        if self.train_length_quantile is not None:
+            number(flag("train_length_quantile"), self.train_length_quantile, above=0, high=1)
         for name in ("batch_size", "max_length", "save_steps"):
             if (value := getattr(self, name)) is not None:
                 positive_integer(flag(name), value)

@@ -13,6 +13,7 @@ import transformers
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from token_pruning.analysis.quantities import length_quantile
 from token_pruning.attach import freeze_thresholds, is_pruned, prune, unprune
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
 from token_pruning.data import Examples, Task, TaskData
@@ -93,7 +94,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         model,
         arguments,
         data_collator=collator(tokenizer, options.bf16),
-        train_dataset=features,
+        train_dataset=_shorter(features, options.train_length_quantile, say=first_process),
         eval_dataset=[],  # the Trainer asks for one; evaluate_splits has the examples
         processing_class=tokenizer,
         run_dir=run_dir,
@@ -148,6 +149,17 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         prune(model, pruner)
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return _evaluator(tokenizer, data, model, options, folder)(model)
+
+
+def load_split(checkpoint: Checkpoint, task: Task, examples: Examples, max_length: int) -> tuple[Any, Any, Any]:
+    """A checkpoint's dense model and tokenizer, and a task's examples tokenized and labelled for them.
+
+    Raises:
+        TokenPruningError: for a bad checkpoint, or a ``max_length`` beyond the model's positions.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    model = _classifier(checkpoint, task)
+    return model, tokenizer, _features(tokenizer, examples, task, model, max_length)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -279,6 +291,17 @@ def _features(tokenizer: Any, examples: Examples, task: Task, model: Any, max_le
         for feature, label in zip(features, labels, strict=True):
             feature["labels"] = label
     return features
+
+
+def _shorter(features: list[dict[str, Any]], quantile: float | None, *, say: bool) -> list[dict[str, Any]]:
+    """The examples that are at most as long as the given quantile of all lengths; all of them for None."""
+    if quantile is None:
+        return features
+    longest = length_quantile([len(feature["input_ids"]) for feature in features], quantile)
+    chosen = [feature for feature in features if len(feature["input_ids"]) <= longest]
+    if say:
+        print(f"training on {len(chosen)} of {len(features)} examples; the longest has {longest} tokens")
+    return chosen
 
 
 def collator(tokenizer: Any, bf16: bool) -> DataCollatorWithPadding:
