@@ -7,8 +7,9 @@ batch at the encoder's entry, drop rows after each attention block, and put ever
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -429,13 +430,32 @@ def freeze_thresholds(model: nn.Module) -> None:
     if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
         return
     token_pruner.thresholds.requires_grad_(False)
-    token_pruner.pruner = FixedThreshold(
-        scoring_mode=pruner.scoring_mode,
-        max_seq_length=pruner.max_seq_length,
-        final_token_threshold=pruner.final_token_threshold,
-        thresholds=token_pruner.thresholds.tolist(),
-    )
+    values = {f.name: getattr(pruner, f.name) for f in fields(FixedThreshold)}
+    token_pruner.pruner = FixedThreshold(**{**values, "thresholds": token_pruner.thresholds.tolist()})
     _write_keys(attachment.model.config, token_pruner.pruner)
+
+
+def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """Give a model other thresholds, in place.
+
+    Args:
+        model: a model pruned with absolute thresholds, learned or given one by one.
+        thresholds: one per layer, in the units of its scoring mode.
+
+    Raises:
+        ConfigError: if the model is not pruned that way, or for a wrong number of thresholds.
+    """
+    attachment = attachment_of(model)
+    token_pruner = attachment.token_pruner
+    pruner = token_pruner.pruner
+    if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
+        raise ConfigError(f"thresholds cannot be set on a model pruned by {pruner!r}")
+    pruner = replace(pruner, thresholds=tuple(thresholds))
+    values = pruner.initial_thresholds(token_pruner.num_layers)
+    with torch.no_grad():
+        token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+    token_pruner.pruner = pruner
+    _write_keys(attachment.model.config, pruner)
 
 
 def is_pruned(model: nn.Module) -> bool:

@@ -314,19 +314,27 @@ class Trace:
         """
         return self._soft_sums(normalized=True)
 
-    def _soft_sums(self, *, normalized: bool) -> Tensor:
+    @property
+    def soft_survival(self) -> Tensor:
+        """Tokens left after each layer if each mask were the probability to stay, ``[layers, batch]`` float32.
+
+        ``Σ_i Π_{k ≤ l} m_k,i``: what is dropped does not come back. Differentiable; raises as :attr:`soft_lengths`.
+        """
+        return self._soft_sums(normalized=False, cumulative=True)
+
+    def _soft_sums(self, *, normalized: bool, cumulative: bool = False) -> Tensor:
         batches = []
         for done in self.passes:
             pruner = done.pruner
-            sums = []
+            sums: list[Tensor] = []
+            survival: Tensor | float = 1.0
             for layer in sorted(done.layers):
                 record = done.layers[layer]
                 if record.soft_mask is None:
                     raise RuntimeError("nothing was masked softly: the soft stage needs LearnedThreshold and train()")
                 layout = record.entering
-                total = record.soft_mask.new_zeros(layout.batch_size).index_add(
-                    0, layout.sequence_ids, record.soft_mask
-                )
+                survival = record.soft_mask * survival if cumulative else record.soft_mask
+                total = survival.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, survival)
                 sums.append(
                     total / normalizer(layout, pruner.scoring_mode, pruner.max_seq_length) if normalized else total
                 )

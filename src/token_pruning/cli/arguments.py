@@ -19,7 +19,7 @@ from token_pruning.training.options import (
 # Learning rates of the published code where --lr is not given.
 _LEARNING_RATES = {"MRPC": 2e-5}
 _LEARNING_RATE = 4e-5
-_KEYS = ("prune_mode", "final_token_threshold", "token_keep_rate", "token_threshold", "scoring_mode")
+_KEYS = ("prune_mode", "final_token_threshold", "token_keep_rate", "token_threshold", "scoring_mode", "summary_tokens")
 
 
 def add_train(commands: Any) -> None:
@@ -54,6 +54,18 @@ def add_train(commands: Any) -> None:
         help="finish with the last model instead of the best evaluated one",
     )  # fmt: skip
     training.add_argument("--overwrite-output-dir", action="store_true", help="replace a finished run")
+    budget = parser.add_argument_group("budget (masking modes soft, mixed and hard)")
+    budget.add_argument(
+        "--target-flops", type=float, metavar="F",
+        help="what the pruned model may cost, relative to the dense one on valid tokens, instead of --lambda; "
+        "thresholds, --temperature and --lr-threshold are then for scoring mode relative",
+    )  # fmt: skip
+    budget.add_argument(
+        "--schedule",
+        help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric or late "
+        "(default: as the checkpoint's learned thresholds do, or step-K after a third of the layers)",
+    )
+    budget.add_argument("--no-teacher", action="store_true", help="learn from labels alone")
     soft = parser.add_argument_group("soft stage (masking modes soft and mixed)")
     soft.add_argument(
         "--lambda", "--lambda-threshold", dest="regularization", type=float, metavar="λ",
@@ -186,7 +198,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--final-token-threshold", type=float, help="threshold of the last layer")
     keys.add_argument("--token-keep-rate", type=float, help="top-k: keep rate of the last layer")
     keys.add_argument("--token-threshold", type=float, help="threshold mode: relative to the largest score")
-    keys.add_argument("--scoring-mode", help="mean or mean_norm")
+    keys.add_argument("--scoring-mode", help="mean, mean_norm or relative")
+    keys.add_argument("--summary-tokens", help="none, shared or segment: what is dropped lives on as summary tokens")
 
 
 # Commands import what they need when they run: the train and demo extras are optional.
@@ -245,7 +258,7 @@ def _train(arguments: argparse.Namespace) -> None:
     names = (
         "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
         "train_length_quantile", "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
-        "teacher", "distillation_weight", "distillation_temperature",
+        "target_flops", "schedule", "no_teacher", "teacher", "distillation_weight", "distillation_temperature",
     )  # fmt: skip
     lr = arguments.lr
     if lr is None:

@@ -40,11 +40,19 @@ class TrainOptions:
         epochs: passes over the training data.
         batch_size: examples per step, over all processes.
         weight_decay: of the weights.
-        regularization: λ, soft stage only.
+        regularization: λ, soft stage only; not with a budget.
         temperature: T, soft stage only.
         lr_threshold: learning rate of the thresholds, soft stage only; the weights' unless given.
         weight_decay_threshold: of the thresholds, soft stage only; 0 unless given.
-        teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub.
+        target_flops: the budget: relative FLOPs on valid tokens, held by a controller in the soft stage and by
+            fitting thresholds to held-out training examples in the hard stage. Thresholds, their temperature and
+            learning rate are then in units of scoring mode ``"relative"``.
+        schedule: with a budget in masking mode hard: where tokens leave, by a name of
+            :func:`token_pruning.calibration.schedules`; as the checkpoint's learned thresholds do, or all after a third
+            of the layers, unless given.
+        teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub. With a budget
+            the dense checkpoint that training started from, unless given.
+        no_teacher: with a budget: learn from the labels alone.
         distillation_weight: α, the teacher's share of the loss, only with a teacher; ``DISTILLATION_WEIGHT`` unless
             given.
         distillation_temperature: τ of the teacher's and the model's probabilities, only with a teacher and not for a
@@ -76,7 +84,10 @@ class TrainOptions:
     temperature: float | None = None
     lr_threshold: float | None = None
     weight_decay_threshold: float | None = None
+    target_flops: float | None = None
+    schedule: str | None = None
     teacher: str | None = None
+    no_teacher: bool = False
     distillation_weight: float | None = None
     distillation_temperature: float | None = None
     save_steps: int | None = None
@@ -107,16 +118,18 @@ class TrainOptions:
         for name in ("batch_size", "max_length", "save_steps"):
             if (value := getattr(self, name)) is not None:
                 positive_integer(flag(name), value)
-        if self.teacher is None:
+        self._check_budget()
+        if self.teacher is None and (self.target_flops is None or self.no_teacher):
             for name in ("distillation_weight", "distillation_temperature"):
                 if (value := getattr(self, name)) is not None:
                     raise ConfigError(f"{flag(name)} is {value!r}; it applies to training with --teacher")
         if self.pruning and self.masking_mode == "none":
             raise ConfigError(f"{flag(next(iter(self.pruning)))} applies to pruning, not to masking mode 'none'")
         if self.soft:
-            if self.regularization is None:
+            if self.regularization is None and self.target_flops is None:
                 raise ConfigError(
-                    f"--lambda is missing; masking mode {self.masking_mode!r} needs it (0.01 to 0.2 is usual)"
+                    f"--lambda is missing; masking mode {self.masking_mode!r} needs it (0.01 to 0.2 is usual), "
+                    "or a budget, --target-flops"
                 )
         else:
             for name in _SOFT_ONLY:
@@ -125,6 +138,22 @@ class TrainOptions:
                         f"{flag(name)} is {getattr(self, name)!r}; it applies to masking modes soft and mixed, "
                         f"not to {self.masking_mode!r}"
                     )
+
+    def _check_budget(self) -> None:
+        if self.target_flops is None:
+            for name, value in (("schedule", self.schedule), ("no_teacher", self.no_teacher)):
+                if value:
+                    raise ConfigError(f"{flag(name)} applies to training with a budget, --target-flops")
+            return
+        number(flag("target_flops"), self.target_flops, above=0, high=1)
+        if self.masking_mode == "none":
+            raise ConfigError(f"{flag('target_flops')} applies to pruning, not to masking mode 'none'")
+        if self.regularization is not None:
+            raise ConfigError("give either --lambda or --target-flops")
+        if self.schedule is not None and self.masking_mode != "hard":
+            raise ConfigError(f"--schedule applies to masking mode hard; {self.masking_mode!r} learns a schedule")
+        if self.teacher is not None and self.no_teacher:
+            raise ConfigError("give either --teacher or --no-teacher")
 
     @property
     def soft(self) -> bool:
@@ -148,7 +177,10 @@ class TrainOptions:
         if self.soft:
             folder = root / mode / f"rate_{config.get('final_token_threshold')}"
             temperature = 1e-3 if self.temperature is None else self.temperature
-            folder = folder / f"temperature_{temperature}" / f"lambda_{self.regularization}" / f"lr_{self.lr}"
+            strength = f"lambda_{self.regularization}" if self.target_flops is None else f"flops_{self.target_flops}"
+            folder = folder / f"temperature_{temperature}" / strength / f"lr_{self.lr}"
             return folder / "mixed" if self.masking_mode == "mixed" else folder
         method = "hard" if mode == "absolute_threshold" else mode
+        if self.target_flops is not None:
+            method = f"flops_{self.target_flops}"
         return Path(self.restore) / method / f"lr_{self.lr}"

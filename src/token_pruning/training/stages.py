@@ -1,30 +1,44 @@
 """One training run or evaluation, from a checkpoint folder to a checkpoint folder."""
 
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.analysis.quantities import length_quantile
 from token_pruning.attach import freeze_thresholds, is_pruned, prune, unprune
+from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, check_target, prunable_layers
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
+from token_pruning.checks import choice
 from token_pruning.data import Examples, Task, TaskData
 from token_pruning.errors import CheckpointError, ConfigError
+from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.metrics import compute_metrics
 from token_pruning.models import shape_of
-from token_pruning.pruners import Pruner, Unpruned
+from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
+from token_pruning.training.budget import (
+    FINAL_THRESHOLD,
+    HELD_OUT_EXAMPLES,
+    LR_THRESHOLD,
+    TEMPERATURE,
+    BudgetController,
+    BudgetHolder,
+    named_schedule,
+)
 from token_pruning.training.distillation import Distillation, read_teacher, teacher_logits
 from token_pruning.training.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
 from token_pruning.training.options import DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT, TrainOptions, flag
-from token_pruning.training.run_dir import RunDir
+from token_pruning.training.run_dir import RUN_FILE, RunDir
 from token_pruning.training.trainer import (
     KEPT_CHECKPOINTS,
     ConsoleCallback,
@@ -55,11 +69,15 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     """
     checkpoint = read_checkpoint(options.restore)
     checkpoint.config.update(options.pruning or {})
+    learned = checkpoint.thresholds is not None
     pruner = _pruner(checkpoint, options)
     run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(checkpoint.config))
     if run_dir.path.resolve() == checkpoint.path.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
-    teacher = None if options.teacher is None else read_teacher(options.teacher)
+    teacher_path = options.teacher
+    if options.target_flops is not None and not options.no_teacher:
+        teacher_path = teacher_path or _default_teacher(checkpoint)
+    teacher = None if teacher_path is None else read_teacher(teacher_path)
     if teacher is not None and run_dir.path.resolve() == teacher.path.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the --teacher folder; give another --output-dir")
     identity = options.identity()
@@ -90,6 +108,15 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     if teacher is not None:
         with arguments.main_process_first(local=False):  # the others find what it has written
             _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
+    callbacks: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
+    holder, controller = None, None
+    if options.target_flops is not None:
+        features, held_out = _hold_out(features, options.seed)
+        holder = _budget_holder(model, held_out, options, learned)
+        callbacks.append(holder)
+        if options.soft:
+            controller = BudgetController(options.target_flops)
+            callbacks.append(controller)
     trainer = PruningTrainer(
         model,
         arguments,
@@ -100,11 +127,12 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         run_dir=run_dir,
         evaluate_splits=evaluate_splits,
         regularization=options.regularization,
+        budget=controller,
         distillation=distillation,
-        lr_threshold=options.lr_threshold,
+        lr_threshold=LR_THRESHOLD if controller and options.lr_threshold is None else options.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
         keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,
-        callbacks=[HardSecondHalf()] if options.masking_mode == "mixed" else None,
+        callbacks=callbacks,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -116,6 +144,10 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if options.masking_mode == "mixed":
         freeze_thresholds(model)  # also where the best checkpoint is one of the soft half
+    if holder is not None:
+        fit = holder.fit(model)
+        if first_process:
+            print(f"thresholds fitted to {fit.relative_flops:.3f} of the FLOPs on held-out training examples")
 
     if first_process:
         if pruner is None and is_pruned(model):
@@ -179,9 +211,94 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{checkpoint.path} has no tokenizer that can be loaded: {reason}") from None
 
 
+def _default_teacher(checkpoint: Checkpoint) -> str:
+    """The dense model that pruning started from: the checkpoint itself, or what its own training had as a teacher.
+
+    Raises:
+        ConfigError: if the checkpoint is pruned and does not say what it started from.
+    """
+    if checkpoint.thresholds is None:
+        return str(checkpoint.path)
+    try:
+        run = json.loads((checkpoint.path / RUN_FILE).read_text(encoding="utf-8"))["options"]
+        return str(run.get("teacher") or run["restore"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
+        ) from None
+
+
+def _hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training examples without those that thresholds are fitted to, and these.
+
+    Raises:
+        ConfigError: if there are too few.
+    """
+    count = min(HELD_OUT_EXAMPLES, max(FEWEST_EXAMPLES, len(features) // 10))
+    if len(features) < 2 * count:
+        raise ConfigError(
+            f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
+            f"{FEWEST_EXAMPLES} of them to fit thresholds to"
+        )
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    rest = [feature for number, feature in enumerate(features) if number not in chosen]
+    return rest, [features[number] for number in sorted(chosen)]
+
+
+def _budget_holder(model: Any, held_out: list[dict[str, Any]], options: TrainOptions, learned: bool) -> BudgetHolder:
+    """What keeps the budget; a schedule is needed where nothing was or will be learned."""
+    assert options.target_flops is not None
+    batch = as_batch(held_out, model.config.pad_token_id or 0)
+    check_target(model, batch, options.target_flops)
+    schedule = None
+    if options.schedule is not None:
+        schedule = named_schedule(options.schedule, prunable_layers(model))
+    elif not options.soft and not learned:
+        schedule = named_schedule(
+            f"step-{max(1, round(shape_of(model.config).num_layers / 3))}", prunable_layers(model)
+        )
+    return BudgetHolder(batch, options.target_flops, schedule, options.bf16)
+
+
+def _use_relative_scores(checkpoint: Checkpoint) -> None:
+    """Budgets are held in scoring mode "relative"; thresholds in another mode's units are converted."""
+    config = checkpoint.config
+    config.setdefault("prune_mode", "absolute_threshold")
+    if config["prune_mode"] != "absolute_threshold":
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
+            "held by absolute_threshold"
+        )
+    mode = config.get("scoring_mode") or "mean"
+    if mode == "mean":
+        length = config.get("max_seq_length") or Pruner.max_seq_length
+        scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
+        if checkpoint.thresholds is not None:
+            checkpoint.thresholds = tuple(scale(value) for value in checkpoint.thresholds)
+        if isinstance(config.get("final_token_threshold"), int | float):
+            config["final_token_threshold"] = scale(config["final_token_threshold"])
+    elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
+        config.pop("final_token_threshold", None)
+        checkpoint.thresholds = None
+    else:
+        choice("scoring_mode", mode, SCORING_MODES)
+    if mode != "relative":
+        config.pop("thresholds", None)
+    config["scoring_mode"] = "relative"
+    config.setdefault("final_token_threshold", FINAL_THRESHOLD)
+
+
 def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
     if options.masking_mode == "none":
         return None
+    if options.target_flops is not None:
+        _use_relative_scores(checkpoint)
+        temperature = TEMPERATURE if options.temperature is None else options.temperature
+        pruner = checkpoint.pruner(learned=options.soft, temperature=temperature)
+        assert isinstance(pruner, FixedThreshold)
+        layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config["n_layers"]
+        return replace(pruner, thresholds=tuple(pruner.initial_thresholds(layers)))
     pruner = checkpoint.pruner(learned=options.soft, temperature=options.temperature)
     if options.soft and not pruner.learned:
         raise ConfigError(
@@ -201,8 +318,8 @@ def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
     if labels is not None and not _label_order(checkpoint.label_names() or [], labels):
         head["id2label"] = dict(enumerate(labels))
         head["label2id"] = {label: number for number, label in enumerate(labels)}
-    if task.is_regression:
-        head["problem_type"] = "regression"
+    # Said outright: a checkpoint of another task may name another.
+    head["problem_type"] = "regression" if task.is_regression else "single_label_classification"
     return load_model(checkpoint, model_class=transformers.AutoModelForSequenceClassification, **head)
 
 

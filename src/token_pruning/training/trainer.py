@@ -14,6 +14,7 @@ from token_pruning.attach import attachment_of, freeze_thresholds, is_pruned, re
 from token_pruning.files import STAGING_PREFIX
 from token_pruning.pruners import Unpruned
 from token_pruning.state import Trace
+from token_pruning.training.budget import BudgetController, soft_relative_flops
 from token_pruning.training.distillation import Distillation
 from token_pruning.training.evaluation import Evaluation
 from token_pruning.training.run_dir import RunDir
@@ -46,6 +47,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         run_dir: RunDir,
         evaluate_splits: EvaluateSplits,
         regularization: float | None = None,
+        budget: BudgetController | None = None,
         distillation: Distillation | None = None,
         lr_threshold: float | None = None,
         weight_decay_threshold: float | None = None,
@@ -59,6 +61,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
             run_dir: where checkpoints go.
             evaluate_splits: evaluates a model on every validation split and reports what it finds.
             regularization: λ of the soft stage.
+            budget: the controller that takes λ's place in the soft stage.
             distillation: how to learn from the examples' ``teacher_logits``; None where they have none.
             lr_threshold: learning rate of the thresholds; the weights' if None.
             weight_decay_threshold: of the thresholds; 0 if None.
@@ -68,6 +71,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         self.run_dir = run_dir
         self.evaluate_splits = evaluate_splits
         self.regularization = regularization
+        self.budget = budget
         self.distillation = distillation
         self.lr_threshold = lr_threshold
         self.weight_decay_threshold = weight_decay_threshold
@@ -86,7 +90,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, mixed with the distance to the teacher; in the soft stage plus λ times the regularizer."""
+        """The task's loss, mixed with the distance to the teacher; in the soft stage plus what keeps tokens few."""
         teacher_logits = inputs.pop("teacher_logits", None)
         with record(model) if _drops_tokens(model) else nullcontext() as trace:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -98,8 +102,11 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
         lengths = trace.soft_lengths if token_pruner.soft else trace.ffn_lengths
         self._kept.append((lengths.detach().sum(1) / trace.attention_lengths[0].sum()).float())
         if token_pruner.soft:
-            assert self.regularization is not None
-            loss = loss + self.regularization * regularizer(trace)
+            if self.budget is not None:
+                loss = loss + self.budget.loss(soft_relative_flops(attachment_of(model).shape, trace))
+            else:
+                assert self.regularization is not None
+                loss = loss + self.regularization * regularizer(trace)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -1,0 +1,162 @@
+"""Training to a budget: a controller in place of λ, and thresholds that follow the weights while these change.
+
+Costs are relative FLOPs: the closed form of :mod:`token_pruning.flops` on the tokens kept ÷ that of the dense model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from token_pruning.attach import attachment_of, set_thresholds
+from token_pruning.calibration import Fit, Schedule, fit_to_budget, profile_of, prunable_layers, schedules
+from token_pruning.errors import ConfigError
+from token_pruning.flops import layer_flops
+from token_pruning.models import ModelShape
+from token_pruning.state import Trace
+
+# Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
+FINAL_THRESHOLD = 1.28
+TEMPERATURE = 0.128
+LR_THRESHOLD = 0.0256
+
+HELD_OUT_EXAMPLES = 400
+REFITS = 30  # over a hard stage
+
+
+def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
+    """What a batch of the soft stage would cost if each token were kept with its soft mask's probability.
+
+    A token enters a layer with the product of its masks in the layers before: removal is for good.
+
+    Args:
+        shape: the model's sizes.
+        trace: of soft passes.
+
+    Returns:
+        A float64 scalar, differentiable.
+    """
+    left = trace.soft_survival
+    lengths = trace.attention_lengths[0].to(left.dtype)
+    keys = torch.cat([lengths[None], left[:-1]])
+    narrow = torch.zeros_like(keys, dtype=torch.bool)
+    narrow[-1] = trace.computed_lengths.queries[-1] < trace.attention_lengths[-1]
+    queries, feed_forward = (torch.where(narrow, 1.0, rows) for rows in (keys, left))
+    dense = layer_flops(shape, lengths, lengths).sum() * shape.num_layers
+    return layer_flops(shape, keys, feed_forward, queries).sum() / dense
+
+
+class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Augmented Lagrangian on the soft stage's relative FLOPs: ``μ · gap + ρ/2 · gap²``, with ``μ`` rising by the gap.
+
+    The target falls from the cost of keeping everything to the budget over the first half of the steps, so that weights
+    and thresholds can follow.
+    """
+
+    def __init__(self, target: float, penalty: float = 20.0, rate: float = 0.3, annealed: float = 0.5) -> None:
+        """Start without pressure.
+
+        Args:
+            target: relative FLOPs.
+            penalty: ρ.
+            rate: by which μ follows the gap, per step.
+            annealed: the part of the steps over which the target falls.
+        """
+        self.target, self.penalty, self.rate, self.annealed = target, penalty, rate, annealed
+        self.multiplier = 0.0
+        self.start: float | None = None
+        self.progress = 0.0
+
+    def loss(self, relative_flops: Tensor) -> Tensor:
+        """What to add to the loss; also takes one step of ``μ``.
+
+        Args:
+            relative_flops: of this batch, differentiable.
+        """
+        measured = float(relative_flops.detach())
+        if self.start is None:
+            self.start = measured
+        part = min(1.0, self.progress / self.annealed)
+        aim = self.start + (self.target - self.start) * part
+        gap = relative_flops - aim
+        loss = self.multiplier * gap + self.penalty / 2 * gap**2
+        self.multiplier += self.rate * (measured - aim)
+        return loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on where a killed run stopped."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.multiplier, self.start = saved["attributes"]["multiplier"], saved["attributes"]["start"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know how far training is."""
+        self.progress = state.global_step / max(1, state.max_steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"target": self.target}, "attributes": {"multiplier": self.multiplier, "start": self.start}}
+
+
+class BudgetHolder(TrainerCallback):  # type: ignore[misc]
+    """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again."""
+
+    def __init__(self, batch: Mapping[str, Tensor], target: float, schedule: Schedule | None, bf16: bool) -> None:
+        """Nothing is fitted yet.
+
+        Args:
+            batch: held-out training examples, one padded batch.
+            target: relative FLOPs.
+            schedule: where tokens leave; None for what the model's own thresholds do when the hard stage begins.
+            bf16: whether the model is run in bfloat16 autocast.
+        """
+        self.batch, self.target, self.schedule, self.bf16 = batch, target, schedule, bf16
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Fit at the beginning, and from then on at even distances."""
+        if attachment_of(model).token_pruner.soft:
+            return
+        every = max(1, state.max_steps // REFITS)
+        if self.schedule is None or state.global_step % every == 0:
+            self.fit(model)
+
+    def fit(self, model: Any) -> Fit:
+        """Set the model's thresholds to what costs the budget on the held-out examples."""
+        training = model.training
+        model.eval()
+        try:
+            with torch.autocast(attachment_of(model).model.device.type, torch.bfloat16, enabled=self.bf16):
+                if self.schedule is None:
+                    self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
+                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+                if fit is None:  # its layers cannot reach the budget whatever leaves in them
+                    self.schedule = schedules(prunable_layers(model))[0]
+                    fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+        finally:
+            model.train(training)
+        assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
+        set_thresholds(model, fit.thresholds)
+        return fit
+
+
+def _or_linear(schedule: Schedule, layers: int) -> Schedule:
+    """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
+    total = sum(schedule.weights)
+    if total <= 0:
+        return next(s for s in schedules(layers) if s.name == "linear")
+    return Schedule(schedule.name, tuple(weight / total for weight in schedule.weights))
+
+
+def named_schedule(name: str, layers: int) -> Schedule:
+    """One of :func:`token_pruning.calibration.schedules` by its name.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    found = {schedule.name: schedule for schedule in schedules(layers)}
+    if name not in found:
+        raise ConfigError(f"--schedule is {name!r}; for this model it must be one of {', '.join(found)}")
+    return found[name]
