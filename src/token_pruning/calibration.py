@@ -492,21 +492,27 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _outputs(model: Any, batch: Batch) -> Tensor:
-    """Logits ``[n, labels]`` float32: of the sequences, or of every valid token; hidden states where there are none."""
+    """Logits ``[n, labels]`` float32 of the sequences, or of every valid token.
+
+    Numbers that are not logits of classes, a regression's, an answer's start and end, hidden states, are ``[n, 1]``.
+    """
     device = attachment_of(model).model.device
     inputs = {name: tensor.to(device) for name, tensor in _inputs(batch).items()}
     output = model(**inputs)
-    logits: Tensor | None = getattr(output, "logits", None)
-    if logits is None:
-        logits = output.last_hidden_state
-    if logits.dim() == 3:
-        logits = logits[inputs["attention_mask"].bool()]
+    valid = inputs["attention_mask"].bool()
+    logits: Tensor
+    if "logits" in output:
+        logits = output.logits if output.logits.dim() == 2 else output.logits[valid]
+    elif "start_logits" in output:
+        logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
+    else:
+        logits = output.last_hidden_state[valid].reshape(-1, 1)
     return logits.float().cpu()
 
 
 def _distance(dense: Tensor, pruned: Tensor) -> float:
     """KL divergence of classes, else squared error ÷ variance."""
-    if dense.shape[1] > 1 and not dense.shape[1] > 512:
+    if dense.shape[1] > 1:
         return float(
             nn.functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
         )
