@@ -55,8 +55,22 @@ class Schedule:
         return [max(0.0, 1.0 - strength * gone) for gone in accumulate(self.weights)]
 
 
+@dataclass(frozen=True)
+class Drain(Schedule):
+    """Everything leaves, as late as the budget allows: part of it after one layer and the rest after the next.
+
+    The strength says when: at 0 after no layer, at 1 after the first. What was there lives on in first tokens, and in
+    summary tokens where there are any. ``weights`` only says how many layers there are.
+    """
+
+    def profile(self, strength: float) -> list[float]:
+        """See :meth:`Schedule.profile`."""
+        when = (1.0 - strength) * len(self.weights)
+        return [min(1.0, max(0.0, when - layer)) for layer in range(len(self.weights))]
+
+
 def schedules(layers: int) -> list[Schedule]:
-    """The schedules tried: everything at once after each layer in turn, and spread over all, early or late layers."""
+    """The schedules tried: everything at once after each layer in turn, spread over layers, and as late as can be."""
 
     def spread(name: str, raw: Sequence[float]) -> Schedule:
         return Schedule(name, tuple(value / sum(raw) for value in raw))
@@ -67,6 +81,7 @@ def schedules(layers: int) -> list[Schedule]:
         spread("linear", [1.0] * layers),
         spread("geometric", [0.5**i for i in range(layers)]),
         spread("late", [float(i >= layers // 2) for i in range(layers)]),
+        Drain("drain", (1.0 / layers,) * layers),
     ]
 
 
@@ -443,7 +458,9 @@ def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> fl
 
 def _neighbours(schedule: Schedule, share: float) -> list[Schedule]:
     """Schedules with a share of one layer's part moved to the layer before or after it."""
-    found = []
+    found: list[Schedule] = []
+    if isinstance(schedule, Drain):
+        return found
     for layer, weight in enumerate(schedule.weights):
         for other in (layer - 1, layer + 1):
             if weight > 0.05 and 0 <= other < len(schedule.weights):
