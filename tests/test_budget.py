@@ -1,4 +1,4 @@
-"""Training to a budget: the controller, the thresholds that follow the weights, and whole runs from the command line."""
+"""Training to a budget: the controller, thresholds that follow the weights, and whole runs from the command line."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ STATE, CONTROL = TrainerState(), TrainerControl()
 def test_the_controller_converges_on_a_synthetic_problem(target: float) -> None:
     """A cost that rises with a parameter, and a task loss that wants it high."""
     parameter = torch.tensor(3.0, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
     controller = BudgetController(target)
     generator = torch.Generator().manual_seed(0)
     costs = []
@@ -44,7 +44,7 @@ def test_the_controller_converges_on_a_synthetic_problem(target: float) -> None:
         controller.progress = step / 600
         noise = 0.02 * torch.randn((), generator=generator)
         cost = parameter.sigmoid()
-        loss = -0.5 * parameter + controller.loss(cost + noise)
+        loss = -cost + controller.loss(cost + noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,7 +157,7 @@ def test_schedules_by_name_and_by_parts() -> None:
     assert named_schedule("late", 3).name == "late"
     assert named_schedule("3,1", 3).weights == (0.75, 0.25, 0.0)
     for wrong in ("step-4", "1,1,1,1", "-1,2", "0,0", "a,b", "", "nan", "inf,1"):
-        with pytest.raises(ConfigError, match="--schedule is .* must be one of step-1, step-2, step-3, linear"):
+        with pytest.raises(ConfigError, match=r"--schedule is .* must be one of step-1, step-2, step-3, linear"):
             named_schedule(wrong, 3)
 
 
@@ -190,6 +190,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_sst2(tmp_path / "glue", train=96, dev=40)
     write_stsb(tmp_path / "glue")
     write_checkpoint(tmp_path / "CKPT")
+    write_checkpoint(tmp_path / "REGRESSION", labels=1)
     return tmp_path
 
 
@@ -259,7 +260,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--restore CKPT --masking_mode none --target_flops 0.5", "--target-flops applies to pruning"),
         (
             "--restore CKPT --masking_mode soft --target_flops 0.5 --lambda 0.1",
-            "give either --lambda or --target-flops",
+            "give either --lambda or",
         ),
         ("--restore CKPT --masking_mode soft --target_flops 0.5 --schedule late", "--schedule applies to masking mode"),
         ("--restore CKPT --masking_mode hard --target_flops 1.5", "--target-flops is 1.5"),
@@ -270,7 +271,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --scoring_mode max", "scoring_mode is 'max'"),
         (
             "--restore CKPT --masking_mode soft --no_teacher --lambda 0.1",
-            "--no-teacher applies to training with a budget",
+            "--no-teacher applies to training",
         ),
         ("--restore CKPT --masking_mode soft", "--lambda is missing"),
     ],
@@ -285,7 +286,7 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_too_few_training_examples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--task STSB --restore CKPT --masking_mode hard --target_flops 0.5 --no_teacher") == 2
+    assert run("--task STSB --restore REGRESSION --masking_mode hard --target_flops 0.5 --no_teacher") == 2
     assert "24 training examples; a budget needs at least 64" in capsys.readouterr().err
 
 
