@@ -19,7 +19,10 @@ from token_pruning.training.options import (
 # Learning rates of the published code where --lr is not given.
 _LEARNING_RATES = {"MRPC": 2e-5}
 _LEARNING_RATE = 4e-5
-_KEYS = ("prune_mode", "final_token_threshold", "token_keep_rate", "token_threshold", "scoring_mode", "summary_tokens")
+_KEYS = (
+    "prune_mode", "final_token_threshold", "token_keep_rate", "keep_all_layers", "token_threshold", "scoring_mode",
+    "summary_tokens",
+)  # fmt: skip
 
 
 def add_train(commands: Any) -> None:
@@ -223,6 +226,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--prune-mode", help="absolute_threshold, topk, threshold or rising_threshold")
     keys.add_argument("--final-token-threshold", type=float, help="threshold of the last layer")
     keys.add_argument("--token-keep-rate", type=float, help="top-k: keep rate of the last layer")
+    keys.add_argument("--keep-all-layers", type=int, help="top-k: first layers that keep everything (default 3)")
     keys.add_argument("--token-threshold", type=float, help="threshold mode: relative to the largest score")
     keys.add_argument("--scoring-mode", help="mean, mean_norm or relative")
     keys.add_argument("--summary-tokens", help="none, shared or segment: what is dropped lives on as summary tokens")
