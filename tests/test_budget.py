@@ -296,3 +296,10 @@ def test_the_folder_is_named_after_the_budget() -> None:
     soft = TrainOptions(restore="CKPT", task="RTE", masking_mode="soft", target_flops=0.5)
     config = {"prune_mode": "absolute_threshold", "final_token_threshold": 1.28}
     assert "flops_0.5" in str(soft.default_output_dir(config)) and "None" not in str(soft.default_output_dir(config))
+
+
+def test_a_dense_run_may_start_from_another_task_s_head(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("--task SST2 --restore REGRESSION --masking_mode none") == 0
+    assert "classifier.weight has shape [1, 32]: a new one of [2, 32] is trained" in caplog.text
+    config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["problem_type"] == "single_label_classification"

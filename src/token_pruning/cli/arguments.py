@@ -66,8 +66,8 @@ def add_train(commands: Any) -> None:
     budget.add_argument(
         "--schedule",
         help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric, late, or the parts "
-        "that leave after each layer, as 0.6,0.4 "
-        "(default: as the checkpoint's learned thresholds do, or step-K after a third of the layers)",
+        "that leave after each layer, as 0.6,0.4; drain: all of them, as late as the budget allows "
+        "(default: as the checkpoint's learned thresholds do, or drain)",
     )
     budget.add_argument("--no-teacher", action="store_true", help="learn from labels alone")
     soft = parser.add_argument_group("soft stage (masking modes soft and mixed)")

@@ -186,9 +186,7 @@ def budget_holder(model: Any, held_out: list[dict[str, Any]], options: TrainOpti
     if options.schedule is not None:
         schedule = named_schedule(options.schedule, prunable_layers(model))
     elif not options.soft and not learned:
-        schedule = named_schedule(
-            f"step-{max(1, round(attachment_of(model).shape.num_layers / 3))}", prunable_layers(model)
-        )
+        schedule = named_schedule("drain", prunable_layers(model))
     return BudgetHolder(batch, options.target_flops, schedule, options.bf16)
 
 

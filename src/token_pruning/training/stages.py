@@ -89,7 +89,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         )
     set_seed(options.seed)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_classifier(checkpoint, data.task)
+    model = load_classifier(checkpoint, data.task, new_head=options.masking_mode == "none")
     if pruner is not None:
         prune(model, pruner)
     elif arguments.device.type == "cpu":
@@ -225,8 +225,8 @@ def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
     return pruner
 
 
-def load_classifier(checkpoint: Checkpoint, task: Task) -> Any:
-    """The checkpoint's model with a head for the task, a new one if it has none."""
+def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
+    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's."""
     architecture = (checkpoint.config.get("architectures") or ["none"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, architecture)
@@ -237,7 +237,9 @@ def load_classifier(checkpoint: Checkpoint, task: Task) -> Any:
         head["label2id"] = {label: number for number, label in enumerate(labels)}
     # Said outright: a checkpoint of another task may name another.
     head["problem_type"] = "regression" if task.is_regression else "single_label_classification"
-    return load_model(checkpoint, model_class=transformers.AutoModelForSequenceClassification, **head)
+    return load_model(
+        checkpoint, model_class=transformers.AutoModelForSequenceClassification, new_head=new_head, **head
+    )
 
 
 def _distillation(teacher: Checkpoint, task: Task, options: TrainOptions) -> Distillation:
