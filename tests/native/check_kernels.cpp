@@ -262,9 +262,11 @@ struct Model {
         return x;
     }
 
-    // Every token's last state, the layers it survived, and how near a decision came to going the other way.
-    double reference(const std::vector<int>& ids, const float* thresholds, std::vector<Row>& out,
+    // Every token's last state, the layers it survived, and how near a decision came to going the other way. With
+    // `summarize` what is dropped becomes a summary token for each half of the sequence, a row with `alive` -1 or -2.
+    double reference(const std::vector<int>& ids, const float* thresholds, bool summarize, std::vector<Row>& out,
                      std::vector<int>& survived) const {
+        double weights[2] = {0, 0};
         const int heads = shape.heads, part = shape.hidden / heads;
         double margin = 1;
         std::vector<Row> x;
@@ -296,27 +298,44 @@ struct Model {
                         for (int d = h * part; d < (h + 1) * part; d++) context[i][d] += p[j] / total * v[j][d];
                     }
                 }
-            std::vector<Row> next;
+            std::vector<Row> next, merged(2, Row(shape.hidden));
             std::vector<int> left;
-            for (int i = 0; i < n; i++) {
-                Row attended = apply(base + 3, context[i]);
-                for (int d = 0; d < shape.hidden; d++) attended[d] += x[i][d];
-                attended = norm(attended);
-                const double distance = received[i] / n - (thresholds ? thresholds[l] : 0);
-                if (i) margin = std::min(margin, std::fabs(distance));
-                if (i && distance < 0) {
-                    out[alive[i]] = attended;
-                    continue;
-                }
+            double gathered[2] = {0, 0};
+            auto finish = [&](const Row& attended, int token) {
                 Row inner = apply(base + 4, attended);
                 for (double& e : inner) e = gelu(e);
                 Row after = apply(base + 5, inner);
                 for (int d = 0; d < shape.hidden; d++) after[d] += attended[d];
-                next.push_back(norm(after)), left.push_back(alive[i]), survived[alive[i]]++;
+                next.push_back(norm(after)), left.push_back(token);
+            };
+            for (int i = 0; i < n; i++) {
+                Row attended = apply(base + 3, context[i]);
+                for (int d = 0; d < shape.hidden; d++) attended[d] += x[i][d];
+                attended = norm(attended);
+                const bool summary = alive[i] < 0;
+                const double distance = received[i] / n - (thresholds ? thresholds[l] : 0);
+                if (i && !summary) margin = std::min(margin, std::fabs(distance));
+                const bool dropped = i && !summary && distance < 0;
+                if (dropped) out[alive[i]] = attended;
+                if (summarize && (summary || dropped)) {
+                    const int which = summary ? -1 - alive[i] : alive[i] >= (int)ids.size() / 2;
+                    const double weight = summary ? weights[which] : received[i];
+                    for (int d = 0; d < shape.hidden; d++) merged[which][d] += weight * attended[d];
+                    gathered[which] += weight;
+                } else if (!dropped) {
+                    finish(attended, alive[i]), survived[alive[i]]++;
+                }
+            }
+            for (int which = 0; which < 2; which++) {
+                if (gathered[which] == 0 || l + 1 == shape.layers) continue;  // nobody would attend to it
+                for (double& e : merged[which]) e /= gathered[which];
+                weights[which] = gathered[which];
+                finish(merged[which], -1 - which);
             }
             x = next, alive = left;
         }
-        for (size_t i = 0; i < x.size(); i++) out[alive[i]] = x[i];
+        for (size_t i = 0; i < x.size(); i++)
+            if (alive[i] >= 0) out[alive[i]] = x[i];
         return margin;
     }
 };
@@ -331,7 +350,8 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
     }
     const int tokens = (int)ids.size();
     const float thresholds[] = {0.0f, 0.0098f, 0.0123f};
-    for (bool prune : {false, true}) {
+    for (int method : {0, 1, 2}) {  // nothing dropped, dropped, dropped into summaries
+        const bool prune = method > 0, summarize = method == 2;
         std::vector<Model::Row> expected;
         std::vector<int> survived;
         std::vector<bool> clear;  // no decision near its threshold
@@ -339,12 +359,15 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
             std::vector<Model::Row> states;
             std::vector<int> counts;
             const double margin = model.reference({ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]},
-                                                  prune ? thresholds : nullptr, states, counts);
+                                                  prune ? thresholds : nullptr, summarize, states, counts);
             expected.insert(expected.end(), states.begin(), states.end());
             survived.insert(survived.end(), counts.begin(), counts.end());
             clear.push_back(!prune || margin > (level.dtype == Dtype::float32 ? 1e-6 : 1e-3));
         }
         const uint8_t prunes[] = {0, 1, 1};
+        std::vector<uint8_t> segments(tokens);
+        for (size_t s = 0; s < lengths.size(); s++)
+            for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++) segments[t] = t - cu_seqlens[s] >= lengths[s] / 2;
         std::vector<float> once;
         for (bool first_only : {false, true})
             for (int threads : {1, 2, 3}) {
@@ -357,6 +380,8 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                 request.thresholds = prune ? thresholds : nullptr, request.prunes = prunes;
                 request.first_only = first_only, request.record = true, request.out = (float*)out.data;
                 request.survived = counts.data(), request.received = received.data();
+                std::vector<uint8_t> hosts(tokens);
+                if (summarize) request.segments = segments.data(), request.hosts = hosts.data();
                 check(encoder->forward(request) == 0, "forward");
                 double worst = 0, squares = 0, count = 0;
                 bool same = true;
@@ -371,7 +396,8 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                     for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++) same &= counts[t] == survived[t];
                 }
                 const std::string name = level.name() + " encoder, threads " + std::to_string(threads) +
-                                         (prune ? ", pruned" : "") + (first_only ? ", first tokens" : "");
+                                         (prune ? ", pruned" : "") + (summarize ? " with summaries" : "") +
+                                         (first_only ? ", first tokens" : "");
                 if (count) worst /= 3 * std::sqrt(squares / count);
                 check(worst <= 2 * level.tolerance(), name + ": " + std::to_string(worst));
                 if (level.dtype == Dtype::float32) check(same, name + ": other tokens kept");

@@ -269,7 +269,7 @@ private:
                 barrier_.wait();
                 if (rank == 0) {
                     next_.store(0);
-                    if (request_.hosts) average_dropped();
+                    if (summarizes(layer)) average_dropped();
                 }
                 barrier_.wait();
             }
@@ -484,7 +484,7 @@ private:
             const float* state = team.chunk->attended + (size_t)i * shape_.hidden;
             const size_t bytes = shape_.hidden * sizeof(float);
             if (!request_.first_only) memcpy(request_.out + (size_t)left_[r.begin + i] * shape_.hidden, state, bytes);
-            if (request_.hosts) memcpy(gone_ + (size_t)(r.begin + i) * shape_.hidden, state, bytes);
+            if (summarizes(layer)) memcpy(gone_ + (size_t)(r.begin + i) * shape_.hidden, state, bytes);
         }
     }
 
