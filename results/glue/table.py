@@ -1,0 +1,157 @@
+"""Gather the runs of runs.py into JSON, and make README.md's tables and the figure from that.
+
+    python results/glue/table.py RUNS_FOLDER     (gather, then tables and figure)
+    python results/glue/table.py                 (tables and figure from the JSON files)
+
+One JSON per task and seed: every run's command, options and evaluation on the official development set.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from token_pruning.data import glue_task
+from token_pruning.sweep.report import pareto_plot
+
+HERE = Path(__file__).parent
+TASKS = ("RTE", "MRPC", "STSB", "SST2")
+BUDGETS = ("0.50", "0.35", "0.25")
+METHODS = {
+    "budget": "budget (ours)",
+    "topk": "top-k",
+    "manual": "manual thresholds",
+    "ltp": "published LTP",
+}
+UNTRAINED = {
+    "calibrated-0.70-segment": "calibrated, summary tokens (ours)",
+    "calibrated-0.70-none": "calibrated (ours)",
+    "topk-0.70-untrained": "top-k",
+    "manual-0.70-untrained": "manual thresholds",
+}
+Runs = dict[str, dict[str, Any]]
+
+
+def gather(runs: Path) -> None:
+    for task in TASKS:
+        for folder in sorted((runs / task).glob("seed*")):
+            found = {}
+            for evaluation in sorted(folder.glob("*/eval_results.json")):
+                run = evaluation.parent
+                command = (run / "command.txt").read_text(encoding="utf-8").strip()
+                result = json.loads(evaluation.read_text(encoding="utf-8"))
+                for name in ("checkpoint", "other_splits"):
+                    result.pop(name, None)
+                if "train " in command and not json.loads((run / "run.json").read_text(encoding="utf-8"))["finished"]:
+                    continue
+                found[run.name] = {"command": command.replace(str(runs), "RUNS"), **result}
+            if "dense" in found:
+                text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+                (HERE / f"{task}-{folder.name}.json").write_text(text, encoding="utf-8")
+
+
+def load() -> dict[str, list[Runs]]:
+    """Per task, the runs of each seed by name."""
+    return {
+        task: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(HERE.glob(f"{task}-seed*.json"))]
+        for task in TASKS
+    }
+
+
+def points(task: str, run: dict[str, Any]) -> float:
+    return 100 * float(run["metrics"][glue_task(task).best_metric])
+
+
+def drops(task: str, seeds: list[Runs], name: str) -> list[tuple[float, float]]:
+    """Points lost against the dense model of the same seed, and relative FLOPs; for LTP of the best λ within budget."""
+    found = []
+    for runs in seeds:
+        run = runs.get(name) or best_ltp(task, runs, name)
+        if run is not None:
+            found.append((points(task, runs["dense"]) - points(task, run), run["relative_flops"]))
+    return found
+
+
+def best_ltp(task: str, runs: Runs, name: str) -> dict[str, Any] | None:
+    """LTP cannot be asked for a budget: the dearest run that is within it."""
+    method, _, budget = name.partition("-")
+    within = [
+        run
+        for key, run in runs.items()
+        if method == "ltp" and key.startswith("ltp-") and not key.endswith("soft")
+        if run["relative_flops"] <= float(budget) + 0.005
+    ]
+    return max(within, key=lambda run: run["relative_flops"], default=None)
+
+
+def cell(found: list[tuple[float, float]]) -> str:
+    if not found:
+        return "–"
+    lost = [drop for drop, _ in found]
+    spread = f" ± {statistics.stdev(lost):.1f}" if len(lost) > 1 else ""
+    return f"{statistics.mean(lost):+.1f}{spread} ({statistics.mean(cost for _, cost in found):.3f})".replace("-", "−")
+
+
+def rows(everything: dict[str, list[Runs]], names: dict[str, str]) -> list[str]:
+    lines = []
+    for key, label in names.items():
+        per_task = [drops(task, seeds, key) for task, seeds in everything.items()]
+        means = [statistics.mean(drop for drop, _ in found) for found in per_task if found]
+        mean = f"{statistics.mean(means):+.1f}".replace("-", "−") if means and len(means) == len(per_task) else "–"
+        lines.append(f"| {label} | " + " | ".join(cell(found) for found in per_task) + f" | {mean} |")
+    return lines
+
+
+def tables(everything: dict[str, list[Runs]]) -> str:
+    head = "| method | " + " | ".join(everything) + " | mean loss |\n|---" * 1
+    rule = "|" + "---|" * (len(everything) + 2)
+    text = ["| | " + " | ".join(everything) + " |", "|" + "---|" * (len(everything) + 1)]
+    dense = []
+    for task, seeds in everything.items():
+        values = [points(task, runs["dense"]) for runs in seeds]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        dense.append(f"{statistics.mean(values):.1f}{spread}")
+    text += [
+        "| dense | " + " | ".join(dense) + " |",
+        "| seeds | " + " | ".join(str(len(seeds)) for seeds in everything.values()) + " |",
+    ]
+    head = "| method | " + " | ".join(everything) + " | mean loss |"
+    text += ["", "Relative FLOPs ≤ 0.70, nothing trained:", "", head, rule, *rows(everything, UNTRAINED)]
+    for budget in BUDGETS:
+        named = {f"{method}-{budget}": label for method, label in METHODS.items()}
+        text += ["", f"Relative FLOPs ≤ {budget}:", "", head, rule, *rows(everything, named)]
+    return "\n".join(text)
+
+
+def figure(everything: dict[str, list[Runs]]) -> None:
+    panels = {}
+    for task, seeds in everything.items():
+        trials = [
+            {
+                "method": (UNTRAINED.get(name) or METHODS[name.split("-")[0]]).replace(" (ours)", ""),
+                "metric": points(task, run),
+                "relative_flops": run["relative_flops"],
+            }
+            for runs in seeds
+            for name, run in runs.items()
+            if name != "dense" and not name.endswith(("soft", "untrained"))
+        ]
+        panels[task] = (statistics.mean(points(task, runs["dense"]) for runs in seeds), trials)
+    (HERE / "pareto.png").write_bytes(pareto_plot(panels))
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        gather(Path(sys.argv[1]))
+    everything = {task: seeds for task, seeds in load().items() if seeds}
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- tables -->")
+    _, _, after = rest.partition("<!-- end -->")
+    text = f"{before}<!-- tables -->\n{tables(everything)}\n<!-- end -->{after}"
+    readme.write_text(text, encoding="utf-8")
+    figure(everything)
+
+
+if __name__ == "__main__":
+    main()
