@@ -44,7 +44,7 @@ from token_pruning.pruners import LayerTokens, Pruner
     assert (trace.ffn_lengths[0] < torch.tensor([20, 30])).all()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "analyze", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "analyze", "sweep", "demo"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
