@@ -164,6 +164,9 @@ def test_topk_leaves_the_first_three_layers_alone_and_then_falls_linearly() -> N
     assert kept == [topk_count(-0.5, layer, 7, 12) for layer in range(1, 8)]
     assert [pruner.prunes(layer, 7) for layer in range(1, 8)] == [False] * 3 + [True] * 4
     assert [pruner.keep_rate(layer, 7) for layer in range(1, 8)] == [1, 1, 1, 0.625, 0.25, 0, 0]
+    earlier = tp.TopK(token_keep_rate=0.2, keep_all_layers=1)
+    assert [earlier.keep_rate(layer, 5) for layer in range(1, 6)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert [earlier.prunes(layer, 5) for layer in range(1, 6)] == [False] + [True] * 4
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -212,6 +215,7 @@ def test_the_largest_token_stays_at_a_relative_threshold_of_one() -> None:
     ("cls", "key", "value", "allowed"),
     [
         (tp.TopK, "token_keep_rate", 1.5, "<= 1"),
+        (tp.TopK, "keep_all_layers", 0, ">= 1"),
         (tp.TopK, "token_keep_rate", "abc", "number"),
         (tp.TopK, "token_keep_rate", math.nan, "finite"),
         (tp.TopK, "token_keep_rate", -math.inf, "finite"),

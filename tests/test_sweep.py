@@ -133,7 +133,7 @@ def test_settings_for_all_methods(folder: Path) -> None:
 
 
 def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--trials", 4, "--epoch", 40, "--methods", "calibrated", "manual")
+    more = ("--trials", 4, "--epoch", 16, "--methods", "calibrated", "manual")
     killed = process(*more)
     run, deadline = RunDir(folder / "out/trials/0001-manual"), time.monotonic() + 120
     while len(run.checkpoints()) < 2 and time.monotonic() < deadline:
@@ -190,8 +190,7 @@ def test_an_interrupted_trial_is_queued_at_once(folder: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_study, "train", interrupt)
-        patch.setattr(sweep_study._Sweep, "_calibrated", interrupt)
+        patch.setattr(sweep_study._Sweep, "_run", interrupt)
         assert sweep("--trials", 1, "--methods", "calibrated") == 130
     assert [trial.state.name for trial in stored()] == ["FAIL", "WAITING"]
     assert sweep("--trials", 1, "--methods", "calibrated") == 0

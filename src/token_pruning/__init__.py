@@ -6,7 +6,8 @@ with tp.record(model) as trace:
     model(**batch)
 """
 
-from token_pruning.attach import freeze_thresholds, prune, record, unprune
+from token_pruning.attach import freeze_thresholds, prune, record, set_thresholds, unprune
+from token_pruning.calibration import Calibration, Schedule, calibrate
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine import Engine, compile
 from token_pruning.errors import (
@@ -17,6 +18,7 @@ from token_pruning.errors import (
     UnsupportedModelError,
 )
 from token_pruning.flops import Flops, count_flops
+from token_pruning.importance import convert_scores
 from token_pruning.pruners import (
     FixedThreshold,
     LearnedThreshold,
@@ -31,6 +33,7 @@ from token_pruning.state import Trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -41,16 +44,20 @@ __all__ = [
     "Pruner",
     "RelativeThreshold",
     "RisingThreshold",
+    "Schedule",
     "TokenPruningError",
     "TopK",
     "Trace",
     "Unpruned",
     "UnsupportedModelError",
+    "calibrate",
     "compile",
+    "convert_scores",
     "count_flops",
     "freeze_thresholds",
     "from_pretrained",
     "prune",
     "record",
+    "set_thresholds",
     "unprune",
 ]

@@ -55,8 +55,22 @@ class Schedule:
         return [max(0.0, 1.0 - strength * gone) for gone in accumulate(self.weights)]
 
 
+@dataclass(frozen=True)
+class Drain(Schedule):
+    """Everything leaves, as late as the budget allows: part of it after one layer and the rest after the next.
+
+    The strength says when: at 0 after no layer, at 1 after the first. What was there lives on in first tokens, and in
+    summary tokens where there are any. ``weights`` only says how many layers there are.
+    """
+
+    def profile(self, strength: float) -> list[float]:
+        """See :meth:`Schedule.profile`."""
+        when = (1.0 - strength) * len(self.weights)
+        return [min(1.0, max(0.0, when - layer)) for layer in range(len(self.weights))]
+
+
 def schedules(layers: int) -> list[Schedule]:
-    """The schedules tried: everything at once after each layer in turn, and spread over all, early or late layers."""
+    """The schedules tried: everything at once after each layer in turn, spread over layers, and as late as can be."""
 
     def spread(name: str, raw: Sequence[float]) -> Schedule:
         return Schedule(name, tuple(value / sum(raw) for value in raw))
@@ -67,6 +81,7 @@ def schedules(layers: int) -> list[Schedule]:
         spread("linear", [1.0] * layers),
         spread("geometric", [0.5**i for i in range(layers)]),
         spread("late", [float(i >= layers // 2) for i in range(layers)]),
+        Drain("drain", (1.0 / layers,) * layers),
     ]
 
 
@@ -443,7 +458,9 @@ def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> fl
 
 def _neighbours(schedule: Schedule, share: float) -> list[Schedule]:
     """Schedules with a share of one layer's part moved to the layer before or after it."""
-    found = []
+    found: list[Schedule] = []
+    if isinstance(schedule, Drain):
+        return found
     for layer, weight in enumerate(schedule.weights):
         for other in (layer - 1, layer + 1):
             if weight > 0.05 and 0 <= other < len(schedule.weights):
@@ -492,21 +509,27 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _outputs(model: Any, batch: Batch) -> Tensor:
-    """Logits ``[n, labels]`` float32: of the sequences, or of every valid token; hidden states where there are none."""
+    """Logits ``[n, labels]`` float32 of the sequences, or of every valid token.
+
+    Numbers that are not logits of classes, a regression's, an answer's start and end, hidden states, are ``[n, 1]``.
+    """
     device = attachment_of(model).model.device
     inputs = {name: tensor.to(device) for name, tensor in _inputs(batch).items()}
     output = model(**inputs)
-    logits: Tensor | None = getattr(output, "logits", None)
-    if logits is None:
-        logits = output.last_hidden_state
-    if logits.dim() == 3:
-        logits = logits[inputs["attention_mask"].bool()]
+    valid = inputs["attention_mask"].bool()
+    logits: Tensor
+    if "logits" in output:
+        logits = output.logits if output.logits.dim() == 2 else output.logits[valid]
+    elif "start_logits" in output:
+        logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
+    else:
+        logits = output.last_hidden_state[valid].reshape(-1, 1)
     return logits.float().cpu()
 
 
 def _distance(dense: Tensor, pruned: Tensor) -> float:
     """KL divergence of classes, else squared error ÷ variance."""
-    if dense.shape[1] > 1 and not dense.shape[1] > 512:
+    if dense.shape[1] > 1:
         return float(
             nn.functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +27,8 @@ PRUNERS: dict[str, type[Pruner]] = {
     cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
 }
 _THRESHOLDS = "token_pruner.thresholds"
+logger = logging.getLogger(__name__)
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _REQUIRED = {"topk": "token_keep_rate", "threshold": "token_threshold"}
 
@@ -192,9 +195,16 @@ def from_pretrained(
 
 
 def load_model(
-    checkpoint: Checkpoint, *, model_class: type[transformers.PreTrainedModel] | None = None, **kwargs: Any
+    checkpoint: Checkpoint,
+    *,
+    model_class: type[transformers.PreTrainedModel] | None = None,
+    new_head: bool = False,
+    **kwargs: Any,
 ) -> transformers.PreTrainedModel:
-    """The checkpoint's model, dense, in evaluation mode; arguments and errors as for :func:`from_pretrained`."""
+    """The checkpoint's model, dense, in evaluation mode; arguments and errors as for :func:`from_pretrained`.
+
+    With ``new_head`` the head's weights of another shape are replaced by random ones, to be trained for another task.
+    """
     model_type = checkpoint.config.get("model_type")
     if model_type not in supported_model_types() and not checkpoint.is_ibert:
         raise UnsupportedModelError(
@@ -229,7 +239,7 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
-        _check_loaded(model, info, checkpoint.path)
+        _check_loaded(model, info, checkpoint.path, new_head)
         return model
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded: {' '.join(str(error).split())}") from None
@@ -237,9 +247,12 @@ def load_model(
         transformers.logging.set_verbosity(level)
 
 
-def _check_loaded(model: Any, info: dict[str, Any], path: Path) -> None:
+def _check_loaded(model: Any, info: dict[str, Any], path: Path, new_head: bool) -> None:
     """Weights of another shape, or encoder weights that are not there, would be random numbers."""
     for name, found, wanted in sorted(info["mismatched_keys"]):
+        if new_head and not name.startswith(f"{model.base_model_prefix}."):
+            logger.warning("%s: %s has shape %s: a new one of %s is trained", path, name, list(found), list(wanted))
+            continue
         raise CheckpointError(f"{path}: weight {name} has shape {list(found)}; config.json asks for {list(wanted)}")
     bare = model.base_model is model
     prefix = "" if bare else f"{model.base_model_prefix}."

@@ -212,21 +212,25 @@ class ForwardState:
             soft_mask = pruner.soft_mask(tokens)
             self.layers.setdefault(layer, LayerRecord(entering, entering, soft_mask=soft_mask, scores=scores))
             return
+        decided = self.layers.get(layer)  # when gradient checkpointing runs the layer again
+        if decided is not None and decided.merge is None:
+            return
         with torch.no_grad():
-            keep = pruner.keep(tokens).index_fill(0, entering.first_rows, True)
-            if present is not None:
-                keep |= present
-        # After the last layer nobody would attend to a summary.
-        merge = None
-        if pruner.summary_tokens != "none" and layer < module.num_layers:
-            # As above, computed again with gradient checkpointing.
+            if decided is not None and decided.dropped_rows is not None:
+                keep = torch.ones_like(scores, dtype=torch.bool).index_fill(0, decided.dropped_rows, False)
+            else:
+                keep = pruner.keep(tokens).index_fill(0, entering.first_rows, True)
+                if present is not None:
+                    keep |= present
+        merge, stays = None, keep
+        if pruner.summary_tokens != "none" and layer < module.num_layers:  # after the last nobody would read a summary
+            # Planned again too, so that it saves the same tensors.
             merge, summaries = plan_merge(self._groups(entering), ~keep, summaries, received)
-            dropped = (~keep).nonzero().squeeze(-1)
-            leaving, kept, _ = drop(entering, keep | summaries.present)
+            stays = keep | summaries.present
+        leaving, kept, _ = drop(entering, stays)
+        if summaries is not None:
             summaries = Summaries(summaries.present[kept], summaries.weights[kept])
-        else:
-            leaving, kept, dropped = drop(entering, keep)
-            summaries = None if summaries is None else Summaries(summaries.present[kept], summaries.weights[kept])
+        dropped = (~keep).nonzero().squeeze(-1)
         self.layers.setdefault(
             layer,
             LayerRecord(entering, leaving, kept, dropped, scores=scores.detach(), merge=merge, summaries=summaries),

@@ -19,7 +19,10 @@ from token_pruning.training.options import (
 # Learning rates of the published code where --lr is not given.
 _LEARNING_RATES = {"MRPC": 2e-5}
 _LEARNING_RATE = 4e-5
-_KEYS = ("prune_mode", "final_token_threshold", "token_keep_rate", "token_threshold", "scoring_mode", "summary_tokens")
+_KEYS = (
+    "prune_mode", "final_token_threshold", "token_keep_rate", "keep_all_layers", "token_threshold", "scoring_mode",
+    "summary_tokens",
+)  # fmt: skip
 
 
 def add_train(commands: Any) -> None:
@@ -62,8 +65,9 @@ def add_train(commands: Any) -> None:
     )  # fmt: skip
     budget.add_argument(
         "--schedule",
-        help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric or late "
-        "(default: as the checkpoint's learned thresholds do, or step-K after a third of the layers)",
+        help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric, late, or the parts "
+        "that leave after each layer, as 0.6,0.4; drain: all of them, as late as the budget allows "
+        "(default: as the checkpoint's learned thresholds do, or drain)",
     )
     budget.add_argument("--no-teacher", action="store_true", help="learn from labels alone")
     soft = parser.add_argument_group("soft stage (masking modes soft and mixed)")
@@ -102,6 +106,31 @@ def add_eval(commands: Any) -> None:
     _add_data(parser)
     _add_model(parser)
     parser.set_defaults(run=_evaluate)
+
+
+def add_calibrate(commands: Any) -> None:
+    """``token-pruning calibrate``."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="prune a checkpoint to a budget without training it",
+        description="Choose thresholds on a few hundred examples, by how little the model's outputs change, and save "
+        "the pruned checkpoint. --target-flops needs no labels: the training examples of a task, or the texts of any "
+        "file (--input). --max-drop finds the cheapest pruning whose estimated loss stays inside the bound.",
+        allow_abbrev=False,
+    )
+    _add_data(parser)
+    parser.add_argument("--restore", "--restore-file", dest="restore", required=True, metavar="CKPT", help="checkpoint")
+    parser.add_argument("--input", type=Path, help="one or two text columns, or one text per line (.txt), unlabelled")
+    parser.add_argument("--target-flops", type=float, metavar="F", help="relative FLOPs on valid tokens, such as 0.7")
+    parser.add_argument("--max-drop", type=float, metavar="POINTS", help="how much the metric may fall, such as 1.0")
+    parser.add_argument("--examples", type=int, default=400, help="how many are used (default 400, at least 32)")
+    parser.add_argument("--summary-tokens", default="none", help="none, shared or segment (default none)")
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
+    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32,
+                        help="batch size of the evaluation (default 32)")  # fmt: skip
+    parser.add_argument("--output-dir", help="default: CKPT/calibrated")
+    parser.add_argument("--overwrite-output-dir", action="store_true", help="replace a finished run")
+    parser.set_defaults(run=_calibrate)
 
 
 def add_predict(commands: Any) -> None:
@@ -250,6 +279,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--prune-mode", help="absolute_threshold, topk, threshold or rising_threshold")
     keys.add_argument("--final-token-threshold", type=float, help="threshold of the last layer")
     keys.add_argument("--token-keep-rate", type=float, help="top-k: keep rate of the last layer")
+    keys.add_argument("--keep-all-layers", type=int, help="top-k: first layers that keep everything (default 3)")
     keys.add_argument("--token-threshold", type=float, help="threshold mode: relative to the largest score")
     keys.add_argument("--scoring-mode", help="mean, mean_norm or relative")
     keys.add_argument("--summary-tokens", help="none, shared or segment: what is dropped lives on as summary tokens")
@@ -303,7 +333,8 @@ def _load_data(arguments: argparse.Namespace, need_train: bool, checkpoint: Any)
     if need_train and arguments.train_file is None:
         raise ConfigError("--train-file is missing; training on your own data needs it and --validation-file")
     # The dense stage gets a head for the file's own labels; later stages and evaluation keep the checkpoint's.
-    labels = None if need_train and arguments.masking_mode == "none" else checkpoint.label_names()
+    dense = getattr(arguments, "masking_mode", None) == "none"
+    labels = None if need_train and dense else checkpoint.label_names()
     return load_files(arguments.train_file if need_train else None, arguments.validation_file, labels=labels)
 
 
@@ -324,6 +355,35 @@ def _learning_rate(arguments: argparse.Namespace) -> float:
     if arguments.lr is None:
         return _LEARNING_RATES.get(str(arguments.task).upper(), _LEARNING_RATE)
     return float(arguments.lr)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    labelled = bool(arguments.task) + bool(arguments.train_file or arguments.validation_file)
+    if labelled + bool(arguments.input) != 1:
+        raise ConfigError("give one of --task (a GLUE task), --train-file with --validation-file, and --input")
+    own_file = arguments.input or arguments.train_file or arguments.validation_file
+    options = TrainOptions(
+        restore=arguments.restore,
+        task=own_file.stem if own_file else arguments.task,
+        masking_mode="hard",
+        target_flops=arguments.target_flops,
+        batch_size=arguments.batch_size,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+        output_dir=arguments.output_dir,
+        overwrite_output_dir=arguments.overwrite_output_dir,
+    )
+
+    from token_pruning.training.calibrated import calibrate_checkpoint
+
+    calibrate_checkpoint(
+        options,
+        None if arguments.input else partial(_load_data, arguments, True),
+        arguments.input,
+        max_drop=arguments.max_drop,
+        examples=arguments.examples,
+        summary_tokens=arguments.summary_tokens,
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,15 @@ from typing import NoReturn
 
 import transformers
 
-from token_pruning.cli.arguments import add_analyze, add_demo, add_eval, add_predict, add_sweep, add_train
+from token_pruning.cli.arguments import (
+    add_analyze,
+    add_calibrate,
+    add_demo,
+    add_eval,
+    add_predict,
+    add_sweep,
+    add_train,
+)
 from token_pruning.errors import TokenPruningError
 
 
@@ -31,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="token-pruning", description="Train, evaluate and use encoders that drop the tokens they do not need."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="train | eval | predict | analyze | sweep | demo", parser_class=_Parser
+        required=True, metavar="train | calibrate | eval | predict | analyze | sweep | demo", parser_class=_Parser
     )
-    for add in (add_train, add_eval, add_predict, add_analyze, add_sweep, add_demo):
+    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_sweep, add_demo):
         add(commands)
     return _run(parser, sys.argv[1:] if argv is None else argv)
 

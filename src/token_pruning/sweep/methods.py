@@ -30,9 +30,9 @@ class Space:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """A trial without training: :func:`token_pruning.calibrate` to a budget."""
+    """A trial without training: see :func:`token_pruning.training.calibrated.calibrate_checkpoint`."""
 
-    target_flops: float
+    options: TrainOptions
     summary_tokens: str
 
 
@@ -68,7 +68,8 @@ def budget(trial: Trial, space: Space) -> TrainOptions:
 def calibrated(trial: Trial, space: Space) -> CalibrateOptions:
     """Thresholds for a budget, without training."""
     summary_tokens = space.summary_tokens or "none"
-    return CalibrateOptions(_target(trial, "calibrated", space.lowest_flops[summary_tokens]), summary_tokens)
+    target = _target(trial, "calibrated", space.lowest_flops[summary_tokens])
+    return CalibrateOptions(replace(space.base, masking_mode="hard", target_flops=target), summary_tokens)
 
 
 def topk(trial: Trial, space: Space) -> TrainOptions:

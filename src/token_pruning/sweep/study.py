@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 from token_pruning.attach import prune, unprune
-from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, calibrate, lowest_flops, prunable_layers
+from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, lowest_flops, prunable_layers
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.checks import choice, number, positive_integer
 from token_pruning.data import TaskData
@@ -35,6 +35,7 @@ from token_pruning.summary import SUMMARY_TOKENS
 from token_pruning.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.sweep.report import Row, TaskResults, describe, write_report
 from token_pruning.sweep.rules import Point, hopeless
+from token_pruning.training.calibrated import EXAMPLES, calibrate_checkpoint
 from token_pruning.training.options import TrainOptions
 from token_pruning.training.run_dir import RUN_FILE, RunDir
 from token_pruning.training.stages import DataSource, evaluate_checkpoint, load_split, train
@@ -44,7 +45,6 @@ GRACE_SECONDS = 120  # without a heartbeat, after which a trial counts as killed
 _NEVER_BEGAN = datetime.timedelta(minutes=10)  # the same for one without any; on other machines' clocks
 _POLL_SECONDS = 2.0
 _FAILURES_IN_A_ROW = 3
-_CALIBRATION_EXAMPLES = 400
 _RANDOM_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
 COMPLETE, PRUNED = _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _CLAIMED = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
@@ -265,9 +265,9 @@ class _Sweep:
 
     def _run(self, run: TrainOptions | CalibrateOptions, folder: Path) -> Point:
         """Train or calibrate, or go on where a killed trial stopped."""
-        if isinstance(run, CalibrateOptions):
-            options = self._calibrated(run, folder)
-            evaluate_checkpoint(options, lambda _: self.data)
+        if isinstance(run, CalibrateOptions):  # there is nothing to go on with
+            options = replace(run.options, output_dir=str(folder), overwrite_output_dir=True)
+            calibrate_checkpoint(options, lambda _: self.data, summary_tokens=run.summary_tokens)  # type: ignore[arg-type]
         else:
             options, run_dir = replace(run, output_dir=str(folder)), RunDir(folder)
             if not run_dir.finished(options.identity()):
@@ -285,28 +285,13 @@ class _Sweep:
         _clean(folder, keep_model=self.options.keep_checkpoints)
         return point
 
-    def _calibrated(self, run: CalibrateOptions, folder: Path) -> TrainOptions:
-        """Write the dense model, pruned to a budget, to a folder; gives the options of its evaluation."""
-        base = self.options.base
-        model, tokenizer, features = self._unlabelled()
-        if torch.cuda.is_available():
-            model.to("cuda")
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=base.bf16):
-            calibrate(model, features, run.target_flops, summary_tokens=run.summary_tokens, seed=base.seed)  # type: ignore[arg-type]
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return replace(base, restore=str(folder), masking_mode="hard", output_dir=str(folder))
-
-    def _unlabelled(self) -> tuple[Any, Any, list[dict[str, Any]]]:
-        """The dense model, its tokenizer, and training examples without labels."""
-        examples = self.data.train
-        assert examples is not None
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.options.base.seed))
-        chosen = replace(examples.select(sorted(order[:_CALIBRATION_EXAMPLES].tolist())), labels=None)
-        return load_split(self.checkpoint, self.data.task, chosen, self.options.base.max_length)
-
     def _space(self) -> Space:
-        model, _, features = self._unlabelled()
+        """What bounds the choices: the least that budgets can reach is that of some training examples."""
+        examples, base = self.data.train, self.options.base
+        assert examples is not None
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(base.seed))
+        chosen = examples.select(order[:EXAMPLES].tolist())
+        model, _, features = load_split(self.checkpoint, self.data.task, chosen, base.max_length)
         layers = prunable_layers(model)
         if len(features) < FEWEST_EXAMPLES:
             raise ConfigError(f"there are {len(features)} training examples; a sweep needs {FEWEST_EXAMPLES} or more")

@@ -3,7 +3,9 @@
 Costs are relative FLOPs: the closed form of :mod:`token_pruning.flops` on the tokens kept ÷ that of the dense model.
 """
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +14,26 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from token_pruning.attach import attachment_of, set_thresholds
-from token_pruning.calibration import Fit, Schedule, fit_to_budget, profile_of, prunable_layers, schedules
+from token_pruning.calibration import (
+    FEWEST_EXAMPLES,
+    Fit,
+    Schedule,
+    as_batch,
+    check_target,
+    fit_to_budget,
+    profile_of,
+    prunable_layers,
+    schedules,
+)
+from token_pruning.checkpoint import Checkpoint
+from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
 from token_pruning.flops import layer_flops
+from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.models import ModelShape
+from token_pruning.pruners import Pruner
 from token_pruning.state import Trace
+from token_pruning.training.options import TrainOptions
 
 # Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
 FINAL_THRESHOLD = 1.28
@@ -142,6 +159,65 @@ class BudgetHolder(TrainerCallback):  # type: ignore[misc]
         return fit
 
 
+def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training examples without those that thresholds are fitted to, and these.
+
+    Raises:
+        ConfigError: if there are too few.
+    """
+    count = min(HELD_OUT_EXAMPLES, max(FEWEST_EXAMPLES, len(features) // 10))
+    if len(features) < 2 * count:
+        raise ConfigError(
+            f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
+            f"{FEWEST_EXAMPLES} of them to fit thresholds to"
+        )
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    rest = [feature for number, feature in enumerate(features) if number not in chosen]
+    return rest, [features[number] for number in sorted(chosen)]
+
+
+def budget_holder(model: Any, held_out: list[dict[str, Any]], options: TrainOptions, learned: bool) -> BudgetHolder:
+    """What keeps the budget; a schedule is needed where nothing was or will be learned."""
+    assert options.target_flops is not None
+    batch = as_batch(held_out, model.config.pad_token_id or 0)
+    check_target(model, batch, options.target_flops)
+    schedule = None
+    if options.schedule is not None:
+        schedule = named_schedule(options.schedule, prunable_layers(model))
+    elif not options.soft and not learned:
+        schedule = named_schedule("drain", prunable_layers(model))
+    return BudgetHolder(batch, options.target_flops, schedule, options.bf16)
+
+
+def use_relative_scores(checkpoint: Checkpoint) -> None:
+    """Budgets are held in scoring mode "relative"; thresholds in another mode's units are converted."""
+    config = checkpoint.config
+    config.setdefault("prune_mode", "absolute_threshold")
+    if config["prune_mode"] != "absolute_threshold":
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
+            "held by absolute_threshold"
+        )
+    mode = config.get("scoring_mode") or "mean"
+    if mode == "mean":
+        length = config.get("max_seq_length") or Pruner.max_seq_length
+        scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
+        if checkpoint.thresholds is not None:
+            checkpoint.thresholds = tuple(scale(value) for value in checkpoint.thresholds)
+        if isinstance(config.get("final_token_threshold"), int | float):
+            config["final_token_threshold"] = scale(config["final_token_threshold"])
+    elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
+        config.pop("final_token_threshold", None)
+        checkpoint.thresholds = None
+    else:
+        choice("scoring_mode", mode, SCORING_MODES)
+    if mode != "relative":
+        config.pop("thresholds", None)
+    config["scoring_mode"] = "relative"
+    config.setdefault("final_token_threshold", FINAL_THRESHOLD)
+
+
 def _or_linear(schedule: Schedule, layers: int) -> Schedule:
     """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
     total = sum(schedule.weights)
@@ -151,12 +227,26 @@ def _or_linear(schedule: Schedule, layers: int) -> Schedule:
 
 
 def named_schedule(name: str, layers: int) -> Schedule:
-    """One of :func:`token_pruning.calibration.schedules` by its name.
+    """One of :func:`token_pruning.calibration.schedules` by its name, or by its parts: ``"0.6,0.4"``.
+
+    Args:
+        name: a name, or for each layer from the first on the part of what leaves that does so there.
+        layers: see :func:`token_pruning.calibration.prunable_layers`.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if it is neither.
     """
     found = {schedule.name: schedule for schedule in schedules(layers)}
-    if name not in found:
-        raise ConfigError(f"--schedule is {name!r}; for this model it must be one of {', '.join(found)}")
-    return found[name]
+    if name in found:
+        return found[name]
+    try:
+        parts = [float(part) for part in name.split(",")]
+    except ValueError:
+        parts = []
+    if not 0 < len(parts) <= layers or not all(0 <= part < math.inf for part in parts) or sum(parts) <= 0:
+        raise ConfigError(
+            f"--schedule is {name!r}; for this model it must be one of {', '.join(found)}, or up to {layers} numbers "
+            "with commas between them, the parts that leave after each layer"
+        )
+    total = sum(parts)
+    return Schedule(name, tuple(part / total for part in parts) + (0.0,) * (layers - len(parts)))

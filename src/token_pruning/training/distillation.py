@@ -1,6 +1,7 @@
 """Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531): the loss, and the teacher's outputs, computed once."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from token_pruning.models import shape_of
 from token_pruning.pruners import Unpruned
 from token_pruning.training.evaluation import Collate, Features, predict
 from token_pruning.training.options import flag
-from token_pruning.training.run_dir import TEACHER_LOGITS
+from token_pruning.training.run_dir import RUN_FILE, TEACHER_LOGITS
 
 _TENSOR = "logits"
 
@@ -76,6 +77,23 @@ def read_teacher(name: str) -> Checkpoint:
             f"--teacher {name} is {architecture}; only sequence-classification and regression models can teach"
         )
     return teacher
+
+
+def default_teacher(checkpoint: Checkpoint) -> str:
+    """The dense model that pruning started from: the checkpoint itself, or what its own training had as a teacher.
+
+    Raises:
+        ConfigError: if the checkpoint is pruned and does not say what it started from.
+    """
+    if checkpoint.thresholds is None:
+        return str(checkpoint.path)
+    try:
+        run = json.loads((checkpoint.path / RUN_FILE).read_text(encoding="utf-8"))["options"]
+        return str(run.get("teacher") or run["restore"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
+        ) from None
 
 
 def teacher_logits(

@@ -48,8 +48,8 @@ class TrainOptions:
             fitting thresholds to held-out training examples in the hard stage. Thresholds, their temperature and
             learning rate are then in units of scoring mode ``"relative"``.
         schedule: with a budget in masking mode hard: where tokens leave, by a name of
-            :func:`token_pruning.calibration.schedules`; as the checkpoint's learned thresholds do, or all after a third
-            of the layers, unless given.
+            :func:`token_pruning.calibration.schedules`; as the checkpoint's learned thresholds do, or ``"drain"``,
+            unless given.
         teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub. With a budget
             the dense checkpoint that training started from, unless given.
         no_teacher: with a budget: learn from the labels alone.

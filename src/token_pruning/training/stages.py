@@ -1,7 +1,6 @@
 """One training run or evaluation, from a checkpoint folder to a checkpoint folder."""
 
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,28 +16,24 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.analysis.quantities import length_quantile
 from token_pruning.attach import freeze_thresholds, is_pruned, prune, unprune
-from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, check_target, prunable_layers
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
-from token_pruning.checks import choice
 from token_pruning.data import Examples, Task, TaskData
 from token_pruning.errors import CheckpointError, ConfigError
-from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.metrics import compute_metrics
 from token_pruning.models import shape_of
 from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
 from token_pruning.training.budget import (
-    FINAL_THRESHOLD,
-    HELD_OUT_EXAMPLES,
     LR_THRESHOLD,
     TEMPERATURE,
     BudgetController,
-    BudgetHolder,
-    named_schedule,
+    budget_holder,
+    hold_out,
+    use_relative_scores,
 )
-from token_pruning.training.distillation import Distillation, read_teacher, teacher_logits
+from token_pruning.training.distillation import Distillation, default_teacher, read_teacher, teacher_logits
 from token_pruning.training.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
 from token_pruning.training.options import DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT, TrainOptions, flag
-from token_pruning.training.run_dir import RUN_FILE, RunDir
+from token_pruning.training.run_dir import RunDir
 from token_pruning.training.trainer import (
     KEPT_CHECKPOINTS,
     ConsoleCallback,
@@ -78,7 +73,7 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
     teacher_path = options.teacher
     if options.target_flops is not None and not options.no_teacher:
-        teacher_path = teacher_path or _default_teacher(checkpoint)
+        teacher_path = teacher_path or default_teacher(checkpoint)
     teacher = None if teacher_path is None else read_teacher(teacher_path)
     if teacher is not None and run_dir.path.resolve() == teacher.path.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the --teacher folder; give another --output-dir")
@@ -96,7 +91,7 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         )
     set_seed(options.seed)
     tokenizer = load_tokenizer(checkpoint)
-    model = _classifier(checkpoint, data.task)
+    model = load_classifier(checkpoint, data.task, new_head=options.masking_mode == "none")
     if pruner is not None:
         prune(model, pruner)
     elif arguments.device.type == "cpu":
@@ -105,16 +100,16 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     if first_process:
         run_dir.start(identity, resume=resume)
 
-    evaluate_splits = _evaluator(tokenizer, data, model, options, run_dir.path if first_process else None)
-    features = _features(tokenizer, data.train, data.task, model, options.max_length)
+    evaluate_splits = make_evaluator(tokenizer, data, model, options, run_dir.path if first_process else None)
+    features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
     if teacher is not None:
         with arguments.main_process_first(local=False):  # the others find what it has written
             _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
     of_stage: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
     holder, controller = None, None
     if options.target_flops is not None:
-        features, held_out = _hold_out(features, options.seed)
-        holder = _budget_holder(model, held_out, options, learned)
+        features, held_out = hold_out(features, options.seed)
+        holder = budget_holder(model, held_out, options, learned)
         of_stage.append(holder)
         if options.soft:
             controller = BudgetController(options.target_flops)
@@ -176,13 +171,13 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
     pruner = _pruner(checkpoint, options)
     data = load_data(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    model = _classifier(checkpoint, data.task)
+    model = load_classifier(checkpoint, data.task)
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
         prune(model, pruner)
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
-    return _evaluator(tokenizer, data, model, options, folder)(model)
+    return make_evaluator(tokenizer, data, model, options, folder)(model)
 
 
 def load_split(checkpoint: Checkpoint, task: Task, examples: Examples, max_length: int) -> tuple[Any, Any, Any]:
@@ -192,8 +187,8 @@ def load_split(checkpoint: Checkpoint, task: Task, examples: Examples, max_lengt
         TokenPruningError: for a bad checkpoint, or a ``max_length`` beyond the model's positions.
     """
     tokenizer = load_tokenizer(checkpoint)
-    model = _classifier(checkpoint, task)
-    return model, tokenizer, _features(tokenizer, examples, task, model, max_length)
+    model = load_classifier(checkpoint, task)
+    return model, tokenizer, labelled_features(tokenizer, examples, task, model, max_length)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -213,89 +208,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{checkpoint.path} has no tokenizer that can be loaded: {reason}") from None
 
 
-def _default_teacher(checkpoint: Checkpoint) -> str:
-    """The dense model that pruning started from: the checkpoint itself, or what its own training had as a teacher.
-
-    Raises:
-        ConfigError: if the checkpoint is pruned and does not say what it started from.
-    """
-    if checkpoint.thresholds is None:
-        return str(checkpoint.path)
-    try:
-        run = json.loads((checkpoint.path / RUN_FILE).read_text(encoding="utf-8"))["options"]
-        return str(run.get("teacher") or run["restore"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(
-            f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
-        ) from None
-
-
-def _hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training examples without those that thresholds are fitted to, and these.
-
-    Raises:
-        ConfigError: if there are too few.
-    """
-    count = min(HELD_OUT_EXAMPLES, max(FEWEST_EXAMPLES, len(features) // 10))
-    if len(features) < 2 * count:
-        raise ConfigError(
-            f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
-            f"{FEWEST_EXAMPLES} of them to fit thresholds to"
-        )
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    rest = [feature for number, feature in enumerate(features) if number not in chosen]
-    return rest, [features[number] for number in sorted(chosen)]
-
-
-def _budget_holder(model: Any, held_out: list[dict[str, Any]], options: TrainOptions, learned: bool) -> BudgetHolder:
-    """What keeps the budget; a schedule is needed where nothing was or will be learned."""
-    assert options.target_flops is not None
-    batch = as_batch(held_out, model.config.pad_token_id or 0)
-    check_target(model, batch, options.target_flops)
-    schedule = None
-    if options.schedule is not None:
-        schedule = named_schedule(options.schedule, prunable_layers(model))
-    elif not options.soft and not learned:
-        schedule = named_schedule(
-            f"step-{max(1, round(shape_of(model.config).num_layers / 3))}", prunable_layers(model)
-        )
-    return BudgetHolder(batch, options.target_flops, schedule, options.bf16)
-
-
-def _use_relative_scores(checkpoint: Checkpoint) -> None:
-    """Budgets are held in scoring mode "relative"; thresholds in another mode's units are converted."""
-    config = checkpoint.config
-    config.setdefault("prune_mode", "absolute_threshold")
-    if config["prune_mode"] != "absolute_threshold":
-        raise ConfigError(
-            f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
-            "held by absolute_threshold"
-        )
-    mode = config.get("scoring_mode") or "mean"
-    if mode == "mean":
-        length = config.get("max_seq_length") or Pruner.max_seq_length
-        scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
-        if checkpoint.thresholds is not None:
-            checkpoint.thresholds = tuple(scale(value) for value in checkpoint.thresholds)
-        if isinstance(config.get("final_token_threshold"), int | float):
-            config["final_token_threshold"] = scale(config["final_token_threshold"])
-    elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
-        config.pop("final_token_threshold", None)
-        checkpoint.thresholds = None
-    else:
-        choice("scoring_mode", mode, SCORING_MODES)
-    if mode != "relative":
-        config.pop("thresholds", None)
-    config["scoring_mode"] = "relative"
-    config.setdefault("final_token_threshold", FINAL_THRESHOLD)
-
-
 def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
     if options.masking_mode == "none":
         return None
     if options.target_flops is not None:
-        _use_relative_scores(checkpoint)
+        use_relative_scores(checkpoint)
         temperature = TEMPERATURE if options.temperature is None else options.temperature
         pruner = checkpoint.pruner(learned=options.soft, temperature=temperature)
         assert isinstance(pruner, FixedThreshold)
@@ -310,8 +227,8 @@ def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
     return pruner
 
 
-def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
-    """The checkpoint's model with a head for the task, a new one if it has none."""
+def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
+    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's."""
     architecture = (checkpoint.config.get("architectures") or ["none"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, architecture)
@@ -322,7 +239,9 @@ def _classifier(checkpoint: Checkpoint, task: Task) -> Any:
         head["label2id"] = {label: number for number, label in enumerate(labels)}
     # Said outright: a checkpoint of another task may name another.
     head["problem_type"] = "regression" if task.is_regression else "single_label_classification"
-    return load_model(checkpoint, model_class=transformers.AutoModelForSequenceClassification, **head)
+    return load_model(
+        checkpoint, model_class=transformers.AutoModelForSequenceClassification, new_head=new_head, **head
+    )
 
 
 def _distillation(teacher: Checkpoint, task: Task, options: TrainOptions) -> Distillation:
@@ -399,7 +318,9 @@ def _encode(tokenizer: Any, examples: Examples, max_length: int) -> list[dict[st
     return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
 
 
-def _features(tokenizer: Any, examples: Examples, task: Task, model: Any, max_length: int) -> list[dict[str, Any]]:
+def labelled_features(
+    tokenizer: Any, examples: Examples, task: Task, model: Any, max_length: int
+) -> list[dict[str, Any]]:
     """Tokenized examples; label ids in the order of the model's outputs."""
     features = tokenize(tokenizer, examples, model, max_length)
     if examples.labels is not None:
@@ -429,7 +350,7 @@ def collator(tokenizer: Any, bf16: bool) -> DataCollatorWithPadding:
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if bf16 else None)
 
 
-def _evaluator(
+def make_evaluator(
     tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, folder: Path | None
 ) -> EvaluateSplits:
     """What evaluates a model on every split, prints what it finds and writes ``eval_results.json``.
@@ -437,7 +358,7 @@ def _evaluator(
     Where ``folder`` is None it keeps silent: another process reports.
     """
     features = {
-        name: _features(tokenizer, examples, data.task, model, options.max_length)
+        name: labelled_features(tokenizer, examples, data.task, model, options.max_length)
         for name, examples in data.validation.items()
     }
 

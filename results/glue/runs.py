@@ -1,0 +1,161 @@
+"""Every run behind README.md's tables: all-MiniLM-L6-v2, dense, calibrated, and pruned to three budgets five ways.
+
+    python results/glue/runs.py GLUE_FOLDER RUNS_FOLDER [--tasks RTE MRPC] [--seeds 0 1 2] [--methods dense budget …]
+
+Prints each command before it runs it. A run that is complete is skipped; one that was killed continues. Nothing is
+chosen on the development set: recipes were picked on slices of the training sets, thresholds are fitted to held-out
+training examples, and the last model of a run is kept, not the best evaluated one.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import token_pruning as tp
+from token_pruning.calibration import as_batch, using
+from token_pruning.checkpoint import load_model, read_checkpoint
+from token_pruning.cli import main
+from token_pruning.data import find_minilm, glue_task, load_glue_folder
+from token_pruning.training.stages import load_tokenizer, tokenize
+
+TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's
+BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since thresholds are fitted to training data
+CALIBRATED = 0.69
+LAMBDAS = (0.1, 0.3, 1.0)
+METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp")
+DENSE = {  # what it starts from, learning rate, epochs
+    "STSB": (None, 1e-4, 10),
+    "MRPC": (None, 1e-4, 5),
+    "RTE": ("STSB", 5e-5, 10),
+    "SST2": (None, 1e-4, 1),
+}
+EPOCHS = {"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1}  # of every pruned run; LTP's soft and hard stages share them
+EXAMPLES = 400
+
+Commands = Iterator[tuple[str, list[str]]]
+
+
+def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -> Commands:
+    """Names and arguments of ``token-pruning`` for one task and seed, in order."""
+    here = runs / task / f"seed{seed}"
+    dense = str(here / "dense")
+    data = ["--task", task, "--data-dir", str(glue)]
+    common = [*data, "--bs", "32", "--bf16", "--seed", str(seed), "--no-load"]
+    hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4"]
+    epochs = ["--epoch", str(EPOCHS[task])]
+
+    if "dense" in methods:
+        start, lr, dense_epochs = DENSE[task]
+        restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
+        yield (
+            "dense",
+            ["train", *common, "--restore", str(restore), "--masking-mode", "none"]
+            + f"--lr {lr} --epoch {dense_epochs}".split(),
+        )
+    if "untrained" in methods:
+        for summaries in ("none", "segment"):
+            yield (
+                f"calibrated-0.70-{summaries}",
+                ["calibrate", *data, "--restore", dense]
+                + f"--target-flops {CALIBRATED} --seed {seed} --summary-tokens {summaries}".split(),
+            )
+        plain = ["eval", *data, "--restore", dense]
+        yield "topk-0.70-untrained", [*plain, *topk(dense, task, glue, CALIBRATED, keep_all=3)]
+        yield "manual-0.70-untrained", [*plain, *manual(dense, task, glue, CALIBRATED)]
+    for name, target in BUDGETS.items():
+        if "budget" in methods:
+            yield f"budget-{name}", [*hard, *epochs, "--target-flops", str(target), "--summary-tokens", "segment"]
+        if "topk" in methods:
+            yield f"topk-{name}", [*hard, *epochs, *topk(dense, task, glue, target, keep_all=1)]
+        if "manual" in methods:
+            yield f"manual-{name}", [*hard, *epochs, *manual(dense, task, glue, target)]
+    if "ltp" in methods:
+        for strength in LAMBDAS:
+            half = ["--epoch", str(EPOCHS[task] / 2)]
+            paper = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
+            soft = here / f"ltp-{strength}-soft"
+            yield (
+                soft.name,
+                ["train", *common, *half, "--restore", dense, "--masking-mode", "soft"]
+                + f"--lambda {strength} --temperature 1e-3 --lr 5e-5 --lr-threshold 2e-4 {paper}".split(),
+            )
+            yield (
+                f"ltp-{strength}",
+                ["train", *common, *half, "--restore", str(soft), "--masking-mode", "hard", "--lr", "1e-4"],
+            )
+
+
+def topk(dense: str, task: str, glue: Path, target: float, keep_all: int) -> list[str]:
+    """The keep rate that costs ``target`` on training examples."""
+    rate = _solve(dense, task, glue, target, -6.0, 1.0, lambda x: tp.TopK(token_keep_rate=x, keep_all_layers=keep_all))
+    return ["--prune-mode", "topk", "--token-keep-rate", f"{rate:.3f}", "--keep-all-layers", str(keep_all)]
+
+
+def manual(dense: str, task: str, glue: Path, target: float) -> list[str]:
+    """The final threshold that costs ``target`` on training examples, before any training."""
+    value = _solve(dense, task, glue, target, 0.1, 0.0, lambda x: tp.FixedThreshold(final_token_threshold=x))
+    return ["--prune-mode", "absolute_threshold", "--final-token-threshold", f"{value:.5f}", "--scoring-mode", "mean"]
+
+
+def _solve(
+    dense: str, task: str, glue: Path, target: float, cheap: float, dear: float, method: Callable[[float], tp.Pruner]
+) -> float:
+    checkpoint = read_checkpoint(dense)
+    model = tp.prune(load_model(checkpoint), tp.FixedThreshold()).eval()
+    examples = load_glue_folder(glue_task(task), glue).train
+    assert examples is not None
+    features = tokenize(load_tokenizer(checkpoint), examples, model, 128)
+    batch = as_batch(random.Random(0).sample(features, EXAMPLES), 0)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for _ in range(12):
+        middle = (cheap + dear) / 2
+        with using(model, method(middle)), torch.inference_mode(), tp.record(model) as trace:
+            model(**inputs)
+        if tp.count_flops(model, trace).relative > target:
+            dear = middle
+        else:
+            cheap = middle
+    return cheap
+
+
+def finished(folder: Path, command: str) -> bool:
+    """Whether a run is there, complete. An evaluation has no state but its result."""
+    if command == "eval":
+        return (folder / "eval_results.json").exists()
+    try:
+        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run(glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str]) -> None:
+    """All of them, one after the other."""
+    for seed in seeds:
+        for task in tasks:
+            for name, arguments in commands(task, seed, glue, runs, methods):
+                folder = runs / task / f"seed{seed}" / name
+                if finished(folder, arguments[0]):
+                    continue
+                arguments += ["--output-dir", str(folder)]
+                print(f"\ntoken-pruning {shlex.join(arguments)}", flush=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "command.txt").write_text(f"token-pruning {shlex.join(arguments)}\n", encoding="utf-8")
+                if main(arguments) != 0:
+                    sys.exit(f"{task} seed {seed} {name} failed")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("glue", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    given = parser.parse_args()
+    run(given.glue, given.runs, given.tasks, given.seeds, given.methods)
