@@ -60,7 +60,7 @@ def measure(runs: dict[str, Callable[[int], float]], turns: int) -> dict[str, di
 def evaluation(checkpoint: Any, features: list[Any], tokenizer: Any, dtype: str, size: int, turns: int) -> Any:
     def run(model: Any) -> Callable[[int], float]:
         collate, bf16 = collator(tokenizer, dtype != "float32"), dtype == "bfloat16 autocast"
-        return lambda turn: predict(model, features, collate, batch_size=size, bf16=bf16, progress=False)[3]
+        return lambda turn: predict(model, features, collate, batch_size=size, bf16=bf16, progress=False).seconds
 
     return measure({name: run(model) for name, model in variants(checkpoint, dtype).items()}, turns)
 

@@ -29,6 +29,7 @@ RESULTS: dict[str, Any] = {
             "seconds": 31.2,
             "tokens_kept_per_layer": [42.3, 42.3, 42.3],
             "thresholds": None,
+            "summaries_per_layer": None,
         },
         {
             "name": "soft",
@@ -38,6 +39,7 @@ RESULTS: dict[str, Any] = {
             "seconds": None,
             "tokens_kept_per_layer": [33.1, 20.5, 11.9],
             "thresholds": [0.0052, 0.0101, 0.0153],
+            "summaries_per_layer": None,
         },
         {
             "name": "hard",
@@ -47,6 +49,7 @@ RESULTS: dict[str, Any] = {
             "seconds": 15.6,
             "tokens_kept_per_layer": [28.4, 14.2, 5.6],
             "thresholds": [0.0061, 0.0112, 0.0203],
+            "summaries_per_layer": [1.7, 1.9, 0.0],
         },
     ],
     "tokens_entering": 42.3,
@@ -154,6 +157,7 @@ def test_the_table_holds_the_given_values(tmp_path: Path) -> None:
     assert rows["hard"] == ["hard", "0.8025−1.00", "0.7968", "2.71", "1.23", "0.591", "0.480", "15.6", "2.00×"]
     assert rows["hardtokens"] == ["hardtokens", "28.4", "14.2", "5.6"]
     assert rows["hardthreshold"] == ["hardthreshold", "0.00610", "0.0112", "0.0203"]
+    assert rows["hardsummary tokens"] == ["hardsummary tokens", "1.7", "1.9", "0.0"]
     assert "densethreshold" not in rows
 
 

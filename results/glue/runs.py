@@ -51,20 +51,16 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
     epochs = ["--epoch", str(EPOCHS[task])]
 
     if "dense" in methods:
-        start, lr, dense_epochs = DENSE[task]
+        start, lr, passes = DENSE[task]
         restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
         yield (
             "dense",
-            ["train", *common, "--restore", str(restore), "--masking-mode", "none"]
-            + f"--lr {lr} --epoch {dense_epochs}".split(),
+            ["train", *common, "--restore", str(restore), *f"--masking-mode none --lr {lr} --epoch {passes}".split()],
         )
     if "untrained" in methods:
         for summaries in ("none", "segment"):
-            yield (
-                f"calibrated-0.70-{summaries}",
-                ["calibrate", *data, "--restore", dense]
-                + f"--target-flops {CALIBRATED} --seed {seed} --summary-tokens {summaries}".split(),
-            )
+            settings = f"--target-flops {CALIBRATED} --seed {seed} --summary-tokens {summaries}"
+            yield f"calibrated-0.70-{summaries}", ["calibrate", *data, "--restore", dense, *settings.split()]
         plain = ["eval", *data, "--restore", dense]
         yield "topk-0.70-untrained", [*plain, *topk(dense, task, glue, CALIBRATED, keep_all=3)]
         yield "manual-0.70-untrained", [*plain, *manual(dense, task, glue, CALIBRATED)]
@@ -78,13 +74,10 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
     if "ltp" in methods:
         for strength in LAMBDAS:
             half = ["--epoch", str(EPOCHS[task] / 2)]
-            paper = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
+            keys = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
+            paper = f"--masking-mode soft --lambda {strength} --temperature 1e-3 --lr 5e-5 --lr-threshold 2e-4 {keys}"
             soft = here / f"ltp-{strength}-soft"
-            yield (
-                soft.name,
-                ["train", *common, *half, "--restore", dense, "--masking-mode", "soft"]
-                + f"--lambda {strength} --temperature 1e-3 --lr 5e-5 --lr-threshold 2e-4 {paper}".split(),
-            )
+            yield soft.name, ["train", *common, *half, "--restore", dense, *paper.split()]
             yield (
                 f"ltp-{strength}",
                 ["train", *common, *half, "--restore", str(soft), "--masking-mode", "hard", "--lr", "1e-4"],

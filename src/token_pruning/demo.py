@@ -107,7 +107,7 @@ def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(_PASSES + 1):
         for name, model in models.items():
-            *_, took = predict(model, features, collator(tokenizer, False), batch_size=32, progress=True)
+            took = predict(model, features, collator(tokenizer, False), batch_size=32, progress=True).seconds
             if turn:  # the first pass warms up
                 seconds[name].append(took)
 

@@ -54,7 +54,9 @@ def predict_file(
     if pruner is not None:
         prune(model, pruner)
     features = tokenize(tokenizer, examples, model, max_length)
-    logits = torch.from_numpy(predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)[0])
+    logits = torch.from_numpy(
+        predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16).logits
+    )
     if logits.shape[1] == 1:
         rows = [{"score": score} for score in logits[:, 0].tolist()]
     else:

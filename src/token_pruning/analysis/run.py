@@ -101,9 +101,8 @@ def analyze(
             model.to("cuda")
         prune(model, pruner)  # a dense one too: it is packed and recorded then
         with record(model) as trace:
-            logits, computed, left, seconds = predict(
-                model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16
-            )
+            found = predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)
+        logits, computed, left = found.logits, found.computed, found.ffn_lengths - found.summary_lengths
         if isinstance(pruner, Unpruned):  # a dense model computes every token of the last layer too
             computed = ComputedLengths(left, left, left)
         order = length_order(features)
@@ -117,7 +116,7 @@ def analyze(
             "checkpoint": path,
             "prune_mode": None if isinstance(pruner, Unpruned) else pruner.prune_mode,
             "layers": len(left),
-            "seconds": seconds,
+            "seconds": found.seconds,
             **figures(
                 loaded.task,
                 logits,

@@ -14,10 +14,10 @@ from token_pruning.pruners.base import LayerTokens, Pruner
 class TopK(Pruner):
     """Keep the most important tokens, fewer in every layer.
 
-    The first three layers (``keep_all_layers``) keep all; then the keep rate falls linearly to ``token_keep_rate`` at the
-    last layer, each layer's rate being ``max(0, rate)``. A sequence of ``n`` valid tokens at the input keeps
-    ``round(n · rate)`` of them (half to even), never fewer than its first. Among equal scores the earlier token stays. A
-    model of no more than ``keep_all_layers`` layers is not pruned.
+    The first three layers (``keep_all_layers``) keep all; then the keep rate falls linearly to ``token_keep_rate`` at
+    the last layer, each layer's rate being ``max(0, rate)``. A sequence of ``n`` valid tokens at the input keeps
+    ``round(n · rate)`` of them (half to even), never fewer than its first. Among equal scores the earlier token stays.
+    A model of no more than ``keep_all_layers`` layers is not pruned.
 
     Args:
         token_keep_rate: the last layer's keep rate, at most 1; may be negative.

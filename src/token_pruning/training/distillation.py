@@ -166,7 +166,7 @@ def _compute(
         prune(model, Unpruned())  # packed: the same arithmetic without padding
     model.to(device)
     found = predict(model, features, collate, batch_size=batch_size, bf16=bf16, description="teacher")
-    return torch.from_numpy(found[0])
+    return torch.from_numpy(found.logits)
 
 
 def _read(file: Path, metadata: Mapping[str, str], shape: tuple[int, int]) -> Tensor:

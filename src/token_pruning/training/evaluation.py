@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class Evaluation:
         gflops_per_example: ``padded`` to the maximum length, ``dense`` on valid tokens, ``pruned``; 10⁹ operations.
         relative_flops: pruned ÷ dense.
         tokens_entering: mean number of valid tokens.
-        tokens_kept_per_layer: mean number of tokens that enter each layer's feed-forward.
+        tokens_kept_per_layer: mean number of tokens that enter each layer's feed-forward, summaries not counted.
+        summaries_per_layer: mean number of summary tokens among what enters each layer's feed-forward; None without.
         thresholds: one per layer, or None for methods without.
         examples: how many.
         seconds: spent in forward passes.
@@ -42,6 +43,7 @@ class Evaluation:
     relative_flops: float
     tokens_entering: float
     tokens_kept_per_layer: list[float]
+    summaries_per_layer: list[float] | None
     thresholds: list[float] | None
     examples: int
     seconds: float
@@ -72,9 +74,7 @@ def evaluate(
         bf16: bfloat16 autocast.
         progress: show a progress bar.
     """
-    logits, computed, ffn_lengths, seconds = predict(
-        model, features, collate, batch_size=batch_size, bf16=bf16, progress=progress
-    )
+    found = predict(model, features, collate, batch_size=batch_size, bf16=bf16, progress=progress)
     labels = np.array([feature["labels"] for feature in features])
     thresholds = None
     if is_pruned(model):
@@ -82,17 +82,36 @@ def evaluate(
         max_seq_length = token_pruner.pruner.max_seq_length
         if token_pruner.thresholds is not None:
             thresholds = token_pruner.thresholds.tolist()
-    flops = flops_from_lengths(shape_of(model.config), computed, max_seq_length)
+    flops = flops_from_lengths(shape_of(model.config), found.computed, max_seq_length)
     return Evaluation(
-        metrics=compute_metrics(logits, labels),
+        metrics=compute_metrics(found.logits, labels),
         gflops_per_example=flops.gflops(),
         relative_flops=flops.relative,
-        tokens_entering=computed.keys[0].float().mean().item(),
-        tokens_kept_per_layer=ffn_lengths.float().mean(1).tolist(),
+        tokens_entering=found.computed.keys[0].float().mean().item(),
+        tokens_kept_per_layer=(found.ffn_lengths - found.summary_lengths).float().mean(1).tolist(),
+        summaries_per_layer=found.summary_lengths.float().mean(1).tolist() if found.summary_lengths.any() else None,
         thresholds=thresholds,
         examples=len(features),
-        seconds=seconds,
+        seconds=found.seconds,
     )
+
+
+class Predictions(NamedTuple):
+    """What :func:`predict` found.
+
+    Attributes:
+        logits: ``[examples, labels]`` float32, in the features' order.
+        computed: rows computed, ``[layers, examples]`` int64 each, in the order of :func:`length_order`.
+        ffn_lengths: of :class:`token_pruning.Trace`, in the same order; ``summary_lengths`` alike.
+        summary_lengths: see ``ffn_lengths``.
+        seconds: spent in forward passes.
+    """
+
+    logits: np.ndarray
+    computed: ComputedLengths
+    ffn_lengths: torch.Tensor
+    summary_lengths: torch.Tensor
+    seconds: float
 
 
 def length_order(features: Features) -> list[int]:
@@ -109,15 +128,10 @@ def predict(
     bf16: bool = False,
     progress: bool = True,
     description: str = "evaluating",
-) -> tuple[np.ndarray, ComputedLengths, torch.Tensor, float]:
-    """Logits of every example, in the features' order.
+) -> Predictions:
+    """Run a model over a data set.
 
     Arguments are those of :func:`evaluate`; ``description`` stands before the progress bar.
-
-    Returns:
-        Logits ``[examples, labels]`` float32; ``computed_lengths`` and ``ffn_lengths`` of
-        :class:`token_pruning.Trace`, ``[layers, examples]`` in the order of :func:`length_order`; seconds spent in
-        forward passes.
     """
     device = next(model.parameters()).device
     order = length_order(features)
@@ -145,12 +159,13 @@ def predict(
         model.train(was_training)
     if trace is None:
         ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
+        summary_lengths = torch.zeros_like(ffn_lengths)
         computed = ComputedLengths(ffn_lengths, ffn_lengths, ffn_lengths)
     else:
         computed = ComputedLengths(*(lengths.cpu() for lengths in trace.computed_lengths))
-        ffn_lengths = trace.ffn_lengths.cpu()
+        ffn_lengths, summary_lengths = trace.ffn_lengths.cpu(), trace.summary_lengths.cpu()
     back = torch.tensor(order).argsort()
-    return torch.cat(logits)[back].numpy(), computed, ffn_lengths, seconds
+    return Predictions(torch.cat(logits)[back].numpy(), computed, ffn_lengths, summary_lengths, seconds)
 
 
 def format_evaluation(name: str, evaluation: Evaluation) -> str:
@@ -164,6 +179,8 @@ def format_evaluation(name: str, evaluation: Evaluation) -> str:
         f"  tokens: {evaluation.tokens_entering:.1f} enter; kept per layer "
         + " ".join(f"{kept:.1f}" for kept in evaluation.tokens_kept_per_layer),
     ]
+    if evaluation.summaries_per_layer is not None:
+        lines.append("  summary tokens: " + " ".join(f"{count:.1f}" for count in evaluation.summaries_per_layer))
     if evaluation.thresholds is not None:
         lines.append("  thresholds: " + " ".join(f"{threshold:.5f}" for threshold in evaluation.thresholds))
     return "\n".join(lines)
