@@ -21,7 +21,12 @@ def blocks(file: str, language: str) -> list[str]:
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"batch": ragged_batch([5, 9]) | {"labels": torch.tensor([0, 2])}}
+    many = ragged_batch([5, 9, 12, 7] * 10)
+    names = {
+        "batch": ragged_batch([5, 9]) | {"labels": torch.tensor([0, 2])},
+        "examples": many,
+        "labelled": many | {"labels": torch.arange(40) % 3},
+    }
     for code in blocks("README.md", "python"):
         code = code.replace('AutoModelForSequenceClassification.from_pretrained("my-finetuned-roberta")', "stand_in()")
         exec(code, names | {"stand_in": tiny_model}, names)
@@ -44,7 +49,7 @@ from token_pruning.pruners import LayerTokens, Pruner
     assert (trace.ffn_lengths[0] < torch.tensor([20, 30])).all()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "analyze", "demo"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "analyze", "calibrate", "sweep", "demo"])
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

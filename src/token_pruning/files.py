@@ -32,7 +32,8 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
         contents: text (written as UTF-8) or bytes by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    staging = {name: folder / (STAGING_PREFIX + name) for name in contents}
+    unique = STAGING_PREFIX + uuid4().hex  # several processes may write the same files at once
+    staging = {name: folder / f"{unique}-{name}" for name in contents}
     try:
         for name, content in contents.items():
             staging[name].write_bytes(content.encode() if isinstance(content, str) else content)

@@ -6,10 +6,10 @@ from typing import Any
 
 from token_pruning.report.plots import legend, new_figure, quiet, style
 
-_INK, _MUTED, _GRID = "#1c2228", "#59636e", "#dde1e6"
-_DENSE = "#7b8794"
-_SERIES = ("#1f6fb4", "#d9730d", "#12876a", "#b04a8c", "#8a6d00", "#c2413b", "#5b4fb8")
-_MARKERS = ("o", "s", "^", "v", "P", "X", "p")
+INK, MUTED, GRID = "#1c2228", "#59636e", "#dde1e6"
+DENSE = "#7b8794"
+SERIES = ("#1f6fb4", "#d9730d", "#12876a", "#b04a8c", "#8a6d00", "#c2413b", "#5b4fb8")
+MARKERS = ("o", "s", "^", "v", "P", "X", "p")
 _DPI = 160
 
 Methods = Sequence[Mapping[str, Any]]
@@ -17,7 +17,7 @@ Methods = Sequence[Mapping[str, Any]]
 
 def length_plot(methods: Methods, metric: str) -> bytes:
     """The metric and the fraction of tokens kept in each quantile of length, side by side."""
-    with style("length", _INK, _MUTED, _GRID):
+    with style("length", INK, MUTED, GRID):
         figure, (quality, kept) = new_figure((9, 3.8), 2)
         groups = methods[0]["by_length"]
         for method, (color, marker) in zip(methods, _looks(methods), strict=True):
@@ -34,14 +34,14 @@ def length_plot(methods: Methods, metric: str) -> bytes:
             axes.grid(axis="y")
         kept.set_ylim(0, 1.04)
         legend(figure)
-        return _png(figure)
+        return png(figure)
 
 
 def layer_plot(methods: Methods) -> bytes:
     """A box for every layer and method: the fraction of an example's tokens left after the layer."""
     methods = pruning(methods)
     layers = max(len(method["by_layer"]) for method in methods)
-    with style("layers", _INK, _MUTED, _GRID):
+    with style("layers", INK, MUTED, GRID):
         figure, (axes,) = new_figure((min(max(6.0, 1.5 + 0.22 * layers * len(methods)), 16), 3.8))
         looks = _looks(methods)
         width = 0.8 / len(methods)
@@ -50,7 +50,7 @@ def layer_plot(methods: Methods) -> bytes:
             places = [row["layer"] + offset for row in method["by_layer"]]
             _boxes(axes, method["by_layer"], places, width * 0.8, color, method["name"])
         for layer in range(1, layers):
-            axes.axvline(layer + 0.5, color=_GRID, linewidth=0.8, zorder=0)
+            axes.axvline(layer + 0.5, color=GRID, linewidth=0.8, zorder=0)
         axes.set_xlim(0.5, layers + 0.5)
         axes.set_xticks(range(1, layers + 1), range(1, layers + 1))
         axes.set_xlabel("layer")
@@ -58,14 +58,14 @@ def layer_plot(methods: Methods) -> bytes:
         axes.set_ylim(0, 1.04)
         axes.grid(axis="y")
         legend(figure)
-        return _png(figure)
+        return png(figure)
 
 
 def outcome_plot(methods: Methods) -> bytes:
     """A box for every method and outcome: the mean fraction of an example's tokens kept."""
     methods = pruning(methods)
     groups = list(dict.fromkeys(row["group"] for method in methods for row in method["by_outcome"]))
-    with style("outcome", _INK, _MUTED, _GRID):
+    with style("outcome", INK, MUTED, GRID):
         letters = max(len(method["name"]) for method in methods)  # of the tick labels
         figure, (axes,) = new_figure((min(max(6.0, 1 + max(1.2, 0.09 * letters) * len(methods)), 16), 3.8))
         width = 0.6 / len(groups)
@@ -78,7 +78,7 @@ def outcome_plot(methods: Methods) -> bytes:
                 if row["group"] == group and row["examples"]
             ]
             places, rows = [place for place, _ in found], [row for _, row in found]
-            _boxes(axes, rows, places, width * 0.7, _SERIES[i % len(_SERIES)], group)
+            _boxes(axes, rows, places, width * 0.7, SERIES[i % len(SERIES)], group)
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.set_xticks(range(len(methods)), [method["name"] for method in methods])
         axes.set_ylabel("mean fraction of tokens kept")
@@ -86,7 +86,7 @@ def outcome_plot(methods: Methods) -> bytes:
         axes.set_ylim(max(0, min(low, (low + high) / 2 - 0.06)), min(1.04, max(high, (low + high) / 2 + 0.06)))
         axes.grid(axis="y")
         legend(figure)
-        return _png(figure)
+        return png(figure)
 
 
 def pruning(methods: Methods) -> Methods:
@@ -100,9 +100,9 @@ def _looks(methods: Methods) -> list[tuple[str, str]]:
     drawn = 0
     for method in methods:
         if method["prune_mode"] is None:
-            looks.append((_DENSE, "D"))
+            looks.append((DENSE, "D"))
         else:
-            looks.append((_SERIES[drawn % len(_SERIES)], _MARKERS[drawn % len(_MARKERS)]))
+            looks.append((SERIES[drawn % len(SERIES)], MARKERS[drawn % len(MARKERS)]))
             drawn += 1
     return looks
 
@@ -129,7 +129,7 @@ def _boxes(
         medianprops={"color": color, "linewidth": 1.8},
         whiskerprops={"color": color},
         capprops={"color": color},
-        meanprops={"marker": "o", "markersize": 3, "markerfacecolor": _INK, "markeredgecolor": _INK},
+        meanprops={"marker": "o", "markersize": 3, "markerfacecolor": INK, "markeredgecolor": INK},
     )
     if drawn["boxes"]:
         drawn["boxes"][0].set_label(name)
@@ -140,7 +140,8 @@ def _range(row: Mapping[str, Any]) -> str:
     return f"{shortest}" if shortest == longest else f"{shortest}–{longest}"
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     with quiet():
         figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})

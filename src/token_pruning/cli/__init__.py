@@ -1,4 +1,4 @@
-"""The command line: ``token-pruning train | calibrate | eval | predict | analyze | sweep | demo``, and the paper's ``run.py``."""
+"""The command line: ``token-pruning COMMAND``, and the paper's ``run.py``."""
 
 from token_pruning.cli.main import main, paper_main
 

@@ -178,6 +178,59 @@ def add_analyze(commands: Any) -> None:
     parser.set_defaults(run=_analyze, train_file=None)
 
 
+def add_sweep(commands: Any) -> None:
+    """``token-pruning sweep``."""
+    parser = commands.add_parser(
+        "sweep",
+        help="explore methods and strengths for one task: the metric against relative FLOPs",
+        description="Explore pruning methods and their strengths from one dense checkpoint with Optuna: the metric is "
+        "to be high, relative FLOPs low. Methods are dealt in turn: ltp (the paper's: λ and temperature; a soft and a "
+        "hard stage, half of the epochs each), budget (training to a budget, with a schedule and the dense model as a "
+        "teacher), calibrated (thresholds for a budget without training), topk and manual (thresholds) with a hard "
+        "stage. Models are those of the last epoch: none is chosen by the metric that is reported. After every "
+        "finished trial trials.csv, pareto.csv, pareto.md and pareto.png are written to --output-dir. A killed sweep "
+        "continues when the same command is given again, and several machines share one study by --storage.",
+        allow_abbrev=False,
+    )
+    _add_data(parser)
+    parser.add_argument("--restore", required=True, metavar="DENSE", help="fine-tuned dense checkpoint")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where to write, and to continue")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", default=["ltp", "budget", "calibrated", "topk", "manual"],
+        help="ltp, budget, calibrated, topk, manual (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trials", type=int, default=40,
+        help="finished trials of the study, over all machines (default 40); a higher number goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="URL",
+        help="database of the study, as SQLAlchemy writes it: sqlite:///FILE, mysql://…, postgresql://… "
+        "(default: study.db in --output-dir)",
+    )  # fmt: skip
+    parser.add_argument("--study-name", metavar="NAME", help="in the database (default: the task's name)")
+    parser.add_argument(
+        "--validate-on", default="train",
+        help="train: measure on up to 1000 examples, at most a fifth, that are held out of the training set; dev: on "
+        "the validation set (default train)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prune-margin", type=float, default=5.0, metavar="POINTS",
+        help="from the middle of its epochs on, stop a training after an evaluation if a finished trial of any method "
+        "costs no more and is better by more than this (default 5)",
+    )  # fmt: skip
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep the models of all complete trials")
+    parser.add_argument("--lr", type=float, help="learning rate (default 4e-5; MRPC 2e-5)")
+    parser.add_argument("--epoch", "--epochs", dest="epochs", type=float, default=3.0, help="epochs (default 3)")
+    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a CPU with AMX, or a GPU")
+    parser.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
+    parser.add_argument(
+        "--summary-tokens", help="none, shared or segment, for every method (default: none; budget tries segment too)"
+    )
+    parser.set_defaults(run=_sweep, masking_mode="hard", arch="pibert-base")
+
+
 def add_demo(commands: Any) -> None:
     """``token-pruning demo``."""
     parser = commands.add_parser(
@@ -291,14 +344,17 @@ def _train(arguments: argparse.Namespace) -> None:
         "train_length_quantile", "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
         "target_flops", "schedule", "no_teacher", "teacher", "distillation_weight", "distillation_temperature",
     )  # fmt: skip
-    lr = arguments.lr
-    if lr is None:
-        lr = _LEARNING_RATES.get(str(arguments.task).upper(), _LEARNING_RATE)
-    options = _options(arguments, lr=lr, **{name: getattr(arguments, name) for name in names})
+    options = _options(arguments, lr=_learning_rate(arguments), **{name: getattr(arguments, name) for name in names})
 
     from token_pruning.training.stages import train
 
     train(options, partial(_load_data, arguments, True))
+
+
+def _learning_rate(arguments: argparse.Namespace) -> float:
+    if arguments.lr is None:
+        return _LEARNING_RATES.get(str(arguments.task).upper(), _LEARNING_RATE)
+    return float(arguments.lr)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -380,6 +436,20 @@ def _command(name: str, arguments: argparse.Namespace) -> str:
         if value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
     return shlex.join(words)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    names = (
+        "methods", "trials", "storage", "study_name", "summary_tokens", "validate_on", "prune_margin", "output_dir",
+        "keep_checkpoints",
+    )  # fmt: skip
+    given = {name: getattr(arguments, name) for name in names}
+    common = argparse.Namespace(**{**vars(arguments), **dict.fromkeys(_KEYS), "output_dir": None})
+    base = _options(common, lr=_learning_rate(arguments), epochs=arguments.epochs, seed=arguments.seed, load_best=False)
+
+    from token_pruning.sweep.study import SweepOptions, run_sweep
+
+    run_sweep(SweepOptions(base=base, **given), partial(_load_data, arguments, True))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,15 @@ from typing import NoReturn
 
 import transformers
 
-from token_pruning.cli.arguments import add_analyze, add_calibrate, add_demo, add_eval, add_predict, add_train
+from token_pruning.cli.arguments import (
+    add_analyze,
+    add_calibrate,
+    add_demo,
+    add_eval,
+    add_predict,
+    add_sweep,
+    add_train,
+)
 from token_pruning.errors import TokenPruningError
 
 
@@ -31,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="token-pruning", description="Train, evaluate and use encoders that drop the tokens they do not need."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="train | calibrate | eval | predict | analyze | demo", parser_class=_Parser
+        required=True, metavar="train | calibrate | eval | predict | analyze | sweep | demo", parser_class=_Parser
     )
-    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_demo):
+    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_sweep, add_demo):
         add(commands)
     return _run(parser, sys.argv[1:] if argv is None else argv)
 
@@ -54,7 +62,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _leave(2)
     except ModuleNotFoundError as error:
-        print(f"{parser.prog}: error: {error.name} is missing; pip install 'token-pruning[demo]'", file=sys.stderr)
+        extra = "sweep" if error.name == "optuna" else "demo"
+        print(f"{parser.prog}: error: {error.name} is missing; pip install 'token-pruning[{extra}]'", file=sys.stderr)
         return _leave(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

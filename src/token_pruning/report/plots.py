@@ -120,14 +120,14 @@ def style(salt: str, ink: str = INK, muted: str = MUTED, grid: str = GRID) -> An
     )
 
 
-def new_figure(size: tuple[float, float] = _SIZE, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of ``size`` inches, and its axes, side by side."""
+def new_figure(size: tuple[float, float] = _SIZE, panels: int = 1, lines: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of ``size`` inches, and its axes: ``panels`` side by side, in ``lines`` below each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=72, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, list(figure.subplots(lines, panels, squeeze=False).flat)
 
 
 def legend(figure: Any) -> None:

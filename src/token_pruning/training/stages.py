@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,14 @@ logger = logging.getLogger(__name__)
 DataSource = Callable[[Checkpoint], TaskData]
 
 
-def train(options: TrainOptions, load_data: DataSource) -> Path:
+def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[TrainerCallback] = ()) -> Path:
     """Train one stage, or continue it where it was killed.
 
     Args:
         options: what to do.
         load_data: gives the task's examples, from the checkpoint (whose labels may matter).
+        callbacks: for the Trainer, beside those of the stage. What one raises ends the run as a kill would: the same
+            options continue it.
 
     Returns:
         The run's folder, which is a checkpoint and holds ``eval_results.json``.
@@ -103,15 +105,15 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
     if teacher is not None:
         with arguments.main_process_first(local=False):  # the others find what it has written
             _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
-    callbacks: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
+    of_stage: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
     holder, controller = None, None
     if options.target_flops is not None:
         features, held_out = hold_out(features, options.seed)
         holder = budget_holder(model, held_out, options, learned)
-        callbacks.append(holder)
+        of_stage.append(holder)
         if options.soft:
             controller = BudgetController(options.target_flops)
-            callbacks.append(controller)
+            of_stage.append(controller)
     trainer = PruningTrainer(
         model,
         arguments,
@@ -127,7 +129,7 @@ def train(options: TrainOptions, load_data: DataSource) -> Path:
         lr_threshold=LR_THRESHOLD if controller and options.lr_threshold is None else options.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
         keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,
-        callbacks=callbacks,
+        callbacks=[*of_stage, *callbacks],
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -1,0 +1,1 @@
+"""``token-pruning sweep``: methods and strengths for one task, explored with Optuna."""
