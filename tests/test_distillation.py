@@ -239,6 +239,9 @@ def test_the_teacher_runs_once_for_all_runs(folder: Path, computed: list[Any]) -
         expected = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in rows])
     assert torch.allclose(load_file(cached()[0])["logits"], expected, atol=1e-3)  # in the examples' order
 
+    edit_config(folder / "TEACHER", prune_mode="topk", token_keep_rate=0.5)  # still the same dense model
+    assert run("hard", "edited") == 0
+    assert len(computed) == len(cached()) == 1
     assert run("hard", "half", "--bf16") == 0  # other outputs, another file
     assert len(computed) == len(cached()) == 2
     file = folder / "glue" / "SST-2" / "train.tsv"

@@ -26,6 +26,9 @@ from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, Rela
 PRUNERS: dict[str, type[Pruner]] = {
     cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
 }
+_PRUNING_KEYS = {"prune_mode", "masking_mode", "threshold_temperature"} | {
+    f.name for cls in (*PRUNERS.values(), LearnedThreshold) for f in fields(cls)
+}
 _THRESHOLDS = "token_pruner.thresholds"
 logger = logging.getLogger(__name__)
 
@@ -66,9 +69,14 @@ class Checkpoint:
         return names or None
 
     def sha256(self) -> str:
-        """Over ``config.json`` and the weights' files as they are now, in hexadecimal digits."""
-        digest = hashlib.sha256()
-        for path in (self.path / "config.json", *_weight_files(self.path)):
+        """Over the weights' files and ``config.json`` as they are now, in hexadecimal digits.
+
+        Keys that name a pruning method do not count: with them edited it is the same dense model.
+        """
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        dense = {key: value for key, value in config.items() if key not in _PRUNING_KEYS}
+        digest = hashlib.sha256(json.dumps(dense, sort_keys=True).encode())
+        for path in _weight_files(self.path):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
