@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.data import glue_task
-from token_pruning.sweep.report import pareto_plot
+from token_pruning.sweep.report import Row, TaskResults, pareto_plot
 
 HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB", "SST2")
@@ -104,7 +104,6 @@ def rows(everything: dict[str, list[Runs]], names: dict[str, str]) -> list[str]:
 
 
 def tables(everything: dict[str, list[Runs]]) -> str:
-    head = "| method | " + " | ".join(everything) + " | mean loss |\n|---" * 1
     rule = "|" + "---|" * (len(everything) + 2)
     text = ["| | " + " | ".join(everything) + " |", "|" + "---|" * (len(everything) + 1)]
     dense = []
@@ -125,19 +124,16 @@ def tables(everything: dict[str, list[Runs]]) -> str:
 
 
 def figure(everything: dict[str, list[Runs]]) -> None:
-    panels = {}
+    panels = []
     for task, seeds in everything.items():
-        trials = [
-            {
-                "method": (UNTRAINED.get(name) or METHODS[name.split("-")[0]]).replace(" (ours)", ""),
-                "metric": points(task, run),
-                "relative_flops": run["relative_flops"],
-            }
+        rows = [
+            Row(number, name.split("-")[0], "complete", points(task, run) / 100, run["relative_flops"], None, {})
             for runs in seeds
-            for name, run in runs.items()
+            for number, (name, run) in enumerate(runs.items())
             if name != "dense" and not name.endswith(("soft", "untrained"))
         ]
-        panels[task] = (statistics.mean(points(task, runs["dense"]) for runs in seeds), trials)
+        dense = statistics.mean(points(task, runs["dense"]) for runs in seeds) / 100
+        panels.append(TaskResults(task, glue_task(task).best_metric, dense, rows))
     (HERE / "pareto.png").write_bytes(pareto_plot(panels))
 
 

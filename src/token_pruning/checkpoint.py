@@ -26,8 +26,9 @@ from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, Rela
 PRUNERS: dict[str, type[Pruner]] = {
     cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
 }
+_METHODS: list[type[Pruner]] = [*PRUNERS.values(), LearnedThreshold]
 _PRUNING_KEYS = {"prune_mode", "masking_mode", "threshold_temperature"} | {
-    f.name for cls in (*PRUNERS.values(), LearnedThreshold) for f in fields(cls)
+    f.name for cls in _METHODS for f in fields(cls)
 }
 _THRESHOLDS = "token_pruner.thresholds"
 logger = logging.getLogger(__name__)
