@@ -28,6 +28,7 @@ from token_pruning.summary import SummaryTokens
 FEWEST_EXAMPLES = 32
 _DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
 _CLOSE_ENOUGH = 0.003  # between a budget and what the calibration examples cost
+_COMPARABLE = 0.012  # the same while schedules are compared
 _METRIC_STEP = 0.05  # between the budgets that max_drop tries, relative FLOPs
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -143,7 +144,8 @@ class Calibration:
     Attributes:
         pruner: the method, as it is now attached to the model.
         chosen: the thresholds behind it.
-        candidates: everything that was compared, best first.
+        candidates: everything that was compared, the chosen first and the others by their divergence; with ``max_drop``
+            by their cost.
         metric_dense: with ``max_drop``: the dense model's metric on the held-out examples, in points.
         metric_pruned: with ``max_drop``: the pruned model's.
         drop_bound: with ``max_drop``: the estimated loss plus one standard error, in points.
@@ -235,17 +237,19 @@ class _Bench:
             self.dense = _outputs(model, held_out)
 
     def search(self, target: float) -> list[Fit]:
-        """Fits to a budget, the one with the least divergence first."""
-        fits = [fit for schedule in self.schedules if (fit := self.fit(schedule, target))]
+        """Fits to a budget: that of the schedule with the least divergence, then the others."""
+        fits = [fit for schedule in self.schedules if (fit := self.fit(schedule, target, _COMPARABLE))]
         best = min(fits, key=_divergence)
         for share in (0.5, 0.25):
-            fits += [fit for schedule in _neighbours(best.schedule, share) if (fit := self.fit(schedule, target))]
+            moved = _neighbours(best.schedule, share)
+            fits += [fit for schedule in moved if (fit := self.fit(schedule, target, _COMPARABLE))]
             best = min(fits, key=_divergence)
-        return sorted(fits, key=_divergence)
+        others = sorted((fit for fit in fits if fit is not best), key=_divergence)
+        return [self.fit(best.schedule, target) or best, *others]
 
-    def fit(self, schedule: Schedule, target: float) -> Fit | None:
+    def fit(self, schedule: Schedule, target: float, tolerance: float = _CLOSE_ENOUGH) -> Fit | None:
         """A schedule's thresholds for a budget and their divergence, or None where it cannot reach the budget."""
-        fit = fit_to_budget(self.model, self.fitting, schedule, target)
+        fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
         if fit is None:
             return None
         with using(self.model, _pruner(fit, self.model, _summaries(self.model))), record(self.model) as trace:
@@ -280,7 +284,9 @@ class _Bench:
         return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 
-def fit_to_budget(model: Any, batch: Batch, schedule: Schedule, target: float) -> Fit | None:
+def fit_to_budget(
+    model: Any, batch: Batch, schedule: Schedule, target: float, tolerance: float = _CLOSE_ENOUGH
+) -> Fit | None:
     """Thresholds that cost ``target`` on a batch, with tokens leaving where ``schedule`` says.
 
     Args:
@@ -288,6 +294,7 @@ def fit_to_budget(model: Any, batch: Batch, schedule: Schedule, target: float) -
         batch: padded tensors, all of one forward pass.
         schedule: where tokens leave.
         target: relative FLOPs.
+        tolerance: how near is near enough.
 
     Returns:
         The fit, or None where the schedule costs more whatever its strength.
@@ -297,13 +304,13 @@ def fit_to_budget(model: Any, batch: Batch, schedule: Schedule, target: float) -
     for _ in range(4):
         strength = _strength(model, batch, schedule, aim)
         if strength is None:
-            if best is None and predicted_flops(model, batch, schedule.profile(1.0)) > target + _CLOSE_ENOUGH:
+            if best is None and predicted_flops(model, batch, schedule.profile(1.0)) > target + tolerance:
                 return None
             strength = 1.0
         fit = fit_profile(model, batch, schedule, strength)
         if best is None or abs(fit.relative_flops - target) < abs(best.relative_flops - target):
             best = fit
-        if abs(fit.relative_flops - target) <= _CLOSE_ENOUGH or strength in (0.0, 1.0):
+        if abs(fit.relative_flops - target) <= tolerance or strength in (0.0, 1.0):
             break
         aim += target - fit.relative_flops  # what was predicted knows lengths, not which sequences lose more
     return best
