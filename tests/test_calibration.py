@@ -253,6 +253,15 @@ def test_too_few_examples_or_none_at_all() -> None:
         tp.calibrate(torch.nn.Linear(2, 2), examples(), 0.5)
 
 
+def test_schedules_of_ones_own() -> None:
+    found = tp.calibrate(sharp_model(), examples(), 0.7, search=[tp.Schedule("mine", (0.25, 0.25, 0.5))])
+    assert found.chosen.relative_flops == pytest.approx(0.7, abs=0.01)
+    with pytest.raises(ConfigError, match="schedule 'short' has 2 weights; the model can drop tokens after 3 layers"):
+        tp.calibrate(sharp_model(), examples(), 0.7, search=[tp.Schedule("short", (0.5, 0.5))])
+    with pytest.raises(ConfigError, match=r"none of the schedules searched \(late\) can cost so little"):
+        tp.calibrate(sharp_model(), examples(), 0.3, search=[tp.Schedule("late", (0.0, 0.0, 1.0))])
+
+
 def test_setting_thresholds_needs_some() -> None:
     model = tp.prune(tiny_model(), tp.TopK())
     with pytest.raises(ConfigError, match="thresholds cannot be set"):

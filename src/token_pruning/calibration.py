@@ -197,7 +197,8 @@ def calibrate(
 
     Raises:
         ConfigError: for fewer than 32 examples, a budget below what can be reached (the message says what can), both or
-            neither of ``target_flops`` and ``max_drop``, missing labels, or a model that is pruned already.
+            neither of ``target_flops`` and ``max_drop``, missing labels, schedules that do not fit the model or the
+            budget, or a model that is pruned already.
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
@@ -212,11 +213,18 @@ def calibrate(
         number("max_drop", max_drop, above=0)
         if "labels" not in batch:
             raise ConfigError("max_drop needs labelled examples; labels is missing")
+    layers = prunable_layers(model)
+    for schedule in search or ():
+        if len(schedule.weights) != layers:
+            raise ConfigError(
+                f"schedule {schedule.name!r} has {len(schedule.weights)} weights; the model can drop tokens after "
+                f"{layers} layers"
+            )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
     with _prunable(model, summary_tokens):
-        bench = _Bench(model, fitting, held_out, list(search or schedules(prunable_layers(model))))
+        bench = _Bench(model, fitting, held_out, list(search or schedules(layers)))
         if target_flops is not None:
             check_target(model, fitting, target_flops)
             candidates = bench.search(target_flops)
@@ -239,6 +247,11 @@ class _Bench:
     def search(self, target: float) -> list[Fit]:
         """Fits to a budget: that of the schedule with the least divergence, then the others."""
         fits = [fit for schedule in self.schedules if (fit := self.fit(schedule, target, _COMPARABLE))]
+        if not fits:
+            names = ", ".join(schedule.name for schedule in self.schedules)
+            raise ConfigError(
+                f"target_flops is {target:g}; none of the schedules searched ({names}) can cost so little"
+            )
         best = min(fits, key=_divergence)
         for share in (0.5, 0.25):
             moved = _neighbours(best.schedule, share)
