@@ -204,6 +204,8 @@ def calibrate(
         raise ConfigError("give either target_flops or max_drop")
     if is_pruned(model):
         raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
+    if not isinstance(model, PreTrainedModel):
+        prune(model, Unpruned())  # says what is wrong
     padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     batch = as_batch(examples, padding)
     total = len(batch["input_ids"])
@@ -249,9 +251,7 @@ class _Bench:
         fits = [fit for schedule in self.schedules if (fit := self.fit(schedule, target, _COMPARABLE))]
         if not fits:
             names = ", ".join(schedule.name for schedule in self.schedules)
-            raise ConfigError(
-                f"target_flops is {target:g}; none of the schedules searched ({names}) can cost so little"
-            )
+            raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
         best = min(fits, key=_divergence)
         for share in (0.5, 0.25):
             moved = _neighbours(best.schedule, share)
@@ -431,8 +431,6 @@ def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
 @contextmanager
 def _prunable(model: Any, summary_tokens: SummaryTokens) -> Iterator[None]:
     """A dense model inside the block: pruned by zeros, in evaluation mode."""
-    if not isinstance(model, PreTrainedModel):
-        prune(model, Unpruned())  # says what is wrong
     layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
     training = model.training
     prune(
