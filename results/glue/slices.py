@@ -1,6 +1,8 @@
 """Slices of GLUE training sets to choose recipes on: DESTINATION gets train and dev files, both made of train rows.
 
     python results/glue/slices.py GLUE_FOLDER DESTINATION
+
+The same rows every time; tried.md has what was chosen on them.
 """
 
 import random
