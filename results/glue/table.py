@@ -7,6 +7,7 @@ One JSON per task and seed: every run's command, options and evaluation on the o
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def gather(runs: Path) -> None:
                     result.pop(name, None)
                 if "train " in command and not json.loads((run / "run.json").read_text(encoding="utf-8"))["finished"]:
                     continue
-                found[run.name] = {"command": command.replace(str(runs), "RUNS"), **result}
+                command = re.sub(r"--data-dir \S+", "--data-dir GLUE", command.replace(str(runs), "RUNS"))
+                command = re.sub(r"--restore (?!RUNS)\S+", "--restore MINILM", command)
+                found[run.name] = {"command": command, **result}
             if "dense" in found:
                 text = json.dumps(found, indent=1, sort_keys=True) + "\n"
                 (HERE / f"{task}-{folder.name}.json").write_text(text, encoding="utf-8")
