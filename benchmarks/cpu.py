@@ -36,10 +36,9 @@ from peers import PEERS, Call, Model, import_packages, prepare, versions
 from workloads import WORKLOADS, Sequences, load, make_checkpoint
 
 import token_pruning as tp
-from token_pruning.flops import flops_from_lengths
+from token_pruning.flops import relative_flops
 from token_pruning.machine import cpu_name, has_amx
 from token_pruning.models import reads_first_token_only, shape_of
-from token_pruning.state import ComputedLengths
 
 DTYPES = ("float32", "bfloat16", "int8")
 UNPRUNED, PRUNED = "engine, unpruned", "engine, pruned"
@@ -93,11 +92,9 @@ def make_model(workload: str, folder: Path, checkpoints: Path | None, data_dir: 
 
 def unpruned_flops(model: Any, trace: tp.Trace) -> float:
     """What the engine computes without pruning, relative to the dense model: less where first tokens are enough."""
-    lengths = trace.attention_lengths[0].expand_as(trace.attention_lengths)
-    narrow = lengths.clone()
-    if reads_first_token_only(model):
-        narrow[-1] = 1
-    return flops_from_lengths(shape_of(model.config), ComputedLengths(lengths, narrow, narrow), 1).relative
+    shape, lengths = shape_of(model.config), trace.attention_lengths[0]
+    left = lengths.expand(shape.num_layers + 1, -1)
+    return float(relative_flops(shape, left, first_only=reads_first_token_only(model)))
 
 
 def prepare_peer(workload: str, name: str, dtype: str, model: Model, data_dir: Path | None) -> str | None:

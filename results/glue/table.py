@@ -67,7 +67,7 @@ def points(task: str, run: dict[str, Any]) -> float:
 
 
 def drops(task: str, seeds: list[Runs], name: str) -> list[tuple[float, float]]:
-    """Points lost against the dense model of the same seed, and relative FLOPs; for LTP of the best λ within budget."""
+    """Points lost against the dense model of the same seed, and relative FLOPs; of LTP the dearest run in budget."""
     found = []
     for runs in seeds:
         run = runs.get(name) or best_ltp(task, runs, name)

@@ -167,22 +167,24 @@ class Attachment:
         _handover.value = None
         hidden_states = output[0] if isinstance(output, tuple) else output
         record = state.layers[layer]
-        rows = hidden_states[0] if state.packed else hidden_states.flatten(0, 1)[record.entering.indices]
-        if record.merge is not None and record.dropped_rows is not None:
-            gone = record.dropped_rows
-            state.last_states[layer] = (record.entering.indices[gone], rows[gone])
-            rows = record.merge.apply(rows)
-            if not state.packed:
-                flat = hidden_states.flatten(0, 1).index_copy(0, record.entering.indices, rows)
-                hidden_states = flat.view(hidden_states.shape)
         if not state.packed:
+            if record.merge is not None and record.dropped_rows is not None:
+                places, gone = record.entering.indices, record.dropped_rows
+                flat = hidden_states.flatten(0, 1)
+                state.last_states[layer] = (places[gone], flat[places[gone]])
+                merged = record.merge.apply(flat[places])
+                hidden_states = flat.index_copy(0, places, merged).view(hidden_states.shape)
             state.attention_outputs[layer] = hidden_states
             return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+        rows = hidden_states[0]
         if state.first_only(layer):
             kept_rows = record.entering.first_rows
         elif record.kept_rows is not None and record.dropped_rows is not None:
             gone, kept_rows = record.dropped_rows, record.kept_rows
-            state.last_states.setdefault(layer, (record.entering.indices[gone], rows[gone]))
+            if not state.record.first_only:  # else nobody wants the states of other tokens
+                state.last_states[layer] = (record.entering.indices[gone], rows[gone])
+            if record.merge is not None:
+                rows = record.merge.apply(rows)
         else:
             return None
         kept = _with_filler(rows[kept_rows])[None]

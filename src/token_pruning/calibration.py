@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from token_pruning.attach import attachment_of, is_pruned, prune, record, unprune
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.flops import count_flops, layer_flops
-from token_pruning.models import ModelShape, family_of, reads_first_token_only
+from token_pruning.flops import count_flops, relative_flops
+from token_pruning.models import family_of, reads_first_token_only
 from token_pruning.pruners import FixedThreshold, LayerTokens, Pruner, Unpruned
 from token_pruning.summary import SummaryTokens
 
@@ -225,15 +225,15 @@ def calibrate(
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
-    with _prunable(model, summary_tokens):
+    with prunable(model, summary_tokens):
         bench = _Bench(model, fitting, held_out, list(search or schedules(layers)))
         if target_flops is not None:
             check_target(model, fitting, target_flops)
             candidates = bench.search(target_flops)
-            result = Calibration(_pruner(candidates[0], model, summary_tokens), candidates[0], candidates)
+            result = Calibration(_pruner(candidates[0], model), candidates[0], candidates)
         else:
             assert max_drop is not None
-            result = bench.cheapest(max_drop, metric or _default_metric, summary_tokens)
+            result = bench.cheapest(max_drop, metric or _default_metric)
     prune(model, result.pruner)
     return result
 
@@ -265,7 +265,7 @@ class _Bench:
         fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
         if fit is None:
             return None
-        with using(self.model, _pruner(fit, self.model, _summaries(self.model))), record(self.model) as trace:
+        with using(self.model, _pruner(fit, self.model)), record(self.model) as trace:
             outputs = _outputs(self.model, self.held_out)
         return replace(
             fit,
@@ -273,7 +273,7 @@ class _Bench:
             divergence=_distance(self.dense, outputs),
         )
 
-    def cheapest(self, max_drop: float, metric: Metric, summary_tokens: SummaryTokens) -> Calibration:
+    def cheapest(self, max_drop: float, metric: Metric) -> Calibration:
         """The cheapest budget whose estimated loss stays inside the bound."""
         labels = self.held_out["labels"]
         dense = 100 * metric(self.dense, labels)
@@ -285,7 +285,7 @@ class _Bench:
             target = max(lowest, highest - step * _METRIC_STEP)
             fits = self.search(target)
             seen += fits
-            pruner = _pruner(fits[0], self.model, summary_tokens)
+            pruner = _pruner(fits[0], self.model)
             with using(self.model, pruner):
                 outputs = _outputs(self.model, self.held_out)
             pruned = 100 * metric(outputs, labels)
@@ -345,8 +345,8 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
 
 def profile_of(model: Any, batch: Batch) -> Schedule:
     """What the thresholds on a model keep of a batch, as the schedule whose strength 1 is just that."""
-    with torch.inference_mode(), record(model) as trace:
-        model(**_inputs(batch))
+    with record(model) as trace:
+        _outputs(model, batch)
     ordinary = (trace.ffn_lengths - trace.summary_lengths - 1).clamp(min=0).sum(1).double()
     everything = (trace.attention_lengths[0] - 1).clamp(min=0).sum().double()
     kept = [1.0, *(ordinary / everything).tolist()[: prunable_layers(model)]]
@@ -356,23 +356,14 @@ def profile_of(model: Any, batch: Batch) -> Schedule:
 def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float:
     """Relative FLOPs of a profile, every sequence keeping the same fraction; arguments as :func:`fit_to_budget`."""
     shape, lengths = attachment_of(model).shape, batch["attention_mask"].sum(1).double()
-    narrow = reads_first_token_only(attachment_of(model).model)
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
-    return _profile_flops(shape, lengths, profile, narrow, summaries)
-
-
-def _profile_flops(shape: ModelShape, lengths: Tensor, profile: Sequence[float], narrow: bool, summaries: int) -> float:
     left = [lengths]
     for layer, kept in enumerate((*profile, *[profile[-1]] * (shape.num_layers - len(profile))), start=1):
         tokens = 1 + kept * (lengths - 1)
         extra = summaries if kept < 1 and layer < shape.num_layers else 0
         left.append(torch.minimum(tokens + extra, lengths))
-    keys, feed_forward = torch.stack(left[:-1]), torch.stack(left[1:])
-    queries = keys.clone()
-    if narrow:
-        queries[-1] = feed_forward[-1] = 1
-    dense = layer_flops(shape, lengths, lengths).sum() * shape.num_layers
-    return float(layer_flops(shape, keys, feed_forward, queries).sum() / dense)
+    first_only = reads_first_token_only(attachment_of(model).model)
+    return float(relative_flops(shape, torch.stack(left), first_only=first_only))
 
 
 def lowest_flops(model: Any, batch: Batch) -> float:
@@ -429,8 +420,8 @@ def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
 
 
 @contextmanager
-def _prunable(model: Any, summary_tokens: SummaryTokens) -> Iterator[None]:
-    """A dense model inside the block: pruned by zeros, in evaluation mode."""
+def prunable(model: Any, summary_tokens: SummaryTokens) -> Iterator[None]:
+    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
     layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
     training = model.training
     prune(
@@ -447,13 +438,13 @@ def _summaries(model: nn.Module) -> SummaryTokens:
     return attachment_of(model).token_pruner.pruner.summary_tokens
 
 
-def _pruner(fit: Fit, model: nn.Module, summary_tokens: SummaryTokens) -> FixedThreshold:
-    max_seq_length = attachment_of(model).token_pruner.pruner.max_seq_length
+def _pruner(fit: Fit, model: nn.Module) -> FixedThreshold:
+    method = attachment_of(model).token_pruner.pruner
     return FixedThreshold(
         thresholds=fit.thresholds,
         scoring_mode="relative",
-        summary_tokens=summary_tokens,
-        max_seq_length=max_seq_length,
+        summary_tokens=method.summary_tokens,
+        max_seq_length=method.max_seq_length,
     )
 
 

@@ -60,6 +60,24 @@ def layer_flops(
     return 2 * (projections + attention + feed_forward)
 
 
+def relative_flops(shape: ModelShape, left: Tensor, *, first_only: bool) -> Tensor:
+    """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
+
+    Args:
+        shape: the model's sizes.
+        left: tokens at the input, then after each layer, ``[layers + 1, batch]``.
+        first_only: whether the last layer computes first tokens only.
+
+    Returns:
+        A float64 scalar, differentiable.
+    """
+    keys, queries, feed_forward = left[:-1], left[:-1], left[1:]
+    if first_only:
+        queries, feed_forward = (torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, feed_forward))
+    dense = layer_flops(shape, left[0], left[0]).sum() * shape.num_layers
+    return layer_flops(shape, keys, feed_forward, queries).sum() / dense
+
+
 def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_length: int) -> Flops:
     """FLOPs per example from token counts.
 

@@ -147,9 +147,7 @@ def add_predict(commands: Any) -> None:
         "--input", type=Path, required=True, help="one or two text columns, or one text per line (.txt)"
     )
     parser.add_argument("--output", type=Path, help="where to write (default: standard output)")
-    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
-    parser.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    _add_inference(parser)
     parser.add_argument("--dense", action="store_true", help="leave the checkpoint's pruning off")
     parser.set_defaults(run=_predict)
 
@@ -172,9 +170,7 @@ def add_analyze(commands: Any) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="where to write; an older analysis is replaced")
     parser.add_argument("--quantiles", type=int, default=4, help="groups of examples by length (default 4)")
     parser.add_argument("--samples", type=int, default=8, help="texts whose tokens are shown (default 8)")
-    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
-    parser.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    _add_inference(parser)
     parser.set_defaults(run=_analyze, train_file=None)
 
 
@@ -243,6 +239,12 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("demo_output"), help="default: demo_output")
     parser.add_argument("--hub", action="store_true", help="take the model from the hub, not from the PyPI package")
     parser.set_defaults(run=_demo)
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--max-length", type=int, default=128, help="longer texts are truncated (default 128 tokens)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

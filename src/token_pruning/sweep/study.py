@@ -24,13 +24,11 @@ import torch
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
-from token_pruning.attach import prune, unprune
-from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, lowest_flops, prunable_layers
+from token_pruning.calibration import FEWEST_EXAMPLES, as_batch, lowest_flops, prunable, prunable_layers
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.checks import choice, number, positive_integer
 from token_pruning.data import TaskData
 from token_pruning.errors import ConfigError, TokenPruningError
-from token_pruning.pruners import FixedThreshold
 from token_pruning.summary import SUMMARY_TOKENS
 from token_pruning.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.sweep.report import Row, TaskResults, describe, write_report
@@ -298,10 +296,8 @@ class _Sweep:
         batch = as_batch(features, model.config.pad_token_id or 0)
         lowest = {}
         for summary_tokens in SUMMARY_TOKENS:
-            nothing = [0.0] * model.config.num_hidden_layers
-            prune(model, FixedThreshold(thresholds=nothing, scoring_mode="relative", summary_tokens=summary_tokens))  # type: ignore[arg-type]
-            lowest[summary_tokens] = lowest_flops(model, batch)
-            unprune(model)
+            with prunable(model, summary_tokens):  # type: ignore[arg-type]
+                lowest[summary_tokens] = lowest_flops(model, batch)
         return Space(self.options.base, layers, lowest, self.options.summary_tokens)
 
     def _dense(self) -> float:

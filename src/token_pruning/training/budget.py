@@ -28,7 +28,7 @@ from token_pruning.calibration import (
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
-from token_pruning.flops import layer_flops
+from token_pruning.flops import relative_flops
 from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.models import ModelShape
 from token_pruning.pruners import Pruner
@@ -56,14 +56,8 @@ def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
     Returns:
         A float64 scalar, differentiable.
     """
-    left = trace.soft_survival
-    lengths = trace.attention_lengths[0].to(left.dtype)
-    keys = torch.cat([lengths[None], left[:-1]])
-    narrow = torch.zeros_like(keys, dtype=torch.bool)
-    narrow[-1] = trace.computed_lengths.queries[-1] < trace.attention_lengths[-1]
-    queries, feed_forward = (torch.where(narrow, 1.0, rows) for rows in (keys, left))
-    dense = layer_flops(shape, lengths, lengths).sum() * shape.num_layers
-    return layer_flops(shape, keys, feed_forward, queries).sum() / dense
+    left = torch.cat([trace.attention_lengths[:1], trace.soft_survival])
+    return relative_flops(shape, left, first_only=trace.passes[0].first_only)
 
 
 class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]

@@ -97,10 +97,7 @@ def calibrate_checkpoint(
     if data is not None:
         make_evaluator(tokenizer, data, model, options, run_dir.path)(model)
     write_json(run_dir.path / REPORT, _report(result))
-    staging = run_dir.staging("model")
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    run_dir.publish_model(staging)
+    run_dir.save_model(model, tokenizer)
     run_dir.finish(identity)
     print(f"saved to {run_dir.path}")
     return run_dir.path

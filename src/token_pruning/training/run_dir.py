@@ -114,8 +114,11 @@ class RunDir:
         staging.replace(final)
         return final
 
-    def publish_model(self, staging: Path) -> None:
-        """Move a written model's files into the run's folder, ``config.json`` last: without it nothing loads."""
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Write a model's files into the run's folder, ``config.json`` last: without it nothing loads."""
+        staging = self.staging("model")
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
         for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             file.replace(self.path / file.name)
         staging.rmdir()

@@ -150,10 +150,7 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         if pruner is None and is_pruned(model):
             unprune(model)
         evaluate_splits(model)
-        staging = run_dir.staging("model")
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        run_dir.publish_model(staging)
+        run_dir.save_model(model, tokenizer)
         trainer.state.save_to_json(str(run_dir.path / "trainer_state.json"))
         run_dir.finish(identity)
         print(f"saved to {run_dir.path}")
