@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint sanitize wheel bench clean
+.PHONY: demo test lint sanitize wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -27,6 +27,12 @@ wheel: .venv/installed  ## a manylinux wheel with the native kernels, in dist/
 bench: .venv/installed  ## every engine on the clock, this package's and others', on random weights: about twenty minutes
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/cpu.py --workload roberta-base-bs32 --workload roberta-base-bs1 --passes 3 --no-memory
+
+gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then the benchmark; eight minutes, no network
+	@status=0; export PYTHONPATH=src; \
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_kernels.py || status=$$?; \
+	$(PYTHON) benchmarks/gpu.py --minutes 4 --output $(or $(OUT),results/gpu)/h200 || status=$$?; \
+	exit $$status
 
 .venv/installed: pyproject.toml constraints.txt setup.py $(wildcard src/token_pruning/native/*)
 	$(PYTHON) -m venv .venv

@@ -1,22 +1,19 @@
 """What the CPU benchmark computes: models, the lengths of their inputs, and batches sorted by length."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from keep_profile import FINAL_KEEP, linear_thresholds
 from torch import Tensor
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.data import glue_task, load_glue_folder
-from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.training.stages import load_tokenizer, tokenize
-
-FINAL_KEEP = 0.12
-"""Random weights: the fraction of the input's tokens that enters the last feed-forward; the first layer keeps all."""
 
 SHAPES: dict[str, dict[str, int]] = {
     "roberta-base": {},
@@ -146,23 +143,6 @@ class Sequences:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Calibration(Pruner):
-    """Keeps the wanted fraction of a batch's tokens at every layer, and writes down the threshold that does so."""
-
-    prune_mode = "calibration"
-    found: list[float] = field(default_factory=list)
-
-    def keep(self, tokens: LayerTokens) -> Tensor:
-        fraction = 1 - (1 - FINAL_KEEP) * (tokens.layer - 1) / (tokens.num_layers - 1)
-        wanted = round(fraction * int(tokens.input_lengths.sum()))
-        scores = tokens.scores.index_fill(0, tokens.layout.first_rows, torch.inf)  # they stay whatever happens
-        ordered = scores.sort(descending=True).values
-        threshold = 0.0 if wanted >= len(ordered) else ordered[wanted - 1 : wanted + 1].mean().item()
-        self.found.append(threshold)
-        return scores >= threshold
-
-
 def make_checkpoint(workload: Workload, folder: Path, checkpoints: Path | None, data_dir: Path | None) -> Path:
     """The pruned checkpoint of a workload: the trained one, or random weights with thresholds fitted to them."""
     if workload.task:
@@ -180,16 +160,10 @@ def make_checkpoint(workload: Workload, folder: Path, checkpoints: Path | None, 
     model = transformers.RobertaForSequenceClassification(config).eval()
     path = folder / "checkpoint"
     model.save_pretrained(path)
-    calibration = _Calibration()
-    tp.prune(model, calibration)
     sequences = Sequences(workload, path, data_dir)
     held_out = [feature for batch in sequences.draw(2**31 - 3) for feature in batch]
-    with torch.inference_mode():
-        model(**sequences.pad(held_out[:: max(1, len(held_out) // 64)]))
-    tp.unprune(model)
-    # Received attention has mean 1 in a sequence of any length; "mean" divides it by a constant, so that the same
-    # threshold keeps about the same fraction of short and of long sequences.
-    tp.prune(model, tp.FixedThreshold(thresholds=calibration.found, scoring_mode="mean"))
+    sample = sequences.pad(held_out[:: max(1, len(held_out) // 64)])
+    tp.prune(model, linear_thresholds(model, sample, FINAL_KEEP))
     model.save_pretrained(path)
     return path
 

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 import transformers
 from hypothesis import settings
@@ -17,3 +18,14 @@ transformers.utils.logging.disable_progress_bar()
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.register_profile("explore", deadline=None, database=None, print_blob=True)
 settings.load_profile("tests")
+
+GPU = torch.cuda.is_available()
+if not GPU:  # before anything imports Triton's kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    for item in items:
+        if "cuda" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -331,7 +331,10 @@ def _attention_function(
         context = torch.zeros_like(q).index_copy(0, first, context)[None]
     elif state.packed:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        context, received = packed_attention(q, k, v, entering, scaling, dropout, needs_importance=prunes)
+        context, received = packed_attention(
+            q, k, v, entering, scaling, dropout,
+            needs_importance=prunes, differentiable_importance=state.differentiable_importance,
+        )  # fmt: skip
         context = context[None]
     else:
         alive = _as_mask(entering.indices, state)

@@ -70,20 +70,27 @@ class Drain(Schedule):
         return [min(1.0, max(0.0, when - layer)) for layer in range(len(self.weights))]
 
 
-def schedules(layers: int) -> list[Schedule]:
-    """The schedules tried: everything at once after each layer in turn, spread over layers, and as late as can be."""
+def schedules(layers: int, prune_layers: Sequence[int] | None = None) -> list[Schedule]:
+    """The schedules tried: everything at once after each layer in turn, spread over layers, and as late as can be.
+
+    Args:
+        layers: layers after which a token's leaving saves anything.
+        prune_layers: those of them (1-based, ascending) at which tokens may leave; None for all.
+    """
+    allowed = list(range(1, layers + 1)) if prune_layers is None else list(prune_layers)
 
     def spread(name: str, raw: Sequence[float]) -> Schedule:
-        return Schedule(name, tuple(value / sum(raw) for value in raw))
+        weights = dict(zip(allowed, raw, strict=True))
+        return Schedule(name, tuple(weights.get(layer, 0.0) / sum(raw) for layer in range(1, layers + 1)))
 
-    steps = [spread(f"step-{k}", [float(i == k) for i in range(1, layers + 1)]) for k in range(1, layers + 1)]
-    return [
-        *steps,
-        spread("linear", [1.0] * layers),
-        spread("geometric", [0.5**i for i in range(layers)]),
-        spread("late", [float(i >= layers // 2) for i in range(layers)]),
-        Drain("drain", (1.0 / layers,) * layers),
-    ]
+    found = [spread(f"step-{k}", [float(layer == k) for layer in allowed]) for k in allowed]
+    if len(allowed) > 1:
+        found += [
+            spread("linear", [1.0] * len(allowed)),
+            spread("geometric", [0.5**i for i in range(len(allowed))]),
+            spread("late", [float(i >= len(allowed) // 2) for i in range(len(allowed))]),
+        ]
+    return found if prune_layers is not None else [*found, Drain("drain", (1.0 / layers,) * layers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +178,7 @@ def calibrate(
     max_drop: float | None = None,
     metric: Metric | None = None,
     summary_tokens: SummaryTokens = "none",
+    prune_layers: Sequence[int] | None = None,
     seed: int = 0,
     search: Sequence[Schedule] | None = None,
 ) -> Calibration:
@@ -189,16 +197,17 @@ def calibrate(
         metric: from logits ``[n, labels]`` and labels ``[n]`` to a fraction; accuracy, or Pearson's correlation for a
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
+        prune_layers: see :class:`token_pruning.Pruner`; other layers get thresholds of zero.
         seed: of the division into halves. The same seed gives the same thresholds bit for bit.
-        search: the schedules to try; :func:`schedules` by default.
+        search: the schedules to try, with weights in ``prune_layers`` only; :func:`schedules` by default.
 
     Returns:
         What was found. The model is pruned with it, by absolute thresholds in scoring mode ``"relative"``.
 
     Raises:
         ConfigError: for fewer than 32 examples, a budget below what can be reached (the message says what can), both or
-            neither of ``target_flops`` and ``max_drop``, missing labels, schedules that do not fit the model or the
-            budget, or a model that is pruned already.
+            neither of ``target_flops`` and ``max_drop``, missing labels, layers or schedules that do not fit the model
+            or the budget, or a model that is pruned already.
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
@@ -216,19 +225,30 @@ def calibrate(
         if "labels" not in batch:
             raise ConfigError("max_drop needs labelled examples; labels is missing")
     layers = prunable_layers(model)
+    allowed = tuple(range(1, layers + 1))
+    if prune_layers is not None:
+        allowed = tuple(FixedThreshold(prune_layers=prune_layers).prune_layers or ())
+        if not allowed or allowed[-1] > layers:
+            raise ConfigError(
+                f"prune_layers is {list(prune_layers)}; it must name at least one layer from 1 to {layers}, the last "
+                "after which this model can drop tokens"
+            )
     for schedule in search or ():
         if len(schedule.weights) != layers:
             raise ConfigError(
                 f"schedule {schedule.name!r} has {len(schedule.weights)} weights; the model can drop tokens after "
                 f"{layers} layers"
             )
+        if any(weight and layer not in allowed for layer, weight in enumerate(schedule.weights, start=1)):
+            raise ConfigError(f"schedule {schedule.name!r} has weights in layers that prune_layers does not name")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
     with prunable(model, summary_tokens):
-        bench = _Bench(model, fitting, held_out, list(search or schedules(layers)))
+        tried = list(search or schedules(layers, None if prune_layers is None else allowed))
+        bench = _Bench(model, fitting, held_out, tried, allowed)
         if target_flops is not None:
-            check_target(model, fitting, target_flops)
+            check_target(model, fitting, target_flops, allowed[0])
             candidates = bench.search(target_flops)
             result = Calibration(_pruner(candidates[0], model), candidates[0], candidates)
         else:
@@ -241,8 +261,11 @@ def calibrate(
 class _Bench:
     """The examples, what the dense model says of them, and the comparison of schedules."""
 
-    def __init__(self, model: Any, fitting: Batch, held_out: Batch, search: list[Schedule]) -> None:
+    def __init__(
+        self, model: Any, fitting: Batch, held_out: Batch, search: list[Schedule], allowed: tuple[int, ...]
+    ) -> None:
         self.model, self.fitting, self.held_out, self.schedules = model, fitting, held_out, search
+        self.allowed = allowed
         with using(model, Unpruned()):
             self.dense = _outputs(model, held_out)
 
@@ -254,7 +277,7 @@ class _Bench:
             raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
         best = min(fits, key=_divergence)
         for share in (0.5, 0.25):
-            moved = _neighbours(best.schedule, share)
+            moved = _neighbours(best.schedule, share, self.allowed)
             fits += [fit for schedule in moved if (fit := self.fit(schedule, target, _COMPARABLE))]
             best = min(fits, key=_divergence)
         others = sorted((fit for fit in fits if fit is not best), key=_divergence)
@@ -278,7 +301,7 @@ class _Bench:
         labels = self.held_out["labels"]
         dense = 100 * metric(self.dense, labels)
         highest = predicted_flops(self.model, self.fitting, [1.0] * prunable_layers(self.model))
-        lowest = lowest_flops(self.model, self.fitting)
+        lowest = lowest_flops(self.model, self.fitting, self.allowed[0])
         best: Calibration | None = None
         seen: list[Fit] = []
         for step in range(math.ceil((highest - lowest) / _METRIC_STEP) + 1):
@@ -366,19 +389,27 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
     return float(relative_flops(shape, torch.stack(left), first_only=first_only))
 
 
-def lowest_flops(model: Any, batch: Batch) -> float:
-    """The least that pruning can cost: everything but first tokens (and summaries) leaves after the first layer."""
-    return predicted_flops(model, batch, [0.0] * prunable_layers(model))
+def lowest_flops(model: Any, batch: Batch, first_layer: int = 1) -> float:
+    """The least that pruning can cost: everything but first tokens (and summaries) leaves after ``first_layer``."""
+    rest = prunable_layers(model) - first_layer + 1
+    return predicted_flops(model, batch, [1.0] * (first_layer - 1) + [0.0] * rest)
 
 
-def check_target(model: Any, batch: Batch, target: float) -> None:
-    """Raises ConfigError for a budget that is no fraction or cannot be reached; arguments as :func:`fit_to_budget`."""
+def check_target(model: Any, batch: Batch, target: float, first_layer: int = 1) -> None:
+    """Raises ConfigError for a budget that is no fraction or cannot be reached.
+
+    Args:
+        model: see :func:`fit_to_budget`.
+        batch: see :func:`fit_to_budget`.
+        target: relative FLOPs.
+        first_layer: the first that may drop tokens, 1-based.
+    """
     number("target_flops", target, above=0, high=1)
-    lowest = lowest_flops(model, batch)
+    lowest = lowest_flops(model, batch, first_layer)
     if target < lowest:
         raise ConfigError(
             f"target_flops is {target:g}; the lowest that can be reached with these examples is {lowest:.3f}, where "
-            "only first tokens are left after the first layer"
+            f"only first tokens are left after {'the first layer' if first_layer == 1 else f'layer {first_layer}'}"
         )
 
 
@@ -464,14 +495,15 @@ def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> fl
     return high
 
 
-def _neighbours(schedule: Schedule, share: float) -> list[Schedule]:
-    """Schedules with a share of one layer's part moved to the layer before or after it."""
+def _neighbours(schedule: Schedule, share: float, allowed: tuple[int, ...]) -> list[Schedule]:
+    """Schedules with a share of one layer's part moved to the layer before or after it that may drop tokens."""
     found: list[Schedule] = []
     if isinstance(schedule, Drain):
         return found
-    for layer, weight in enumerate(schedule.weights):
-        for other in (layer - 1, layer + 1):
-            if weight > 0.05 and 0 <= other < len(schedule.weights):
+    for one, two in pairwise(allowed):
+        for layer, other in ((one - 1, two - 1), (two - 1, one - 1)):
+            weight = schedule.weights[layer]
+            if weight > 0.05:
                 weights = list(schedule.weights)
                 weights[layer] -= share * weight
                 weights[other] += share * weight

@@ -58,6 +58,23 @@ def normalizer(layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -
     return torch.full((layout.batch_size,), float(divisor), device=layout.indices.device)
 
 
+def importance_scores(received: Tensor, layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -> Tensor:
+    """Received attention ÷ ``N``.
+
+    Args:
+        received: ``[layout.total]`` float32.
+        layout: the tokens that entered the layer.
+        scoring_mode: see :func:`normalizer`.
+        max_seq_length: see :func:`normalizer`.
+
+    Returns:
+        ``[layout.total]`` float32.
+    """
+    if scoring_mode == "mean_norm":
+        return received / normalizer(layout, scoring_mode, max_seq_length)[layout.sequence_ids]
+    return received / max_seq_length if scoring_mode == "mean" else received
+
+
 def convert_scores(
     values: ScoresT,
     source: ScoringMode,

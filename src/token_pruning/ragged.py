@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from token_pruning import kernels
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,7 +50,7 @@ class Layout:
         ends: list[int] = self.cu_seqlens.tolist()
         return [end - start for start, end in pairwise(ends)]
 
-    @property
+    @cached_property
     def lengths_tensor(self) -> Tensor:
         """Tokens per sequence, ``[batch]`` int64."""
         return self.cu_seqlens.diff().long()
@@ -61,7 +63,8 @@ class Layout:
     @cached_property
     def first_rows(self) -> Tensor:
         """Rows that hold the first token of a non-empty sequence, int64."""
-        return self.cu_seqlens[:-1][self.cu_seqlens.diff() > 0].long()
+        starts = self.cu_seqlens[:-1].long()
+        return starts[self.lengths_tensor > 0] if 0 in self.lengths else starts
 
 
 def layout_from_mask(mask: Tensor) -> Layout:
@@ -96,6 +99,13 @@ def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
     Returns:
         The layout of the kept tokens, and the rows (int64, into the old layout) that stay and that leave.
     """
+    if kernels.usable(keep.device):
+        from token_pruning.kernels.compaction import compact
+
+        kept, dropped, places, cu_seqlens, lengths = compact(keep, layout.indices, layout.cu_seqlens)
+        fewer = Layout(places, cu_seqlens, layout.width)
+        fewer.__dict__["lengths"] = lengths  # known already: no second synchronisation
+        return fewer, kept, dropped
     kept = keep.nonzero().squeeze(-1)
     dropped = (~keep).nonzero().squeeze(-1)
     kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from token_pruning.importance import normalizer
-from token_pruning.pruners import LayerTokens, LearnedThreshold, Pruner
+from token_pruning.errors import ConfigError
+from token_pruning.importance import importance_scores, normalizer
+from token_pruning.pruners import FixedThreshold, LayerTokens, LearnedThreshold, Pruner
 from token_pruning.ragged import Layout, drop, layout_from_mask
 from token_pruning.summary import Merge, Summaries, plan_merge, segments_of
 
@@ -32,6 +33,9 @@ class TokenPruner(nn.Module):
     def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
         """Start from the method's initial thresholds."""
         super().__init__()
+        for layer in pruner.prune_layers or ():
+            if layer > num_layers:
+                raise ConfigError(f"prune_layers names layer {layer}; the model has {num_layers} layers")
         self.pruner = pruner
         self.num_layers = num_layers
         initial = pruner.initial_thresholds(num_layers)
@@ -55,6 +59,17 @@ class TokenPruner(nn.Module):
     def soft(self) -> bool:
         """Whether the next forward pass masks softly instead of removing tokens."""
         return self.training and self.pruner.learned
+
+    def dropping_layers(self) -> list[bool]:
+        """Where the method can drop anything with the thresholds there are now, first layer first.
+
+        Importance is never negative, so nothing is below a threshold of zero. One device synchronisation.
+        """
+        layers = range(1, self.num_layers + 1)
+        drops = [self.pruner.prunes(layer, self.num_layers) for layer in layers]
+        if self.thresholds is None or type(self.pruner).keep is not FixedThreshold.keep:
+            return drops
+        return [can and threshold > 0 for can, threshold in zip(drops, self.thresholds.tolist(), strict=True)]
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -159,6 +174,7 @@ class ForwardState:
         self.valid = layout_from_mask(mask)
         self.record = PassRecord(token_pruner.pruner, mask, self.valid, first_only=first_only)
         self.recorded = any(pruner is token_pruner for pruner, _ in recording.get())
+        self._dropping_layers = None if self.soft or self.recorded else token_pruner.dropping_layers()
         self.segments: Tensor | None = None
         if token_pruner.pruner.summary_tokens == "segment" and input_ids is not None:
             self.segments = segments_of(input_ids, self.valid)
@@ -181,11 +197,19 @@ class ForwardState:
         return self.record.first_only and layer == self.token_pruner.num_layers
 
     def prunes(self, layer: int) -> bool:
-        """Whether ``layer`` needs importance scores: in a last layer for first tokens only to record them."""
-        if self.soft:
-            return True
-        wanted = self.recorded or not self.first_only(layer)
-        return wanted and self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
+        """Whether ``layer`` needs importance scores.
+
+        Where nothing can be dropped they are computed for a trace only: with a threshold of zero, or in a last layer
+        for first tokens only.
+        """
+        if self._dropping_layers is None:
+            return self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
+        return self._dropping_layers[layer - 1] and not self.first_only(layer)
+
+    @property
+    def differentiable_importance(self) -> bool:
+        """Whether importance passes a gradient on: to thresholds in the soft stage, through summaries' weights."""
+        return self.soft or self.token_pruner.pruner.summary_tokens != "none"
 
     def decide(self, layer: int, received: Tensor | None) -> None:
         """Take the layer's decision from the attention its tokens received, and record it.
@@ -200,8 +224,7 @@ class ForwardState:
             return
         module = self.token_pruner
         pruner = module.pruner
-        divisor = normalizer(entering, pruner.scoring_mode, pruner.max_seq_length)
-        scores = received / divisor[entering.sequence_ids]
+        scores = importance_scores(received, entering, pruner.scoring_mode, pruner.max_seq_length)
         threshold = None if module.thresholds is None else module.thresholds[layer - 1]
         summaries = self.summaries(layer)
         present = None if summaries is None else summaries.present
@@ -227,10 +250,10 @@ class ForwardState:
             # Planned again too, so that it saves the same tensors.
             merge, summaries = plan_merge(self._groups(entering), ~keep, summaries, received)
             stays = keep | summaries.present
-        leaving, kept, _ = drop(entering, stays)
+        leaving, kept, dropped = drop(entering, stays)
         if summaries is not None:
             summaries = Summaries(summaries.present[kept], summaries.weights[kept])
-        dropped = (~keep).nonzero().squeeze(-1)
+            dropped = (~keep).nonzero().squeeze(-1)
         self.layers.setdefault(
             layer,
             LayerRecord(entering, leaving, kept, dropped, scores=scores.detach(), merge=merge, summaries=summaries),
@@ -330,14 +353,17 @@ class Trace:
         batches = []
         for done in self.passes:
             pruner = done.pruner
+            if all(record.soft_mask is None for record in done.layers.values()):
+                raise RuntimeError("nothing was masked softly: the soft stage needs LearnedThreshold and train()")
             sums: list[Tensor] = []
             survival: Tensor | float = 1.0
             for layer in sorted(done.layers):
                 record = done.layers[layer]
-                if record.soft_mask is None:
-                    raise RuntimeError("nothing was masked softly: the soft stage needs LearnedThreshold and train()")
                 layout = record.entering
-                survival = record.soft_mask * survival if cumulative else record.soft_mask
+                soft_mask = record.soft_mask
+                if soft_mask is None:  # a layer that may drop nothing
+                    soft_mask = torch.ones(layout.total, device=layout.indices.device)
+                survival = soft_mask * survival if cumulative else soft_mask
                 total = survival.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, survival)
                 sums.append(
                     total / normalizer(layout, pruner.scoring_mode, pruner.max_seq_length) if normalized else total

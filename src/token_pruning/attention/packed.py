@@ -1,4 +1,4 @@
-"""Attention over packed sequences in plain PyTorch.
+"""Attention over packed sequences: fused on a GPU, elsewhere and for what is not fused in plain PyTorch.
 
 Sequences of similar length are laid side by side in one small padded block, so that a batch costs a few matrix products
 instead of one per sequence; padding inside a block is masked and never leaves it. The projections and the feed-forward,
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from token_pruning.attention.fused import can_fuse, fused_attention, fused_first_token_attention
 from token_pruning.importance import received_attention
 from token_pruning.ragged import Layout
 
@@ -27,6 +28,7 @@ def packed_attention(
     dropout: float = 0.0,
     *,
     needs_importance: bool = True,
+    differentiable_importance: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention within each sequence.
 
@@ -38,10 +40,14 @@ def packed_attention(
         scaling: factor on ``query · key``.
         dropout: probability of zeroing an attention probability, after the importance was taken.
         needs_importance: False where nothing will be pruned: then no probabilities have to be kept.
+        differentiable_importance: False where the received attention needs no gradient: then fused attention may train.
 
     Returns:
         context ``[rows, heads, head_dim]`` and received attention ``[layout.total]`` float32 (None if not needed).
     """
+    differentiable_importance = needs_importance and differentiable_importance
+    if can_fuse(query, key, value, layout, dropout, differentiable_importance=differentiable_importance):
+        return fused_attention(query, key, value, layout, scaling, needs_importance=needs_importance)
     rows, total = query.shape[0], layout.total
     query, key, value = query[:total] * scaling, key[:total], value[:total]
     lengths = layout.lengths
@@ -83,6 +89,8 @@ def first_token_attention(
     Returns:
         context ``[sequences, heads, head_dim]``.
     """
+    if can_fuse(query, key, value, layout, dropout, differentiable_importance=False) and 0 not in layout.lengths:
+        return fused_first_token_attention(query, key, value, layout, scaling)
     starts = layout.first_rows
     lengths = layout.lengths_tensor
     lengths = lengths[lengths > 0]

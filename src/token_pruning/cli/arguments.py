@@ -21,7 +21,7 @@ _LEARNING_RATES = {"MRPC": 2e-5}
 _LEARNING_RATE = 4e-5
 _KEYS = (
     "prune_mode", "final_token_threshold", "token_keep_rate", "keep_all_layers", "token_threshold", "scoring_mode",
-    "summary_tokens",
+    "summary_tokens", "prune_layers",
 )  # fmt: skip
 
 
@@ -125,6 +125,7 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument("--max-drop", type=float, metavar="POINTS", help="how much the metric may fall, such as 1.0")
     parser.add_argument("--examples", type=int, default=400, help="how many are used (default 400, at least 32)")
     parser.add_argument("--summary-tokens", default="none", help="none, shared or segment (default none)")
+    _add_prune_layers(parser)
     parser.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
     parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32,
                         help="batch size of the evaluation (default 32)")  # fmt: skip
@@ -285,6 +286,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--token-threshold", type=float, help="threshold mode: relative to the largest score")
     keys.add_argument("--scoring-mode", help="mean, mean_norm or relative")
     keys.add_argument("--summary-tokens", help="none, shared or segment: what is dropped lives on as summary tokens")
+    _add_prune_layers(keys)
+
+
+def _add_prune_layers(parser: Any) -> None:
+    parser.add_argument(
+        "--prune-layers", type=int, nargs="+", metavar="L",
+        help="the layers, the first is 1, at which tokens may leave (default: all)",
+    )  # fmt: skip
 
 
 # Commands import what they need when they run: the train and demo extras are optional.
@@ -385,6 +394,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         max_drop=arguments.max_drop,
         examples=arguments.examples,
         summary_tokens=arguments.summary_tokens,
+        prune_layers=arguments.prune_layers,
     )
 
 

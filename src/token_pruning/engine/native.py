@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from token_pruning.checks import choice
 from token_pruning.engine.tokens import EncoderOutput, PackedTokens
 from token_pruning.errors import ConfigError, TokenPruningError
-from token_pruning.importance import normalizer
+from token_pruning.importance import importance_scores
 from token_pruning.models import EmbeddingModules, Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.ragged import Layout
@@ -284,10 +284,9 @@ class NativeEncoder:
             hosts = torch.zeros(layout.total, dtype=torch.uint8)
             if method.summary_tokens == "segment":
                 segments = segments_of(tokens.id_grid(), layout)[layout.indices].to(torch.uint8)
-        prunes = bytes(method.prunes(layer, layers) for layer in range(1, layers + 1))
-        if absolute and pruner.thresholds is not None and not recorded:  # importance is never negative
-            useful = (pruner.thresholds > 0).tolist()
-            prunes = bytes(a and b for a, b in zip(prunes, useful, strict=True))
+        prunes = bytes(
+            [method.prunes(layer, layers) for layer in range(1, layers + 1)] if recorded else pruner.dropping_layers()
+        )
         decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived, hosts)
         request = _Request(
             sequences=cu_seqlens.numel() - 1,
@@ -364,8 +363,9 @@ def _records(
         entering, leaving = _layout_of(tokens, present), _layout_of(tokens, left)
         scores = None
         if method.prunes(layer, pruner.num_layers):
-            divisor = normalizer(entering, method.scoring_mode, method.max_seq_length)
-            scores = received[layer - 1][present] / divisor[entering.sequence_ids]
+            scores = importance_scores(
+                received[layer - 1][present], entering, method.scoring_mode, method.max_seq_length
+            )
         summaries = None
         if hosts is not None:
             summary = (survived < layer)[left]
@@ -390,8 +390,7 @@ class _Decisions:
             total = torch.frombuffer(
                 (c_float * rows).from_address(ctypes.addressof(received.contents)), dtype=torch.float32
             )
-            divisor = normalizer(layout, module.pruner.scoring_mode, module.pruner.max_seq_length)
-            scores = total / divisor[layout.sequence_ids]
+            scores = importance_scores(total, layout, module.pruner.scoring_mode, module.pruner.max_seq_length)
             decision = module.pruner.keep(
                 LayerTokens(
                     layer=layer + 1,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from token_pruning.checks import choice, positive_integer
+from token_pruning.errors import ConfigError
 from token_pruning.importance import SCORING_MODES, ScoringMode
 from token_pruning.ragged import Layout
 from token_pruning.summary import SUMMARY_TOKENS, SummaryTokens
@@ -50,6 +51,8 @@ class Pruner(ABC):
         summary_tokens: whether what is dropped lives on as summary tokens (:mod:`token_pruning.summary`): ``"none"``,
             ``"shared"`` (one per sequence) or ``"segment"`` (one for each sentence of a pair). The soft stage drops
             nothing, so it has none.
+        prune_layers: the layers (1-based) at which tokens may leave; None for all that the method has. Where the
+            arithmetic saved is small, as for a single sequence on a GPU, each pruning layer costs more than it saves.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -62,12 +65,18 @@ class Pruner(ABC):
     scoring_mode: ScoringMode = "mean"
     max_seq_length: int = 128
     summary_tokens: SummaryTokens = "none"
+    prune_layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the configuration."""
         choice("scoring_mode", self.scoring_mode, SCORING_MODES)
         positive_integer("max_seq_length", self.max_seq_length)
         choice("summary_tokens", self.summary_tokens, SUMMARY_TOKENS)
+        if self.prune_layers is not None:
+            if isinstance(self.prune_layers, str) or not isinstance(self.prune_layers, Sequence):
+                raise ConfigError(f"prune_layers is {self.prune_layers!r}; it must be a list of layers, the first is 1")
+            layers = [positive_integer(f"prune_layers[{i}]", layer) for i, layer in enumerate(self.prune_layers)]
+            object.__setattr__(self, "prune_layers", tuple(sorted(set(layers))))
 
     @abstractmethod
     def keep(self, tokens: LayerTokens) -> Tensor:
@@ -75,7 +84,7 @@ class Pruner(ABC):
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Whether anything can be dropped at ``layer`` (1-based); where not, no importance is computed."""
-        return True
+        return self.prune_layers is None or layer in self.prune_layers
 
     def initial_thresholds(self, num_layers: int) -> Sequence[float] | None:
         """One threshold per layer to start from, or None for methods without thresholds."""
@@ -91,4 +100,6 @@ class Pruner(ABC):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.summary_tokens == "none":
             values["summary_tokens"] = None
+        if self.prune_layers is not None:
+            values["prune_layers"] = list(self.prune_layers)
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}

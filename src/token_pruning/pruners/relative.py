@@ -43,7 +43,7 @@ class RelativeThreshold(Pruner):
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Not with a threshold of 0."""
-        return self.token_threshold > 0
+        return super().prunes(layer, num_layers) and self.token_threshold > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,4 +73,4 @@ class RisingThreshold(Pruner):
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Not with a threshold of 0."""
-        return self.final_token_threshold > 0
+        return super().prunes(layer, num_layers) and self.final_token_threshold > 0

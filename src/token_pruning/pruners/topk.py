@@ -40,7 +40,7 @@ class TopK(Pruner):
 
     def keep_rate(self, layer: int, num_layers: int) -> float:
         """The fraction of the input's tokens that stay after ``layer`` (1-based)."""
-        if not self.prunes(layer, num_layers):
+        if layer <= self.keep_all_layers:
             return 1.0
         # Written so that the last layer's rate is token_keep_rate to the last bit: n · rate may be exactly a half.
         left = (num_layers - layer) / (num_layers - self.keep_all_layers)
@@ -48,7 +48,7 @@ class TopK(Pruner):
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """After the layers that keep all."""
-        return layer > self.keep_all_layers and self.token_keep_rate < 1
+        return super().prunes(layer, num_layers) and layer > self.keep_all_layers and self.token_keep_rate < 1
 
     def keep(self, tokens: LayerTokens) -> Tensor:
         """The ``round(n · rate)`` highest scores of each sequence, the first token counted among them."""

@@ -193,6 +193,11 @@ def use_relative_scores(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
             "held by absolute_threshold"
         )
+    if config.get("prune_layers") is not None:
+        raise ConfigError(
+            f"prune_layers is {config['prune_layers']}; with a budget, --target-flops, it is --schedule that says "
+            "where tokens leave (0,0.5,0,0.5: half of them after layer 2, half after layer 4)"
+        )
     mode = config.get("scoring_mode") or "mean"
     if mode == "mean":
         length = config.get("max_seq_length") or Pruner.max_seq_length

@@ -38,6 +38,7 @@ def calibrate_checkpoint(
     max_drop: float | None = None,
     examples: int = EXAMPLES,
     summary_tokens: SummaryTokens = "none",
+    prune_layers: list[int] | None = None,
 ) -> Path:
     """Calibrate a dense checkpoint, evaluate it where there is something to evaluate on, and save it.
 
@@ -48,6 +49,7 @@ def calibrate_checkpoint(
         max_drop: instead of the budget; see :func:`token_pruning.calibrate`.
         examples: how many are taken, at random.
         summary_tokens: see :class:`token_pruning.Pruner`.
+        prune_layers: see :class:`token_pruning.Pruner`.
 
     Returns:
         The output folder: a checkpoint with ``calibration.json``, what was compared.
@@ -64,7 +66,7 @@ def calibrate_checkpoint(
         raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
     identity = {
         **options.identity(), "max_drop": max_drop, "examples": examples, "summary_tokens": summary_tokens,
-        "texts": None if texts is None else str(texts),
+        "prune_layers": prune_layers, "texts": None if texts is None else str(texts),
     }  # fmt: skip
     resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
     tokenizer = load_tokenizer(checkpoint)
@@ -90,6 +92,7 @@ def calibrate_checkpoint(
         max_drop=max_drop,
         metric=None if data is None else _metric(data),
         summary_tokens=summary_tokens,
+        prune_layers=prune_layers,
         seed=options.seed,
     )
     print(format_calibration(result))
@@ -125,7 +128,8 @@ def format_calibration(result: Calibration) -> str:
             f"{result.drop_bound:.2f} points (one standard error)"
         )
     others = [f"{fit.schedule.name} {fit.divergence:.4f}" for fit in result.candidates if fit is not chosen][:5]
-    return "\n".join([*lines, f"  compared {len(result.candidates)}; next: {', '.join(others)}"])
+    rest = f"; next: {', '.join(others)}" if others else ""
+    return "\n".join([*lines, f"  compared {len(result.candidates)}{rest}"])
 
 
 def _report(result: Calibration) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Thresholds for random weights that keep a wanted fraction of the tokens after every layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import token_pruning as tp
+from token_pruning.pruners import LayerTokens, Pruner
+
+FINAL_KEEP = 0.12
+"""The fraction of tokens that the line ends at; relative FLOPs of twelve layers are then about 0.57."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Profile(Pruner):
+    """Keeps the wanted fraction of a batch's tokens at every layer, and writes down the threshold that does so."""
+
+    prune_mode = "profile"
+    final_keep: float
+    found: list[float] = field(default_factory=list)
+
+    def keep(self, tokens: LayerTokens) -> Tensor:
+        fraction = 1 - (1 - self.final_keep) * (tokens.layer - 1) / (tokens.num_layers - 1)
+        wanted = round(fraction * int(tokens.input_lengths.sum()))
+        scores = tokens.scores.index_fill(0, tokens.layout.first_rows, torch.inf)  # they stay whatever happens
+        ordered = scores.sort(descending=True).values
+        threshold = 0.0 if wanted >= len(ordered) else ordered[wanted - 1 : wanted + 1].mean().item()
+        self.found.append(threshold)
+        return scores >= threshold
+
+
+def linear_thresholds(
+    model: Any, batch: Mapping[str, Tensor], final_keep: float, prune_layers: Sequence[int] | None = None
+) -> tp.FixedThreshold:
+    """The method that keeps everything in the first layer, ``final_keep`` of the tokens in the last, linearly between.
+
+    Received attention has mean 1 in a sequence of any length; "mean" divides it by a constant, so that the same
+    threshold keeps about the same fraction of short and of long sequences.
+
+    Args:
+        model: not pruned, in evaluation mode; its head reads first tokens, so that the last layer drops nothing.
+        batch: a padded batch with the lengths to expect.
+        final_keep: 0 to 1.
+        prune_layers: where tokens may leave, down to the same line.
+    """
+    profile = _Profile(final_keep=final_keep, prune_layers=prune_layers)
+    tp.prune(model, profile)
+    try:
+        with torch.inference_mode():
+            model(**batch)
+    finally:
+        tp.unprune(model)
+    layers = range(1, model.config.num_hidden_layers + 1)
+    found = dict(zip([layer for layer in layers if profile.prunes(layer, len(layers))], profile.found, strict=False))
+    thresholds = [found.get(layer, 0.0) for layer in layers]  # the last layer, of first tokens only, is not asked
+    return tp.FixedThreshold(thresholds=thresholds, scoring_mode="mean", prune_layers=prune_layers)
