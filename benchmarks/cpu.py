@@ -307,6 +307,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {settings}." for name, settings in about["settings"].items()),
         "",
+        *summary(result),
+        "",
     ]
     previous = None
     for done in result["runs"]:
@@ -332,6 +334,39 @@ def markdown(result: dict[str, Any]) -> str:
             lines.append(f"| {done['dtype']} | *pruning* | {notes} | | | |")
         lines.append("")
     return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """A line per run: the best dense engine of others, and this package's."""
+    lines = [
+        "| workload | dtype | threads | best dense engine of others, sequences/s | unpruned engine | pruned engine | "
+        "relative FLOPs | realised fraction |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for done in result["runs"]:
+        if not done["best_dense"]:
+            continue
+
+        def speed(name: str, done: dict[str, Any] = done) -> str:
+            row = done["engines"].get(name)
+            if row is None:
+                return ""
+            return f"{row['sequences_per_second']['median']:.1f}, **{row['to_best_dense']['median']:.2f}×**"
+
+        best = done["engines"][done["best_dense"]]["sequences_per_second"]["median"]
+        fraction = f"{done['realised_fraction']:.2f}" if "realised_fraction" in done else ""
+        cells = (
+            done["workload"],
+            done["dtype"],
+            str(done["threads"]),
+            f"{done['best_dense']} {best:.1f}",
+            speed(UNPRUNED),
+            speed(PRUNED),
+            f"{done['relative_flops']:.2f}",
+            fraction,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def table_row(done: dict[str, Any], name: str) -> str:

@@ -28,7 +28,8 @@ TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's
 BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since thresholds are fitted to training data
 CALIBRATED = 0.69
 LAMBDAS = (0.1, 0.3, 1.0)
-METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp")
+METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp", "short")
+SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
     "MRPC": (None, 1e-4, 5),
@@ -82,6 +83,17 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
                 f"ltp-{strength}",
                 ["train", *common, *half, "--restore", str(soft), "--masking-mode", "hard", "--lr", "1e-4"],
             )
+    if "short" in methods:
+        start, lr, passes = DENSE[task]
+        restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
+        only = ["--train-length-quantile", SHORT]
+        recipe = f"--masking-mode none --lr {lr} --epoch {passes}".split()
+        yield "short-dense", ["train", *common, "--restore", str(restore), *recipe, *only]
+        dense = str(here / "short-dense")
+        hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4", *epochs, *only]
+        yield "short-budget-0.50", [*hard, "--target-flops", str(BUDGETS["0.50"]), "--summary-tokens", "segment"]
+        yield "short-topk-0.50", [*hard, *topk(dense, task, glue, BUDGETS["0.50"], keep_all=1)]
+        yield "short-manual-0.50", [*hard, *manual(dense, task, glue, BUDGETS["0.50"])]
 
 
 def topk(dense: str, task: str, glue: Path, target: float, keep_all: int) -> list[str]:

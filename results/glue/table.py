@@ -133,7 +133,7 @@ def figure(everything: dict[str, list[Runs]]) -> None:
             Row(number, name.split("-")[0], "complete", points(task, run) / 100, run["relative_flops"], None, {})
             for runs in seeds
             for number, (name, run) in enumerate(runs.items())
-            if name != "dense" and not name.endswith(("soft", "untrained"))
+            if name != "dense" and not name.startswith("short") and not name.endswith(("soft", "untrained"))
         ]
         dense = statistics.mean(points(task, runs["dense"]) for runs in seeds) / 100
         panels.append(TaskResults(task, glue_task(task).best_metric, dense, rows))
