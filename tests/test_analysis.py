@@ -212,6 +212,13 @@ def test_own_file_and_models_of_two_depths(folder: Path) -> None:
     assert page.count("[CLS]: kept to the end") == 4
 
 
+def test_without_samples_no_text_is_written(folder: Path) -> None:
+    assert main(["analyze", *LINE.replace("--samples 3", "--samples 0").split(), "CKPT"]) == 0
+    assert not Path("out/trajectories.html").exists()
+    assert "Samples" not in Path("out/analysis.md").read_text(encoding="utf-8")
+    assert "[CLS]" not in Path("out/analysis.json").read_text(encoding="utf-8")
+
+
 def test_names_are_the_shortest_ends_that_differ(folder: Path) -> None:
     write_checkpoint(folder / "a/same", **TOPK)
     write_checkpoint(folder / "b/same")
@@ -238,7 +245,7 @@ def test_the_same_command_writes_the_same_bytes(folder: Path) -> None:
         (f"{LINE} CKPT ENCODER --names a a", ["--names", "'a'", "twice"]),
         (f"{LINE} CKPT --quantiles 0", ["--quantiles", "0", ">= 1"]),
         (f"{LINE} CKPT --quantiles few", ["--quantiles", "few"]),
-        (f"{LINE} CKPT --samples -1", ["--samples", "-1", ">= 1"]),
+        (f"{LINE} CKPT --samples -1", ["--samples", "-1", ">= 0"]),
         (f"{LINE} CKPT --bs 0", ["--bs", "0", ">= 1"]),
         (f"{LINE} CKPT --max-length 500", ["--max-length", "500", "130"]),
         (f"{LINE} CKPT --output-dir CKPT/config.json", ["--output-dir", "config.json", "folder"]),

@@ -82,7 +82,8 @@ def markdown(analysis: Mapping[str, Any]) -> str:
     if regression:
         parts.append("Pearson correlation of the fraction kept and the absolute error:")
         parts.append(_table(["method", "correlation"], [[m["name"], _number(m["error_correlation"])] for m in methods]))
-    parts += ["## Samples", "In colour: [trajectories.html](trajectories.html)."]
+    if analysis["samples"]:
+        parts += ["## Samples", "In colour: [trajectories.html](trajectories.html)."]
     for number, sample in enumerate(_samples(analysis), start=1):
         parts.append(
             f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "

@@ -20,7 +20,7 @@ from token_pruning.analysis.quantities import (
 )
 from token_pruning.attach import prune, record
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
-from token_pruning.checks import positive_integer
+from token_pruning.checks import number, positive_integer
 from token_pruning.data import Task, TaskData
 from token_pruning.errors import ConfigError
 from token_pruning.files import write_files
@@ -62,7 +62,7 @@ def analyze(
         command: stands above the tables.
         names: what to call the checkpoints; the shortest ends of their paths that differ unless given.
         quantiles: groups by length.
-        samples: texts whose tokens are shown, spread over the lengths.
+        samples: texts whose tokens are shown, spread over the lengths; with 0 no text is written anywhere.
         batch_size: examples per forward pass.
         max_length: longer texts are truncated; tokens.
         bf16: bfloat16 autocast.
@@ -74,9 +74,10 @@ def analyze(
         TokenPruningError: for a bad checkpoint, data set or value.
     """
     for flag, value in (
-        ("--quantiles", quantiles), ("--samples", samples), ("--bs", batch_size), ("--max-length", max_length),
+        ("--quantiles", quantiles), ("--bs", batch_size), ("--max-length", max_length),
     ):  # fmt: skip
         positive_integer(flag, value)
+    number("--samples", samples, low=0)
     names = _names(restore, names)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output-dir is {output_dir}, a file; it must be a folder, or not exist yet")
@@ -165,9 +166,10 @@ def analyze(
         "length.png": length_plot(methods, task.best_metric),
         "layers.png": layer_plot(methods),
         "outcome.png": outcome_plot(methods),
-        "trajectories.html": trajectories(analysis),
         "analysis.md": markdown(analysis),
     }
+    if chosen:
+        contents["trajectories.html"] = trajectories(analysis)
     try:
         write_files(output_dir, contents)
     except OSError as error:

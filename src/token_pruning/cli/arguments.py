@@ -170,7 +170,7 @@ def add_analyze(commands: Any) -> None:
     parser.add_argument("--validation-file", type=Path, help="instead of --task: your own CSV, TSV, JSON or JSONL")
     parser.add_argument("--output-dir", type=Path, required=True, help="where to write; an older analysis is replaced")
     parser.add_argument("--quantiles", type=int, default=4, help="groups of examples by length (default 4)")
-    parser.add_argument("--samples", type=int, default=8, help="texts whose tokens are shown (default 8)")
+    parser.add_argument("--samples", type=int, default=8, help="texts whose tokens are shown, 0 for none (default 8)")
     _add_inference(parser)
     parser.set_defaults(run=_analyze, train_file=None)
 
