@@ -1,6 +1,7 @@
 """The GPU kernels and what is built on them: compiled where there is a GPU, elsewhere interpreted on the CPU."""
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -398,6 +399,25 @@ def test_kernels_compile_for_gpus_and_fit_their_registers() -> None:
     for line in lines:
         found = re.search(r"stack (\d+)", line)
         assert found and int(found[1]) <= 128, line  # bytes per thread; an unlucky shape of blocks needs hundreds
+
+
+@pytest.mark.skipif(GPU, reason="the benchmark itself follows")
+def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    options = "--device cpu --shapes tiny --dtypes float32 --lengths 8 --batch-sizes 2 --passes 1 --no-compile"
+    line = [sys.executable, str(script), *options.split(), "--output", str(tmp_path / "trial")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))["runs"]
+    assert set(run["engines"]) >= {"transformers, SDPA, padded", "token-pruning, unpruned", "token-pruning, pruned"}
+    for name, engine in run["engines"].items():  # all the same model, but for what is pruned
+        assert engine["logit_difference"] < (1e-5 if engine["relative_flops"] in (1.0, unpruned(run)) else 1.0), name
+    assert run["engines"]["token-pruning, pruned"]["relative_flops"] < unpruned(run)
+    assert (tmp_path / "trial.md").exists() and (tmp_path / "trial.png").exists()
+
+
+def unpruned(run: dict[str, Any]) -> float:
+    return float(run["engines"]["token-pruning, unpruned"]["relative_flops"])
 
 
 # What only a GPU can show.
