@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,6 +154,8 @@ def run(glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: lis
                 (folder / "command.txt").write_text(f"token-pruning {shlex.join(arguments)}\n", encoding="utf-8")
                 if main(arguments) != 0:
                     sys.exit(f"{task} seed {seed} {name} failed")
+                for checkpoint in folder.glob("checkpoint-*"):  # a quarter of a gigabyte each, and of no more use
+                    shutil.rmtree(checkpoint)
 
 
 if __name__ == "__main__":
