@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,33 @@ def test_a_killed_run_continues_to_the_same_result(
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.allclose(whole[name], resumed[name], atol=1e-6), name
+
+
+def test_a_full_disk_is_one_line_and_the_run_continues(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, free = PruningTrainer._save_optimizer_and_scheduler, [2**30]
+
+    def fill_the_disk(self: PruningTrainer, output_dir: str) -> None:
+        if self.state.global_step == 4:
+            free[0] = 0
+            raise RuntimeError("basic_ios::clear: iostream error")  # as torch.save puts it
+        original(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningTrainer, "_save_optimizer_and_scheduler", fill_the_disk)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
+        assert train("out") == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "checkpoint-4 cannot be written to out: the disk is full" in line
+        assert {file.name for file in (folder / "out").glob("*checkpoint*")} == {"checkpoint-2"}
+        free[0] = 2**30
+        with pytest.raises(RuntimeError, match="iostream"):  # not for want of room
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+            train("out")
+        assert {file.name for file in (folder / "out").glob("*checkpoint*")} == {"checkpoint-2"}
+    assert train("out") == 0
+    assert "continuing from" in capsys.readouterr().out
 
 
 def test_a_process_killed_by_the_system_continues(folder: Path) -> None:

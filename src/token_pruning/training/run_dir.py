@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from token_pruning.errors import ConfigError
+from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.files import STAGING_PREFIX, write_text
 
 RUN_FILE = "run.json"
+_FULL = 16 * 2**20  # bytes left free by a write that failed for want of room
 TEACHER_LOGITS = "teacher_logits"  # the folder of what was computed with a model as the teacher, or for a run
 
 
@@ -106,6 +109,25 @@ class RunDir:
         folder.mkdir(parents=True)
         return folder
 
+    @contextmanager
+    def whole_or_removed(self, staging: Path) -> Iterator[None]:
+        """Around writing what :meth:`staging` gave: a folder that could not be written whole takes no room.
+
+        Raises:
+            CheckpointError: if the disk is full; other errors are passed on.
+        """
+        try:
+            yield
+        except Exception as error:
+            full = shutil.disk_usage(self.path).free < _FULL
+            shutil.rmtree(staging, ignore_errors=True)
+            if full:
+                raise CheckpointError(
+                    f"{staging.name.removeprefix(STAGING_PREFIX)} cannot be written to {self.path}: the disk is full; "
+                    "with room made, the same command continues from the last complete checkpoint"
+                ) from error
+            raise
+
     def publish(self, staging: Path) -> Path:
         """Give a written folder its final name."""
         final = staging.with_name(staging.name.removeprefix(STAGING_PREFIX))
@@ -117,8 +139,9 @@ class RunDir:
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """Write a model's files into the run's folder, ``config.json`` last: without it nothing loads."""
         staging = self.staging("model")
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        with self.whole_or_removed(staging):
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
         for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             file.replace(self.path / file.name)
         staging.rmdir()

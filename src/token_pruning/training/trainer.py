@@ -167,22 +167,23 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
             self.run_dir.staging(name)
         self.accelerator.wait_for_everyone()
         staging = self.run_dir.path / (STAGING_PREFIX + name)
-        self.save_model(str(staging), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(staging))
-        self._save_rng_state(str(staging))
-        if self.state.best_global_step:
-            best = self.run_dir.path / f"checkpoint-{self.state.best_global_step}"
-            if best.name == name or best.exists():
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            exportable = [*self.callback_handler.callbacks, self.control]
-            for callback in (c for c in exportable if isinstance(c, ExportableState)):
-                saved = self.state.stateful_callbacks.get(type(callback).__name__)
-                if isinstance(saved, list):
-                    saved.append(callback.state())
-                else:
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        with self.run_dir.whole_or_removed(staging):
+            self.save_model(str(staging), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_rng_state(str(staging))
+            if self.state.best_global_step:
+                best = self.run_dir.path / f"checkpoint-{self.state.best_global_step}"
+                if best.name == name or best.exists():
+                    self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                exportable = [*self.callback_handler.callbacks, self.control]
+                for callback in (c for c in exportable if isinstance(c, ExportableState)):
+                    saved = self.state.stateful_callbacks.get(type(callback).__name__)
+                    if isinstance(saved, list):
+                        saved.append(callback.state())
+                    else:
+                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
             self.run_dir.publish(staging)
