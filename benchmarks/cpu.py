@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from output import spread
 from peers import PEERS, Call, Model, import_packages, prepare, versions
 from workloads import WORKLOADS, Sequences, load, make_checkpoint
 
@@ -283,10 +284,6 @@ def run(workload: str, made: dict[str, Any], dtype: str, threads: int, arguments
 def _pruning_gain(done: Mapping[str, Any]) -> float:
     """By how much pruning divides the engine's FLOPs; runs of earlier versions know one figure only."""
     return float(done.get("relative_flops_unpruned", 1.0) / done["relative_flops"])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 # The report

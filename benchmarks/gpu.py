@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import transformers
-from keep_profile import FINAL_KEEP, linear_thresholds
-from output import write
+from output import spread, write
+from random_weights import FINAL_KEEP, SHAPES, linear_thresholds, make_model
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -35,16 +35,6 @@ from token_pruning.kernels.attention import attend, column_sums
 from token_pruning.kernels.compaction import compact
 from token_pruning.ragged import layout_from_mask
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128},
-    "base": {},
-    "large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-}
 PRUNE_AT = (3, 6)  # of twelve layers: where a single sequence is pruned
 FITTED = 32  # sequences that thresholds are fitted to
 TOKENS_PER_TURN = 16_384  # so many at least, and at least one batch
@@ -126,31 +116,23 @@ def with_padding(model: Any) -> Engine:
     return run
 
 
-def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SHAPES[shape]
-    )
-    return transformers.RobertaForSequenceClassification(config).eval().to(device, dtype)
-
-
 def make_engines(
     shape: str, dtype: torch.dtype, greatest: int, device: torch.device, compiled: bool
 ) -> tuple[dict[str, Engine], dict[str, float]]:
     """All engines of one shape, dtype and length, and what pruning costs in relative FLOPs."""
     fitted = draw(-1, 1, FITTED, greatest, device)[0].padded
-    model = make_model(shape, device, torch.float32)
+    model = make_model(shape).to(device)
     method = linear_thresholds(model, fitted, FINAL_KEEP)
     layers = model.config.num_hidden_layers
     at = sorted({max(1, layers * layer // 12) for layer in PRUNE_AT})
     few = linear_thresholds(model, fitted, FINAL_KEEP, at)
     del model
     engines = {
-        PADDED: with_padding(make_model(shape, device, dtype)),
-        VARLEN: without_padding(make_model(shape, device, dtype)),
+        PADDED: with_padding(make_model(shape).to(device, dtype)),
+        VARLEN: without_padding(make_model(shape).to(device, dtype)),
     }
     if compiled:
-        model = make_model(shape, device, dtype)
+        model = make_model(shape).to(device, dtype)
         engine = without_padding(model)
         model.base_model.compile(dynamic=True)
         try:
@@ -162,7 +144,7 @@ def make_engines(
             engines[COMPILED] = engine
     flops = {}
     for name, pruner in ((UNPRUNED, tp.Unpruned()), (PRUNED, method), (FEW, few)):
-        model = tp.prune(make_model(shape, device, dtype), pruner)
+        model = tp.prune(make_model(shape).to(device, dtype), pruner)
         with torch.inference_mode(), tp.record(model) as trace:
             model(**draw(-2, 1, FITTED, greatest, device)[0].padded)
         flops[name] = count_flops(model, trace).relative
@@ -191,10 +173,6 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     run()
     return statistics.median(seconds_of(run, device) for _ in range(repeats if device.type == "cuda" else 1))
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
 # Whole models

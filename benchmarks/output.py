@@ -1,6 +1,8 @@
-"""Where a benchmark's figures go."""
+"""What becomes of a benchmark's figures."""
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,3 +12,8 @@ def write(result: Any, text: str, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Of several passes."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}

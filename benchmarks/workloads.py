@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from keep_profile import FINAL_KEEP, linear_thresholds
+from random_weights import FINAL_KEEP, linear_thresholds, make_model
 from torch import Tensor
 
 import token_pruning as tp
@@ -15,15 +14,6 @@ from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.data import glue_task, load_glue_folder
 from token_pruning.training.stages import load_tokenizer, tokenize
 
-SHAPES: dict[str, dict[str, int]] = {
-    "roberta-base": {},
-    "roberta-large": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    },
-}
 LENGTHS = {
     "GLUE-like": (8, 128, "log-normal (σ 0.4), mean about 50 tokens, from 8 to 128"),
     "long": (340, 400, "uniform from 340 to 400 tokens"),
@@ -39,7 +29,7 @@ class Workload:
 
     Attributes:
         batch_size: sequences per call.
-        shape: random weights: the model's sizes, a key of ``SHAPES``.
+        shape: random weights: ``roberta-`` and a key of ``random_weights.SHAPES``.
         lengths: random weights: a key of ``LENGTHS``.
         batches: random weights: calls per pass.
         pool: random weights: batches that are drawn and sorted by length, of which a pass takes ``batches``, the
@@ -152,12 +142,7 @@ def make_checkpoint(workload: Workload, folder: Path, checkpoints: Path | None, 
         if not path.is_dir():
             raise tp.CheckpointError(f"{path} does not exist; it must be a pruned checkpoint")
         return path
-    torch.manual_seed(0)
-    sizes = SHAPES[workload.shape]
-    config = transformers.RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **sizes
-    )
-    model = transformers.RobertaForSequenceClassification(config).eval()
+    model = make_model(workload.shape.removeprefix("roberta-"))
     path = folder / "checkpoint"
     model.save_pretrained(path)
     sequences = Sequences(workload, path, data_dir)

@@ -1,17 +1,32 @@
-"""Thresholds for random weights that keep a wanted fraction of the tokens after every layer."""
+"""RoBERTa with random weights, and thresholds that keep a wanted fraction of its tokens after every layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import token_pruning as tp
 from token_pruning.pruners import LayerTokens, Pruner
 
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128},
+    "base": {},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
 FINAL_KEEP = 0.12
 """The fraction of tokens that the line ends at; relative FLOPs of twelve layers are then about 0.57."""
+
+
+def make_model(shape: str) -> Any:
+    """A RoBERTa classifier in evaluation mode, always the same for the same key of ``SHAPES``."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SHAPES[shape]
+    )
+    return transformers.RobertaForSequenceClassification(config).eval()
 
 
 @dataclass(frozen=True, kw_only=True)
