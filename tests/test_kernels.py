@@ -401,7 +401,7 @@ def test_kernels_compile_for_gpus_and_fit_their_registers() -> None:
         assert found and int(found[1]) <= 128, line  # bytes per thread; an unlucky shape of blocks needs hundreds
 
 
-@pytest.mark.skipif(GPU, reason="the benchmark itself follows")
+@pytest.mark.skipif(GPU, reason="make gpu runs the benchmark itself")
 def test_the_gpu_benchmark_runs(tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
     options = "--device cpu --shapes tiny --dtypes float32 --lengths 8 --batch-sizes 2 --passes 1 --no-compile"

@@ -63,15 +63,9 @@ def fused_attention(
     """
     cu_seqlens, longest = layout.cu_seqlens, max(layout.lengths)
     positions = None if window is None else layout.indices % layout.width
-    if window is None and _library_takes(query):
-        context, lse = _library_attention(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling)
-    else:
-        from token_pruning.kernels.attention import attend
-
-        context, lse = attend(
-            query, key, value, cu_seqlens, cu_seqlens, longest, scaling,
-            window=window, query_positions=positions, key_positions=positions,
-        )  # fmt: skip
+    context, lse = _attend(
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling, window=window, positions=positions
+    )
     if not needs_importance:
         return context, None
     from token_pruning.kernels.attention import column_sums
@@ -96,12 +90,31 @@ def fused_first_token_attention(query: Tensor, key: Tensor, value: Tensor, layou
         context ``[batch, heads, head_dim]``.
     """
     cu_queries = torch.arange(layout.batch_size + 1, dtype=torch.int32, device=query.device)
-    if _library_takes(query):
-        longest = max(layout.lengths)
-        return _library_attention(query, key, value, cu_queries, layout.cu_seqlens, 1, longest, scaling)[0]
+    return _attend(query, key, value, cu_queries, layout.cu_seqlens, 1, max(layout.lengths), scaling)[0]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scaling: float,
+    *,
+    window: int | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Context and log-sum-exp ``[heads, queries]``, from the library where it can."""
+    if window is None and _library_takes(query):
+        return _library_attention(query, key, value, cu_queries, cu_keys, max_queries, max_keys, scaling)
     from token_pruning.kernels.attention import attend
 
-    return attend(query, key, value, cu_queries, layout.cu_seqlens, 1, scaling)[0]
+    return attend(
+        query, key, value, cu_queries, cu_keys, max_queries, scaling,
+        window=window, query_positions=positions, key_positions=positions,
+    )  # fmt: skip
 
 
 def _library_takes(query: Tensor) -> bool:
