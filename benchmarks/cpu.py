@@ -95,7 +95,7 @@ def unpruned_flops(model: Any, trace: tp.Trace) -> float:
     """What the engine computes without pruning, relative to the dense model: less where first tokens are enough."""
     shape, lengths = shape_of(model.config), trace.attention_lengths[0]
     left = lengths.expand(shape.num_layers + 1, -1)
-    return float(relative_flops(shape, left, first_only=reads_first_token_only(model)))
+    return float(relative_flops(shape, lengths, left, first_only=reads_first_token_only(model)))
 
 
 def prepare_peer(workload: str, name: str, dtype: str, model: Model, data_dir: Path | None) -> str | None:

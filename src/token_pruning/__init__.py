@@ -29,6 +29,7 @@ from token_pruning.pruners import (
     Unpruned,
 )
 from token_pruning.state import Trace
+from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
 
 __version__ = "0.1.0"
 
@@ -60,4 +61,6 @@ __all__ = [
     "record",
     "set_thresholds",
     "unprune",
+    "vocabulary_scores",
+    "vocabulary_threshold",
 ]

@@ -45,12 +45,15 @@ _first_rows = threading.local()
 class Attachment:
     """The hooks on one model. A deep copy of the model gets hooks of its own, bound to a copy of this object."""
 
-    def __init__(self, model: PreTrainedModel, pruner: Pruner, execution: Execution) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pruner: Pruner, execution: Execution, vocabulary_scores: Tensor | None
+    ) -> None:
         """Attach; nothing is changed if that fails."""
         base = model.base_model
         self.family = family_of(base.config)
         self.shape = self.family.shape(base.config)
-        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device).train(model.training)
+        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device, vocabulary_scores)
+        self.token_pruner.train(model.training)
         self.packed = execution == "packed"
         self.parameter_names = tuple(inspect.signature(base.forward).parameters)
         self.model = model
@@ -142,16 +145,16 @@ class Attachment:
         return (), {**kwargs, "attention_mask": None, _STATE: state}
 
     def enter_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Leave padding behind."""
+        """Leave padding behind, and tokens that the vocabulary threshold drops."""
         state = _state(kwargs)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if state.never_entered is not None and not state.record.first_only:
+            places = state.valid.indices[state.never_entered]
+            state.last_states[0] = (places, hidden_states.flatten(0, 1)[places])
         if not state.packed:
             return None
-        if args:
-            return (self._pack(args[0], state), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._pack(kwargs["hidden_states"], state)}
-
-    def _pack(self, hidden_states: Tensor, state: ForwardState) -> Tensor:
-        return _with_filler(pack(hidden_states, state.valid))[None]
+        packed = _with_filler(pack(hidden_states, state.entering(1)))[None]
+        return ((packed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": packed})
 
     def enter_last_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Say which rows its projections are to compute."""
@@ -346,24 +349,33 @@ def _attention_function(
     return context.contiguous(), probabilities
 
 
-def prune(model: ModelT, pruner: Pruner, *, execution: Execution = "packed") -> ModelT:
+def prune(
+    model: ModelT,
+    pruner: Pruner,
+    *,
+    execution: Execution = "packed",
+    vocabulary_scores: Tensor | None = None,
+) -> ModelT:
     """Make a Hugging Face encoder drop tokens, in place.
 
     The model stays what it was: same class, same call, same outputs. Its configuration gets the method's keys and its
-    state dict the thresholds (``token_pruner.thresholds``), so ``save_pretrained`` saves both.
+    state dict the thresholds (``token_pruner.thresholds``) and vocabulary scores, so ``save_pretrained`` saves all.
 
     Args:
         model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT model with any head, or without.
         pruner: the method.
         execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
             gone: a slow reference with the same results, which can return attentions and hidden states.
+        vocabulary_scores: ``[vocabulary]`` float, from :func:`token_pruning.vocabulary_scores`, for a pruner with a
+            ``vocabulary_threshold``.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: for a model without an adapter.
-        ConfigError: if the model is pruned already, or the thresholds do not fit its layers.
+        ConfigError: if the model is pruned already, the thresholds do not fit its layers or the vocabulary scores its
+            vocabulary, or there are none for a ``vocabulary_threshold``.
     """
     choice("execution", execution, get_args(Execution))
     if not isinstance(pruner, Pruner):
@@ -374,7 +386,14 @@ def prune(model: ModelT, pruner: Pruner, *, execution: Execution = "packed") -> 
         )
     if is_pruned(model):
         raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
-    Attachment(model, pruner, execution)
+    if vocabulary_scores is not None:
+        embeddings: Any = model.get_input_embeddings()
+        if vocabulary_scores.shape != (embeddings.num_embeddings,):
+            raise ConfigError(
+                f"vocabulary_scores has shape {list(vocabulary_scores.shape)}; the model's vocabulary has "
+                f"{embeddings.num_embeddings} entries"
+            )
+    Attachment(model, pruner, execution, vocabulary_scores)
     return model
 
 

@@ -23,6 +23,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.flops import count_flops, relative_flops
 from token_pruning.models import family_of, reads_first_token_only
 from token_pruning.pruners import FixedThreshold, LayerTokens, Pruner, Unpruned
+from token_pruning.ragged import layout_from_mask
 from token_pruning.summary import SummaryTokens
 
 FEWEST_EXAMPLES = 32
@@ -360,6 +361,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
         scoring_mode="relative",
         profile=(*profile, *([1.0] * (layers - len(profile)))),
         summary_tokens=_summaries(model),
+        vocabulary_threshold=attachment_of(model).token_pruner.pruner.vocabulary_threshold,
     )
     with using(model, cut), record(model) as trace:
         _outputs(model, batch)
@@ -378,15 +380,18 @@ def profile_of(model: Any, batch: Batch) -> Schedule:
 
 def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float:
     """Relative FLOPs of a profile, every sequence keeping the same fraction; arguments as :func:`fit_to_budget`."""
-    shape, lengths = attachment_of(model).shape, batch["attention_mask"].sum(1).double()
+    attachment = attachment_of(model)
+    valid = layout_from_mask(batch["attention_mask"].to(attachment.model.device, torch.bool))
+    entering, *_ = attachment.token_pruner.enter(valid, batch["input_ids"].to(attachment.model.device))
+    shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
     left = [lengths]
     for layer, kept in enumerate((*profile, *[profile[-1]] * (shape.num_layers - len(profile))), start=1):
         tokens = 1 + kept * (lengths - 1)
         extra = summaries if kept < 1 and layer < shape.num_layers else 0
         left.append(torch.minimum(tokens + extra, lengths))
-    first_only = reads_first_token_only(attachment_of(model).model)
-    return float(relative_flops(shape, torch.stack(left), first_only=first_only))
+    first_only = reads_first_token_only(attachment.model)
+    return float(relative_flops(shape, valid.lengths_tensor, torch.stack(left), first_only=first_only))
 
 
 def lowest_flops(model: Any, batch: Batch, first_layer: int = 1) -> float:
@@ -476,6 +481,7 @@ def _pruner(fit: Fit, model: nn.Module) -> FixedThreshold:
         scoring_mode="relative",
         summary_tokens=method.summary_tokens,
         max_seq_length=method.max_seq_length,
+        vocabulary_threshold=method.vocabulary_threshold,
     )
 
 

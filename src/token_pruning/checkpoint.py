@@ -31,6 +31,7 @@ _PRUNING_KEYS = {"prune_mode", "masking_mode", "threshold_temperature"} | {
     f.name for cls in _METHODS for f in fields(cls)
 }
 _THRESHOLDS = "token_pruner.thresholds"
+_VOCABULARY_SCORES = "token_pruner.vocabulary_scores"
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -45,11 +46,13 @@ class Checkpoint:
         path: the directory.
         config: ``config.json`` as it stands there.
         thresholds: learned thresholds found in the weights, or None.
+        vocabulary_scores: ``[vocabulary]`` float32 found in the weights, or None.
     """
 
     path: Path
     config: dict[str, Any]
     thresholds: tuple[float, ...] | None = None
+    vocabulary_scores: Tensor | None = None
 
     @property
     def is_ibert(self) -> bool:
@@ -129,7 +132,7 @@ def pruner_from_config(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read what a model says of itself, weights left alone but for the thresholds.
+    """Read what a model says of itself, weights left alone but for the pruning method's.
 
     Args:
         path: a folder, or a model's name on the hub, which is then downloaded.
@@ -158,7 +161,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UnsupportedModelError(
             f"{config_file}: quant_mode is true; only I-BERT checkpoints in float mode (quant_mode false) are supported"
         )
-    checkpoint.thresholds = _read_thresholds(checkpoint)
+    found = _read_weights(path, (_THRESHOLDS, _VOCABULARY_SCORES, "pruner.keep_threshold"))
+    if _THRESHOLDS in found:
+        checkpoint.thresholds = tuple(found[_THRESHOLDS].to(torch.float32).tolist())
+    else:
+        checkpoint.thresholds = ltp_thresholds(found, config)
+    checkpoint.vocabulary_scores = found.get(_VOCABULARY_SCORES)
     return checkpoint
 
 
@@ -200,7 +208,12 @@ def from_pretrained(
     checkpoint = read_checkpoint(path)
     if pruner is None:
         pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
-    return prune(load_model(checkpoint, model_class=model_class, **kwargs), pruner, execution=execution)
+    return prune(
+        load_model(checkpoint, model_class=model_class, **kwargs),
+        pruner,
+        execution=execution,
+        vocabulary_scores=checkpoint.vocabulary_scores,
+    )
 
 
 def load_model(
@@ -266,7 +279,7 @@ def _check_loaded(model: Any, info: dict[str, Any], path: Path, new_head: bool) 
     bare = model.base_model is model
     prefix = "" if bare else f"{model.base_model_prefix}."
     for name in sorted(info["missing_keys"]):
-        if name.startswith(prefix) and ".pooler." not in f".{name}" and not name.startswith(_THRESHOLDS):
+        if name.startswith(prefix) and ".pooler." not in f".{name}" and not name.startswith("token_pruner."):
             raise CheckpointError(f"{path}: weight {name} is missing; the encoder would start from random numbers")
 
 
@@ -307,10 +320,3 @@ def _read_weights(path: Path, prefix: tuple[str, ...] = ()) -> dict[str, Tensor]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None
     return weights
-
-
-def _read_thresholds(checkpoint: Checkpoint) -> tuple[float, ...] | None:
-    found = _read_weights(checkpoint.path, (_THRESHOLDS, "pruner.keep_threshold"))
-    if _THRESHOLDS in found:
-        return tuple(found[_THRESHOLDS].to(torch.float32).tolist())
-    return ltp_thresholds(found, checkpoint.config)

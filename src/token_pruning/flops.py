@@ -60,12 +60,13 @@ def layer_flops(
     return 2 * (projections + attention + feed_forward)
 
 
-def relative_flops(shape: ModelShape, left: Tensor, *, first_only: bool) -> Tensor:
+def relative_flops(shape: ModelShape, input_lengths: Tensor, left: Tensor, *, first_only: bool) -> Tensor:
     """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
 
     Args:
         shape: the model's sizes.
-        left: tokens at the input, then after each layer, ``[layers + 1, batch]``.
+        input_lengths: valid tokens, ``[batch]``.
+        left: tokens that enter the first layer, then those left after each layer, ``[layers + 1, batch]``.
         first_only: whether the last layer computes first tokens only.
 
     Returns:
@@ -74,7 +75,7 @@ def relative_flops(shape: ModelShape, left: Tensor, *, first_only: bool) -> Tens
     keys, queries, feed_forward = left[:-1], left[:-1], left[1:]
     if first_only:
         queries, feed_forward = (torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, feed_forward))
-    dense = layer_flops(shape, left[0], left[0]).sum() * shape.num_layers
+    dense = layer_flops(shape, input_lengths, input_lengths).sum() * shape.num_layers
     return layer_flops(shape, keys, feed_forward, queries).sum() / dense
 
 
@@ -86,11 +87,11 @@ def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_len
         computed: the rows computed in each layer, each ``[layers, examples]`` int64.
         max_seq_length: what sequences are padded to for the padded figure, in tokens; the longest sequence if longer.
     """
-    valid = computed.keys[0].expand_as(computed.keys)
+    valid = computed.dense
     padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
     totals = [
         layer_flops(shape, keys, feed_forward, queries).sum(0).mean().item()
-        for keys, queries, feed_forward in ((padded,) * 3, (valid,) * 3, computed)
+        for keys, queries, feed_forward in ((padded,) * 3, (valid,) * 3, computed[1:])
     ]
     return Flops(*totals)
 

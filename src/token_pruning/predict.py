@@ -52,7 +52,7 @@ def predict_file(
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
-        prune(model, pruner)
+        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
     features = tokenize(tokenizer, examples, model, max_length)
     logits = torch.from_numpy(
         predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16).logits

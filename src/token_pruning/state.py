@@ -18,21 +18,37 @@ from token_pruning.pruners import FixedThreshold, LayerTokens, LearnedThreshold,
 from token_pruning.ragged import Layout, drop, layout_from_mask
 from token_pruning.summary import Merge, Summaries, plan_merge, segments_of
 
+_EMPTY = "the trace is empty: no forward pass of this model was run under record()"
+
 
 class TokenPruner(nn.Module):
     """What :func:`token_pruning.prune` adds to a model as ``model.token_pruner``: the method and its thresholds.
 
     Attributes:
         pruner: the method.
-        thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer. It stays
-            float32 when the model is cast to a half-precision dtype, since rounding it would change decisions.
+        thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer.
+        vocabulary_scores: ``[vocabulary]`` float32, or None: what ``pruner.vocabulary_threshold`` is compared with.
+
+    Both stay float32 when the model is cast to a half-precision dtype, since rounding them would change decisions.
     """
 
     thresholds: Tensor | None
+    vocabulary_scores: Tensor | None
 
-    def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
+    def __init__(
+        self, pruner: Pruner, num_layers: int, device: torch.device, vocabulary_scores: Tensor | None = None
+    ) -> None:
         """Start from the method's initial thresholds."""
         super().__init__()
+        if pruner.vocabulary_threshold and vocabulary_scores is None:
+            raise ConfigError(
+                f"vocabulary_threshold is {pruner.vocabulary_threshold:g}, but the model has no vocabulary scores to "
+                "compare with it: give prune() those of vocabulary_scores(model, examples)"
+            )
+        self.register_buffer(
+            "vocabulary_scores",
+            None if vocabulary_scores is None else vocabulary_scores.to(device, torch.float32, copy=True),
+        )
         for layer in pruner.prune_layers or ():
             if layer > num_layers:
                 raise ConfigError(f"prune_layers names layer {layer}; the model has {num_layers} layers")
@@ -70,6 +86,31 @@ class TokenPruner(nn.Module):
         if self.thresholds is None or type(self.pruner).keep is not FixedThreshold.keep:
             return drops
         return [can and threshold > 0 for can, threshold in zip(drops, self.thresholds.tolist(), strict=True)]
+
+    def enter(self, valid: Layout, input_ids: Tensor | None) -> tuple[Layout, Tensor | None, Tensor | None]:
+        """Drop the tokens that the vocabulary threshold keeps out of the first layer.
+
+        Args:
+            valid: the valid tokens.
+            input_ids: ``[batch, width]`` integers; looked at where a token is valid.
+
+        Returns:
+            The tokens that enter, and the rows of ``valid`` that do and that do not, int64; None for both where nothing
+            can be dropped.
+
+        Raises:
+            ConfigError: where ``input_ids`` are needed and missing.
+        """
+        threshold = self.pruner.vocabulary_threshold
+        if not threshold:
+            return valid, None, None
+        if input_ids is None:
+            raise ConfigError(
+                f"vocabulary_threshold is {threshold:g}, which needs input_ids; inputs_embeds will not do"
+            )
+        assert self.vocabulary_scores is not None
+        scores = self.vocabulary_scores[input_ids.flatten()[valid.indices]]
+        return drop(valid, (scores >= threshold).index_fill(0, valid.first_rows, True))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -113,11 +154,13 @@ class ComputedLengths(NamedTuple):
     """Rows that a model computes per layer and sequence, ``[layers, batch]`` int64.
 
     Attributes:
+        dense: what a dense model computes: the valid tokens, in every layer.
         keys: keys and values.
         queries: queries, and so attention and its output projection.
         feed_forward: rows of the feed-forward.
     """
 
+    dense: Tensor
     keys: Tensor
     queries: Tensor
     feed_forward: Tensor
@@ -131,6 +174,7 @@ class PassRecord:
         pruner: the method.
         mask: ``[batch, width]`` bool, True for a valid token.
         valid: the valid tokens.
+        entering: those that enter the first layer: all that the vocabulary threshold lets through.
         layers: a record per layer, 1-based.
         first_only: whether the last layer computed first tokens only, since the head reads no others.
     """
@@ -138,6 +182,7 @@ class PassRecord:
     pruner: Pruner
     mask: Tensor
     valid: Layout
+    entering: Layout
     layers: dict[int, LayerRecord] = field(default_factory=dict)
     first_only: bool = False
 
@@ -162,7 +207,8 @@ class ForwardState:
             mask: ``[batch, width]`` bool, True for a valid token.
             layer_numbers: the number (1-based) of the layer an attention module belongs to.
             packed: packed execution, or the masked reference.
-            input_ids: ``[batch, width]``; without them a pair's sentences share a summary token.
+            input_ids: ``[batch, width]``; without them a pair's sentences share a summary token, and there can be no
+                vocabulary threshold.
             first_only: whether the last hidden states of other than first tokens are wanted by nobody.
         """
         self.token_pruner = token_pruner
@@ -172,7 +218,9 @@ class ForwardState:
         self.with_grad = torch.is_grad_enabled()
         self.mask = mask
         self.valid = layout_from_mask(mask)
-        self.record = PassRecord(token_pruner.pruner, mask, self.valid, first_only=first_only)
+        entering, _, self.never_entered = token_pruner.enter(self.valid, input_ids)
+        """``never_entered``: the rows of ``valid`` that the vocabulary threshold drops, or None."""
+        self.record = PassRecord(token_pruner.pruner, mask, self.valid, entering, first_only=first_only)
         self.recorded = any(pruner is token_pruner for pruner, _ in recording.get())
         self._dropping_layers = None if self.soft or self.recorded else token_pruner.dropping_layers()
         self.segments: Tensor | None = None
@@ -180,13 +228,16 @@ class ForwardState:
             self.segments = segments_of(input_ids, self.valid)
         self.layers = self.record.layers
         self.last_states: dict[int, tuple[Tensor, Tensor]] = {}
-        """Per layer, the places in the padded batch of the tokens dropped there, and their hidden states."""
+        """Per layer, the places in the padded batch of the tokens dropped there, and their hidden states.
+
+        Layer 0 has the embeddings of those that never entered.
+        """
         self.attention_outputs: dict[int, Tensor] = {}
         """Masked execution: per layer, the attention block's output, the last state of tokens dropped there."""
 
     def entering(self, layer: int) -> Layout:
         """The tokens that take part in ``layer``'s attention (1-based)."""
-        return self.valid if layer == 1 else self.layers[layer - 1].leaving
+        return self.record.entering if layer == 1 else self.layers[layer - 1].leaving
 
     def summaries(self, layer: int) -> Summaries | None:
         """The summary tokens among those that enter ``layer``."""
@@ -228,7 +279,8 @@ class ForwardState:
         threshold = None if module.thresholds is None else module.thresholds[layer - 1]
         summaries = self.summaries(layer)
         present = None if summaries is None else summaries.present
-        tokens = LayerTokens(layer, module.num_layers, entering, scores, self.valid.lengths_tensor, threshold, present)
+        input_lengths = self.record.entering.lengths_tensor
+        tokens = LayerTokens(layer, module.num_layers, entering, scores, input_lengths, threshold, present)
         if self.soft:
             assert isinstance(pruner, LearnedThreshold)
             # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
@@ -278,7 +330,7 @@ class Trace:
 
     def _per_layer(self, which: str) -> Tensor:
         if not self.passes:
-            raise RuntimeError("the trace is empty: no forward pass of this model was run under record()")
+            raise RuntimeError(_EMPTY)
         return torch.cat(
             [
                 torch.stack([getattr(done.layers[layer], which).lengths_tensor for layer in sorted(done.layers)])
@@ -286,6 +338,13 @@ class Trace:
             ],
             dim=1,
         )
+
+    @property
+    def input_lengths(self) -> Tensor:
+        """Valid tokens of each sequence, whether they entered the first layer or not, ``[batch]`` int64."""
+        if not self.passes:
+            raise RuntimeError(_EMPTY)
+        return torch.cat([done.valid.lengths_tensor for done in self.passes])
 
     @property
     def attention_lengths(self) -> Tensor:
@@ -319,10 +378,11 @@ class Trace:
         """The rows computed in each layer: what FLOPs are counted from."""
         keys, feed_forward = self.attention_lengths, self.ffn_lengths.clone()
         queries = keys.clone()
+        dense = self.input_lengths.expand_as(keys)
         narrow = torch.cat([torch.full((done.valid.batch_size,), done.first_only) for done in self.passes])
         for lengths in (queries, feed_forward):
             lengths[-1] = torch.where(narrow.to(lengths.device), lengths[-1].clamp(max=1), lengths[-1])
-        return ComputedLengths(keys, queries, feed_forward)
+        return ComputedLengths(dense, keys, queries, feed_forward)
 
     @property
     def soft_lengths(self) -> Tensor:
@@ -370,15 +430,15 @@ class Trace:
                 )
             batches.append(torch.stack(sums))
         if not batches:
-            raise RuntimeError("the trace is empty: no forward pass of this model was run under record()")
+            raise RuntimeError(_EMPTY)
         return torch.cat(batches, dim=1)
 
     @property
     def survived_layers(self) -> list[Tensor]:
         """For every sequence, the number of layers after which each valid token was still there.
 
-        A list with one ``[valid tokens]`` int64 tensor per sequence; 0 means dropped in the first layer, the number of
-        layers means never dropped. A token whose row carries a summary was dropped.
+        A list with one ``[valid tokens]`` int64 tensor per sequence; 0 means dropped in the first layer or before it,
+        the number of layers means never dropped. A token whose row carries a summary was dropped.
         """
         result: list[Tensor] = []
         for done in self.passes:

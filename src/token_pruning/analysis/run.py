@@ -100,12 +100,13 @@ def analyze(
         model, tokenizer, features = load_split(checkpoint, loaded.task, loaded.validation[split], max_length)
         if torch.cuda.is_available():
             model.to("cuda")
-        prune(model, pruner)  # a dense one too: it is packed and recorded then
+        # A dense one too: it is packed and recorded then.
+        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
         with record(model) as trace:
             found = predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)
         logits, computed, left = found.logits, found.computed, found.ffn_lengths - found.summary_lengths
         if isinstance(pruner, Unpruned):  # a dense model computes every token of the last layer too
-            computed = ComputedLengths(left, left, left)
+            computed = ComputedLengths(left, left, left, left)
         order = length_order(features)
         back = np.argsort(order)
         survived = dict(zip(order, trace.survived_layers, strict=True))
@@ -201,7 +202,7 @@ def figures(
     Returns:
         What ``analysis.json`` holds of it.
     """
-    tokens, remaining = computed.keys[0].numpy(), left.numpy()
+    tokens, remaining = computed.dense[0].numpy(), left.numpy()
     kept = kept_fractions(tokens, remaining)
 
     def relative(which: Array) -> float:

@@ -21,7 +21,7 @@ _LEARNING_RATES = {"MRPC": 2e-5}
 _LEARNING_RATE = 4e-5
 _KEYS = (
     "prune_mode", "final_token_threshold", "token_keep_rate", "keep_all_layers", "token_threshold", "scoring_mode",
-    "summary_tokens", "prune_layers",
+    "summary_tokens", "prune_layers", "vocabulary_threshold",
 )  # fmt: skip
 
 
@@ -57,6 +57,11 @@ def add_train(commands: Any) -> None:
         help="finish with the last model instead of the best evaluated one",
     )  # fmt: skip
     training.add_argument("--overwrite-output-dir", action="store_true", help="replace a finished run")
+    training.add_argument(
+        "--vocabulary-keep-rate", type=float, metavar="R",
+        help="let this part of the tokens into the first layer: those whose vocabulary entries receive most attention "
+        "in the checkpoint's upper layers (default: what suits the budget; else 1)",
+    )  # fmt: skip
     budget = parser.add_argument_group("budget (masking modes soft, mixed and hard)")
     budget.add_argument(
         "--target-flops", type=float, metavar="F",
@@ -287,6 +292,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--scoring-mode", help="mean, mean_norm or relative")
     keys.add_argument("--summary-tokens", help="none, shared or segment: what is dropped lives on as summary tokens")
     _add_prune_layers(keys)
+    keys.add_argument(
+        "--vocabulary-threshold", type=float,
+        help="tokens whose vocabulary entry's score is lower never enter the first layer; 0 for none",
+    )  # fmt: skip
 
 
 def _add_prune_layers(parser: Any) -> None:
@@ -353,7 +362,8 @@ def _train(arguments: argparse.Namespace) -> None:
     names = (
         "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
         "train_length_quantile", "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
-        "target_flops", "schedule", "no_teacher", "teacher", "distillation_weight", "distillation_temperature",
+        "target_flops", "vocabulary_keep_rate", "schedule", "no_teacher", "teacher", "distillation_weight",
+        "distillation_temperature",
     )  # fmt: skip
     options = _options(arguments, lr=_learning_rate(arguments), **{name: getattr(arguments, name) for name in names})
 

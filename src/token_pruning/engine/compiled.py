@@ -14,7 +14,7 @@ from token_pruning.attach import attachment_of, is_pruned
 from token_pruning.checks import choice, positive_integer
 from token_pruning.engine.native import ACTIVATIONS, KERNELS_VARIABLE, NativeEncoder, level_limit, load_library
 from token_pruning.engine.tokens import Encoder, PackedTokens
-from token_pruning.engine.torch_encoder import TorchEncoder
+from token_pruning.engine.torch_encoder import Embeddings, TorchEncoder
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.machine import has_amx
 from token_pruning.models import Family, family_of, reads_first_token_only, supported_model_types
@@ -224,6 +224,9 @@ class _CompiledBase(nn.Module):
         tables = {"word": modules.word, "position": modules.position, "token_type": modules.token_type}
         self._sizes = {name: 0 if table is None else table.num_embeddings for name, table in tables.items()}
         self._max_positions = family.shape(base.config).max_positions
+        # The last states of tokens that never enter the first layer, where a head reads them.
+        some_never_enter = bool(engine.token_pruner.pruner.vocabulary_threshold)
+        self._embeddings = Embeddings(modules, torch.float32) if some_never_enter and not engine._first_only else None
 
     def forward(
         self,
@@ -254,11 +257,20 @@ class _CompiledBase(nn.Module):
             layout=layout,
         )
         engine = self._engine
+        entering, kept, dropped = engine.token_pruner.enter(layout, input_ids)
+        entered = tokens if kept is None else tokens.of(kept, entering)
         traces = [trace for pruner, trace in recording.get() if pruner is engine.token_pruner]
-        output = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only, recorded=bool(traces))
+        output = engine._encoder.run(entered, engine.token_pruner, first_only=engine._first_only, recorded=bool(traces))
         for trace in traces:
-            trace.passes.append(PassRecord(engine.token_pruner.pruner, mask, layout, output.layers, engine._first_only))
-        return self._output(output.states, layout, packed, kwargs.get("return_dict"))
+            trace.passes.append(
+                PassRecord(engine.token_pruner.pruner, mask, layout, entering, output.layers, engine._first_only)
+            )
+        states = output.states
+        if self._embeddings is not None and kept is not None and dropped is not None:
+            embedded = self._embeddings(tokens.of(dropped, layout))
+            states = states.new_empty(layout.total, states.shape[1])
+            states = states.index_copy(0, kept, output.states).index_copy(0, dropped, embedded)
+        return self._output(states, layout, packed, kwargs.get("return_dict"))
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
         if self._engine._first_only:

@@ -25,6 +25,11 @@ class PackedTokens:
     token_types: Tensor | None
     layout: Layout
 
+    def of(self, rows: Tensor, layout: Layout) -> "PackedTokens":
+        """The tokens in ``rows``, ``[fewer tokens]`` int64, with a layout of their own."""
+        types = None if self.token_types is None else self.token_types[rows]
+        return PackedTokens(self.ids[rows], self.positions[rows], types, layout)
+
     def id_grid(self) -> Tensor:
         """The padded batch again, ``[batch, width]`` int32, with zeros for padding."""
         grid = self.ids.new_zeros(self.layout.batch_size * self.layout.width)

@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from token_pruning.attention import first_token_attention, packed_attention
 from token_pruning.engine.tokens import EncoderOutput, PackedTokens
-from token_pruning.models import Family, LayerModules
+from token_pruning.models import EmbeddingModules, Family, LayerModules
 from token_pruning.ragged import Layout, row_bucket
 from token_pruning.state import ForwardState, TokenPruner
 
@@ -27,13 +27,7 @@ class TorchEncoder:
             dtype: float32 or bfloat16.
         """
         self.shape, self._dtype = family.shape(base.config), dtype
-        modules = family.embedding_modules(base)
-        self._word = _copied(modules.word.weight, dtype)
-        self._position = _copied(modules.position.weight, dtype)
-        self._token_type = None if modules.token_type is None else _copied(modules.token_type.weight, dtype)
-        self._norm = _Norm(modules.norm, dtype)
-        projection = modules.projection
-        self._projection = None if projection is None else _Linear([projection], dtype)
+        self._embeddings = Embeddings(family.embedding_modules(base), dtype)
         self._activation = ACT2FN[family.activation(base.config)]
         layers = list(family.layers(family.encoder(base)))
         self._layers = [
@@ -58,7 +52,7 @@ class TorchEncoder:
             first_only=first_only,
         )
         states = torch.zeros(places, self.shape.hidden_size)
-        x = self._with_filler(self._embed(tokens))
+        x = self._with_filler(self._embeddings(tokens))
         for number, layer in enumerate(self._layers, start=1):
             entering = state.entering(number)
             heads, prunes = self.shape.num_heads, state.prunes(number)
@@ -92,14 +86,6 @@ class TorchEncoder:
             result = states[layout.indices]
         return EncoderOutput(result, state.layers if recorded else {})
 
-    def _embed(self, tokens: PackedTokens) -> Tensor:
-        x = embedding(tokens.ids, self._word)
-        if self._token_type is not None:
-            types = torch.zeros_like(tokens.ids) if tokens.token_types is None else tokens.token_types
-            x = x + embedding(types, self._token_type)
-        x = self._norm(x + embedding(tokens.positions, self._position))
-        return x if self._projection is None else self._projection(x)
-
     def _with_filler(self, rows: Tensor) -> Tensor:
         """Rows up to a bucketed count, which half-precision products need; never none at all."""
         count = max(1, rows.shape[0] if self._dtype == torch.float32 else row_bucket(rows.shape[0]))
@@ -113,6 +99,26 @@ class TorchEncoder:
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+
+
+class Embeddings:
+    """What enters the first layer, ``[tokens, hidden]`` for packed tokens."""
+
+    def __init__(self, modules: EmbeddingModules, dtype: torch.dtype) -> None:
+        """Copy a base model's tables."""
+        self.word = _copied(modules.word.weight, dtype)
+        self.position = _copied(modules.position.weight, dtype)
+        self.token_type = None if modules.token_type is None else _copied(modules.token_type.weight, dtype)
+        self.norm = _Norm(modules.norm, dtype)
+        self.projection = None if modules.projection is None else _Linear([modules.projection], dtype)
+
+    def __call__(self, tokens: PackedTokens) -> Tensor:
+        x = embedding(tokens.ids, self.word)
+        if self.token_type is not None:
+            types = torch.zeros_like(tokens.ids) if tokens.token_types is None else tokens.token_types
+            x = x + embedding(types, self.token_type)
+        x = self.norm(x + embedding(tokens.positions, self.position))
+        return x if self.projection is None else self.projection(x)
 
 
 class _Norm:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from token_pruning.checks import choice, positive_integer
+from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.importance import SCORING_MODES, ScoringMode
 from token_pruning.ragged import Layout
@@ -23,7 +23,7 @@ class LayerTokens:
         num_layers: number of layers of the model.
         layout: the tokens that entered the layer, packed.
         scores: importance scores, ``[layout.total]`` float32.
-        input_lengths: valid tokens per sequence at the model's input, ``[batch]`` int64.
+        input_lengths: tokens of each sequence that entered the first layer, ``[batch]`` int64.
         threshold: this layer's threshold as a float32 scalar, or None for methods without thresholds.
         summaries: ``[layout.total]`` bool, True for a summary token, which stays whatever is decided; None where there
             are none.
@@ -53,6 +53,8 @@ class Pruner(ABC):
             nothing, so it has none.
         prune_layers: the layers (1-based) at which tokens may leave; None for all that the method has. Where the
             arithmetic saved is small, as for a single sequence on a GPU, each pruning layer costs more than it saves.
+        vocabulary_threshold: tokens whose vocabulary entry has a score below it never enter the first layer
+            (:mod:`token_pruning.vocabulary`); None for none. The model must have vocabulary scores.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -66,12 +68,15 @@ class Pruner(ABC):
     max_seq_length: int = 128
     summary_tokens: SummaryTokens = "none"
     prune_layers: Sequence[int] | None = None
+    vocabulary_threshold: float | None = None
 
     def __post_init__(self) -> None:
         """Check the configuration."""
         choice("scoring_mode", self.scoring_mode, SCORING_MODES)
         positive_integer("max_seq_length", self.max_seq_length)
         choice("summary_tokens", self.summary_tokens, SUMMARY_TOKENS)
+        if self.vocabulary_threshold is not None:
+            number("vocabulary_threshold", self.vocabulary_threshold, low=0)
         if self.prune_layers is not None:
             if isinstance(self.prune_layers, str) or not isinstance(self.prune_layers, Sequence):
                 raise ConfigError(f"prune_layers is {self.prune_layers!r}; it must be a list of layers, the first is 1")

@@ -21,7 +21,9 @@ from token_pruning.calibration import (
     as_batch,
     check_target,
     fit_to_budget,
+    predicted_flops,
     profile_of,
+    prunable,
     prunable_layers,
     schedules,
 )
@@ -44,6 +46,20 @@ HELD_OUT_EXAMPLES = 400
 REFITS = 30  # over a hard stage
 
 
+def default_keep_rate(model: Any, features: list[dict[str, Any]], target: float) -> float:
+    """The part of all tokens that a budget lets into the first layer: half of what must be saved is saved there.
+
+    Args:
+        model: not pruned yet.
+        features: tokenized examples.
+        target: relative FLOPs.
+    """
+    with prunable(model, "none"):
+        batch = as_batch(features[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
+        everything = predicted_flops(model, batch, [1.0] * prunable_layers(model))
+    return min(1.0, (1 + target / everything) / 2)
+
+
 def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
     """What a batch of the soft stage would cost if each token were kept with its soft mask's probability.
 
@@ -57,7 +73,7 @@ def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
         A float64 scalar, differentiable.
     """
     left = torch.cat([trace.attention_lengths[:1], trace.soft_survival])
-    return relative_flops(shape, left, first_only=trace.passes[0].first_only)
+    return relative_flops(shape, trace.input_lengths, left, first_only=trace.passes[0].first_only)
 
 
 class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]

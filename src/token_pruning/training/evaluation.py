@@ -31,6 +31,7 @@ class Evaluation:
         gflops_per_example: ``padded`` to the maximum length, ``dense`` on valid tokens, ``pruned``; 10⁹ operations.
         relative_flops: pruned ÷ dense.
         tokens_entering: mean number of valid tokens.
+        tokens_in_first_layer: mean number of them that the vocabulary threshold lets into the first layer.
         tokens_kept_per_layer: mean number of tokens that enter each layer's feed-forward, summaries not counted.
         summaries_per_layer: mean number of summary tokens among what enters each layer's feed-forward; None without.
         thresholds: one per layer, or None for methods without.
@@ -42,6 +43,7 @@ class Evaluation:
     gflops_per_example: dict[str, float]
     relative_flops: float
     tokens_entering: float
+    tokens_in_first_layer: float
     tokens_kept_per_layer: list[float]
     summaries_per_layer: list[float] | None
     thresholds: list[float] | None
@@ -87,7 +89,8 @@ def evaluate(
         metrics=compute_metrics(found.logits, labels),
         gflops_per_example=flops.gflops(),
         relative_flops=flops.relative,
-        tokens_entering=found.computed.keys[0].float().mean().item(),
+        tokens_entering=found.computed.dense[0].float().mean().item(),
+        tokens_in_first_layer=found.computed.keys[0].float().mean().item(),
         tokens_kept_per_layer=(found.ffn_lengths - found.summary_lengths).float().mean(1).tolist(),
         summaries_per_layer=found.summary_lengths.float().mean(1).tolist() if found.summary_lengths.any() else None,
         thresholds=thresholds,
@@ -160,7 +163,7 @@ def predict(
     if trace is None:
         ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
         summary_lengths = torch.zeros_like(ffn_lengths)
-        computed = ComputedLengths(ffn_lengths, ffn_lengths, ffn_lengths)
+        computed = ComputedLengths(*(ffn_lengths,) * 4)
     else:
         computed = ComputedLengths(*(lengths.cpu() for lengths in trace.computed_lengths))
         ffn_lengths, summary_lengths = trace.ffn_lengths.cpu(), trace.summary_lengths.cpu()
@@ -171,12 +174,15 @@ def predict(
 def format_evaluation(name: str, evaluation: Evaluation) -> str:
     """The evaluation as a few lines of text."""
     gflops = evaluation.gflops_per_example
+    first = ""
+    if evaluation.tokens_in_first_layer < evaluation.tokens_entering:
+        first = f", {evaluation.tokens_in_first_layer:.1f} the first layer"
     lines = [
         f"{name}: {evaluation.examples} examples in {evaluation.seconds:.2f} s",
         "  " + ", ".join(f"{metric} {value:.4f}" for metric, value in evaluation.metrics.items()),
         f"  GFLOPs per example: {gflops['padded']:.3f} padded, {gflops['dense']:.3f} dense on valid tokens, "
         f"{gflops['pruned']:.3f} pruned; relative FLOPs {evaluation.relative_flops:.3f}",
-        f"  tokens: {evaluation.tokens_entering:.1f} enter; kept per layer "
+        f"  tokens: {evaluation.tokens_entering:.1f} enter{first}; kept per layer "
         + " ".join(f"{kept:.1f}" for kept in evaluation.tokens_kept_per_layer),
     ]
     if evaluation.summaries_per_layer is not None:

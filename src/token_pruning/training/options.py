@@ -47,6 +47,9 @@ class TrainOptions:
         target_flops: the budget: relative FLOPs on valid tokens, held by a controller in the soft stage and by
             fitting thresholds to held-out training examples in the hard stage. Thresholds, their temperature and
             learning rate are then in units of scoring mode ``"relative"``.
+        vocabulary_keep_rate: the part of the training examples' tokens that enters the first layer; the others' entries
+            are the vocabulary's least important (:mod:`token_pruning.vocabulary`). With a budget it follows from that,
+            unless given; 1 for all tokens.
         schedule: with a budget in masking mode hard: where tokens leave, by a name of
             :func:`token_pruning.calibration.schedules`; as the checkpoint's learned thresholds do, or ``"drain"``,
             unless given.
@@ -85,6 +88,7 @@ class TrainOptions:
     lr_threshold: float | None = None
     weight_decay_threshold: float | None = None
     target_flops: float | None = None
+    vocabulary_keep_rate: float | None = None
     schedule: str | None = None
     teacher: str | None = None
     no_teacher: bool = False
@@ -108,6 +112,12 @@ class TrainOptions:
         for name in ("lr", "epochs", "regularization", "temperature", "lr_threshold", "distillation_temperature"):
             if (value := getattr(self, name)) is not None:
                 number(flag(name), value, above=0)
+        if self.vocabulary_keep_rate is not None:
+            number(flag("vocabulary_keep_rate"), self.vocabulary_keep_rate, above=0, high=1)
+            if self.masking_mode == "none":
+                raise ConfigError(f"{flag('vocabulary_keep_rate')} applies to pruning, not to masking mode 'none'")
+            if self.pruning and self.pruning.get("vocabulary_threshold") is not None:
+                raise ConfigError("give either --vocabulary-keep-rate or --vocabulary-threshold")
         if self.distillation_weight is not None:
             number(flag("distillation_weight"), self.distillation_weight, above=0, high=1)
         for name in ("weight_decay", "weight_decay_threshold"):

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -27,6 +29,7 @@ from token_pruning.training.budget import (
     TEMPERATURE,
     BudgetController,
     budget_holder,
+    default_keep_rate,
     hold_out,
     use_relative_scores,
 )
@@ -41,6 +44,9 @@ from token_pruning.training.trainer import (
     HardSecondHalf,
     PruningTrainer,
 )
+from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
+
+VOCABULARY_EXAMPLES = 5000  # that vocabulary scores are means over
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -92,16 +98,18 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     set_seed(options.seed)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint, data.task, new_head=options.masking_mode == "none")
+    features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
+    first_process = arguments.process_index == 0
     if pruner is not None:
-        prune(model, pruner)
+        model.to(arguments.device)
+        pruner, vocabulary = _with_vocabulary(pruner, checkpoint, model, features, options, say=first_process)
+        prune(model, pruner, vocabulary_scores=vocabulary)
     elif arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
-    first_process = arguments.process_index == 0
     if first_process:
         run_dir.start(identity, resume=resume)
 
     evaluate_splits = make_evaluator(tokenizer, data, model, options, run_dir.path if first_process else None)
-    features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
     if teacher is not None:
         with arguments.main_process_first(local=False):  # the others find what it has written
             _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
@@ -172,7 +180,7 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
-        prune(model, pruner)
+        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)
 
@@ -222,6 +230,36 @@ def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
             f"{options.masking_mode!r} learns thresholds, so it must be absolute_threshold"
         )
     return pruner
+
+
+def _with_vocabulary(
+    pruner: Pruner,
+    checkpoint: Checkpoint,
+    model: Any,
+    features: list[dict[str, Any]],
+    options: TrainOptions,
+    *,
+    say: bool,
+) -> tuple[Pruner, Tensor | None]:
+    """The method with the vocabulary threshold that training starts with, and the scores it is compared with."""
+    keep_rate, scores = options.vocabulary_keep_rate, checkpoint.vocabulary_scores
+    if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
+        return pruner, scores
+    some = random.Random(options.seed).sample(features, min(len(features), VOCABULARY_EXAMPLES))
+    if keep_rate is None:
+        assert options.target_flops is not None
+        keep_rate = default_keep_rate(model, some, options.target_flops)
+    if keep_rate == 1:
+        return replace(pruner, vocabulary_threshold=None), scores
+    if scores is None:
+        scores = vocabulary_scores(model, some)
+    threshold = vocabulary_threshold(scores, some, keep_rate)
+    if say:
+        kept = torch.cat([scores[feature["input_ids"]] >= threshold for feature in some]).float().mean().item()
+        print(
+            f"{kept:.1%} of the training examples' tokens enter the first layer: vocabulary threshold {threshold:.4f}"
+        )
+    return replace(pruner, vocabulary_threshold=threshold or None), scores
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:

@@ -100,7 +100,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
             return (loss, outputs) if return_outputs else loss
         token_pruner = attachment_of(model).token_pruner
         lengths = trace.soft_lengths if token_pruner.soft else trace.ffn_lengths
-        self._kept.append((lengths.detach().sum(1) / trace.attention_lengths[0].sum()).float())
+        self._kept.append((lengths.detach().sum(1) / trace.input_lengths.sum()).float())
         if token_pruner.soft:
             if self.budget is not None:
                 loss = loss + self.budget.loss(soft_relative_flops(attachment_of(model).shape, trace))
