@@ -15,7 +15,6 @@ from tests.tiny import FAMILIES, HEADS, pruned, ragged_batch, shared_model, tiny
 from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.attach import attachment_of
 from token_pruning.calibration import (
-    as_batch,
     fit_profile,
     fit_to_budget,
     lowest_flops,
@@ -26,6 +25,7 @@ from token_pruning.calibration import (
 )
 from token_pruning.cli import main
 from token_pruning.errors import ConfigError
+from token_pruning.examples import as_batch
 
 ZEROS = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")
 SUMMARIES = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative", summary_tokens="segment")

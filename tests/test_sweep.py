@@ -73,7 +73,7 @@ def process(*more: Any) -> subprocess.Popen[str]:
 
 
 def test_every_method_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sweep("--trials", 5, "--epoch", 2) == 0
+    assert sweep("--trials", 5, "--epoch", 2, "--prune-margin", 100) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 7  # the dense model, a line for every trial, where the report is
     assert [line.split(":")[1].split(",")[0].strip() for line in out[1:6]] == list(METHODS)

@@ -364,3 +364,55 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     error = capsys.readouterr().err.strip()
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+# Calibration
+
+
+def frequent_and_rare(count: int = 80) -> list[dict[str, Any]]:
+    """Three tokens make up half of every text."""
+    rng = torch.Generator().manual_seed(2)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(6, 30, (), generator=rng))
+        ids = torch.randint(8, 60, (length,), generator=rng)
+        common = torch.rand(length, generator=rng) < 0.5
+        found.append({"input_ids": [2, *torch.where(common, ids % 3 + 5, ids).tolist(), 3]})
+    return found
+
+
+def test_calibration_tries_the_vocabulary_too() -> None:
+    some = frequent_and_rare()
+    model = tiny_model()
+    scores = tp.vocabulary_scores(model, some)
+    scores[5:8] = torch.tensor([0.1, 0.2, 0.3])  # what makes up half of every text is worth nothing
+    model.bert.embeddings.word_embeddings.weight.data[5:8] *= 1e-3
+    result = tp.calibrate(model, some, 0.5, vocabulary_scores=scores)
+    with_, without = ([fit for fit in result.candidates if (fit.vocabulary_threshold is None) == none]
+                      for none in (False, True))  # fmt: skip
+    assert len(with_) > 3 and len(without) > 3
+    for fit in result.candidates:
+        assert fit.relative_flops == pytest.approx(0.5, abs=0.02)
+        assert (fit.entering < 1) == (fit.vocabulary_threshold is not None)
+    assert result.chosen.divergence == min(fit.divergence for fit in result.candidates if fit.divergence is not None)
+    again = tiny_model()
+    again.bert.embeddings.word_embeddings.weight.data[5:8] *= 1e-3
+    assert tp.calibrate(again, some, 0.5, vocabulary_scores=scores).chosen == result.chosen
+    with torch.no_grad(), tp.record(model) as trace:
+        for example in some:
+            model(torch.tensor([example["input_ids"]]))
+    assert tp.count_flops(model, trace).relative == pytest.approx(0.5, abs=0.03)
+    assert result.pruner.vocabulary_threshold == result.chosen.vocabulary_threshold
+    assert (model.token_pruner.vocabulary_scores is None) == (result.chosen.vocabulary_threshold is None)
+
+
+def test_calibrated_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "calibrate --task SST2 --data-dir glue --restore CKPT --target-flops 0.5 --output-dir"
+    assert command(f"{line} out") == 0
+    said = capsys.readouterr().out
+    found = read(folder / "out", "calibration.json")
+    assert any(candidate["vocabulary_threshold"] for candidate in found["candidates"])
+    assert ("of the tokens enter the first layer" in said) == bool(found["chosen"]["vocabulary_threshold"])
+    assert command(f"{line} plain --no-vocabulary") == 0
+    candidates = read(folder / "plain", "calibration.json")["candidates"]
+    assert not any(candidate["vocabulary_threshold"] for candidate in candidates)

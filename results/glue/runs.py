@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 import token_pruning as tp
-from token_pruning.calibration import as_batch, using
+from token_pruning.calibration import using
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.cli import main
 from token_pruning.data import find_minilm, glue_task, load_glue_folder
+from token_pruning.examples import as_batch
 from token_pruning.training.stages import load_tokenizer, tokenize
 
 TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's

@@ -25,6 +25,7 @@ from token_pruning.models import family_of, reads_first_token_only, supported_mo
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.ragged import pack, row_bucket, unpack
 from token_pruning.state import ForwardState, TokenPruner, Trace, recording
+from token_pruning.summary import SummaryTokens
 
 Execution = Literal["packed", "masked"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -411,6 +412,22 @@ def unprune(model: ModelT) -> ModelT:
     """
     attachment_of(model).detach()
     return model
+
+
+@contextmanager
+def prunable(
+    model: Any, summary_tokens: SummaryTokens = "none", vocabulary_scores: Tensor | None = None
+) -> Iterator[None]:
+    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
+    layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
+    training = model.training
+    pruner = FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens)
+    prune(model, pruner, vocabulary_scores=vocabulary_scores).eval()
+    try:
+        yield
+    finally:
+        unprune(model)
+        model.train(training)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ used. Which schedule loses least differs between models and tasks, so it is chos
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -14,17 +14,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from token_pruning.attach import attachment_of, is_pruned, prune, record, unprune
+from token_pruning.attach import attachment_of, is_pruned, prunable, prune, record
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
+from token_pruning.examples import Batch, Examples, as_batch
 from token_pruning.flops import count_flops, relative_flops
 from token_pruning.models import family_of, reads_first_token_only
 from token_pruning.pruners import FixedThreshold, LayerTokens, Pruner, Unpruned
 from token_pruning.ragged import layout_from_mask
 from token_pruning.summary import SummaryTokens
+from token_pruning.vocabulary import vocabulary_threshold
 
 FEWEST_EXAMPLES = 32
 _DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
@@ -129,11 +130,13 @@ class Fit:
         schedule: where tokens leave.
         strength: which part of them leaves.
         thresholds: one per layer, for scoring mode ``"relative"``.
-        kept: the fraction of tokens kept after each layer, first tokens left out.
+        kept: of the tokens that enter the first layer, the fraction kept after each layer, first tokens left out.
         relative_flops: on the examples they were fitted to.
         relative_flops_held_out: on the others, or None if there were none.
         divergence: how much the outputs change on the held-out examples: KL divergence to the dense model in nats; for
             regressions and models without logits the squared error ÷ the dense outputs' variance. None if not measured.
+        vocabulary_threshold: of the method they were fitted for.
+        entering: the fraction of all tokens that it lets into the first layer.
     """
 
     schedule: Schedule
@@ -143,6 +146,8 @@ class Fit:
     relative_flops: float
     relative_flops_held_out: float | None = None
     divergence: float | None = None
+    vocabulary_threshold: float | None = None
+    entering: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,10 +172,6 @@ class Calibration:
     drop_bound: float | None = None
 
 
-Batch = Mapping[str, Tensor]
-Examples = Sequence[Mapping[str, Any]] | Batch
-
-
 def calibrate(
     model: nn.Module,
     examples: Examples,
@@ -180,6 +181,7 @@ def calibrate(
     metric: Metric | None = None,
     summary_tokens: SummaryTokens = "none",
     prune_layers: Sequence[int] | None = None,
+    vocabulary_scores: Tensor | None = None,
     seed: int = 0,
     search: Sequence[Schedule] | None = None,
 ) -> Calibration:
@@ -199,6 +201,8 @@ def calibrate(
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
         prune_layers: see :class:`token_pruning.Pruner`; other layers get thresholds of zero.
+        vocabulary_scores: from :func:`token_pruning.vocabulary_scores`: everything is then tried twice, with all tokens
+            entering the first layer, and with half of what must be saved kept out of it.
         seed: of the division into halves. The same seed gives the same thresholds bit for bit.
         search: the schedules to try, with weights in ``prune_layers`` only; :func:`schedules` by default.
 
@@ -245,7 +249,7 @@ def calibrate(
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
-    with prunable(model, summary_tokens):
+    with prunable(model, summary_tokens, vocabulary_scores):
         tried = list(search or schedules(layers, None if prune_layers is None else allowed))
         bench = _Bench(model, fitting, held_out, tried, allowed)
         if target_flops is not None:
@@ -255,7 +259,8 @@ def calibrate(
         else:
             assert max_drop is not None
             result = bench.cheapest(max_drop, metric or _default_metric)
-    prune(model, result.pruner)
+    wanted = vocabulary_scores if result.pruner.vocabulary_threshold else None
+    prune(model, result.pruner, vocabulary_scores=wanted)
     return result
 
 
@@ -272,21 +277,39 @@ class _Bench:
 
     def search(self, target: float) -> list[Fit]:
         """Fits to a budget: that of the schedule with the least divergence, then the others."""
-        fits = [fit for schedule in self.schedules if (fit := self.fit(schedule, target, _COMPARABLE))]
+        fits = [
+            fit
+            for threshold in self._vocabulary_thresholds(target)
+            for schedule in self.schedules
+            if (fit := self.fit(schedule, target, threshold, _COMPARABLE))
+        ]
         if not fits:
             names = ", ".join(schedule.name for schedule in self.schedules)
             raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
         best = min(fits, key=_divergence)
         for share in (0.5, 0.25):
             moved = _neighbours(best.schedule, share, self.allowed)
-            fits += [fit for schedule in moved if (fit := self.fit(schedule, target, _COMPARABLE))]
+            threshold = best.vocabulary_threshold
+            fits += [fit for schedule in moved if (fit := self.fit(schedule, target, threshold, _COMPARABLE))]
             best = min(fits, key=_divergence)
         others = sorted((fit for fit in fits if fit is not best), key=_divergence)
-        return [self.fit(best.schedule, target) or best, *others]
+        return [self.fit(best.schedule, target, best.vocabulary_threshold) or best, *others]
 
-    def fit(self, schedule: Schedule, target: float, tolerance: float = _CLOSE_ENOUGH) -> Fit | None:
+    def _vocabulary_thresholds(self, target: float) -> list[float | None]:
+        """Those to try."""
+        scores = attachment_of(self.model).token_pruner.vocabulary_scores
+        if scores is None:
+            return [None]
+        threshold = vocabulary_threshold(scores, self.fitting, default_keep_rate(self.model, self.fitting, target))
+        return [None, threshold] if threshold else [None]
+
+    def fit(
+        self, schedule: Schedule, target: float, threshold: float | None, tolerance: float = _CLOSE_ENOUGH
+    ) -> Fit | None:
         """A schedule's thresholds for a budget and their divergence, or None where it cannot reach the budget."""
-        fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
+        method = replace(attachment_of(self.model).token_pruner.pruner, vocabulary_threshold=threshold)
+        with using(self.model, method):
+            fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
         if fit is None:
             return None
         with using(self.model, _pruner(fit, self.model)), record(self.model) as trace:
@@ -365,7 +388,15 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
     )
     with using(model, cut), record(model) as trace:
         _outputs(model, batch)
-    return Fit(schedule, strength, tuple(cut.found), tuple(profile), count_flops(model, trace).relative)
+    return Fit(
+        schedule,
+        strength,
+        tuple(cut.found),
+        tuple(profile),
+        count_flops(model, trace).relative,
+        vocabulary_threshold=cut.vocabulary_threshold,
+        entering=float(trace.attention_lengths[0].sum() / trace.input_lengths.sum()),
+    )
 
 
 def profile_of(model: Any, batch: Batch) -> Schedule:
@@ -392,6 +423,15 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
         left.append(torch.minimum(tokens + extra, lengths))
     first_only = reads_first_token_only(attachment.model)
     return float(relative_flops(shape, valid.lengths_tensor, torch.stack(left), first_only=first_only))
+
+
+def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
+    """The part of all tokens that a budget lets into the first layer: half of what must be saved is saved there.
+
+    Arguments as :func:`fit_to_budget`; the model's pruner must have no vocabulary threshold.
+    """
+    everything = predicted_flops(model, batch, [1.0] * prunable_layers(model))
+    return min(1.0, (1 + target / everything) / 2)
 
 
 def lowest_flops(model: Any, batch: Batch, first_layer: int = 1) -> float:
@@ -455,21 +495,6 @@ def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
             tensors["thresholds"] = thresholds
 
 
-@contextmanager
-def prunable(model: Any, summary_tokens: SummaryTokens) -> Iterator[None]:
-    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
-    layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
-    training = model.training
-    prune(
-        model, FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens)
-    ).eval()
-    try:
-        yield
-    finally:
-        unprune(model)
-        model.train(training)
-
-
 def _summaries(model: nn.Module) -> SummaryTokens:
     return attachment_of(model).token_pruner.pruner.summary_tokens
 
@@ -481,7 +506,7 @@ def _pruner(fit: Fit, model: nn.Module) -> FixedThreshold:
         scoring_mode="relative",
         summary_tokens=method.summary_tokens,
         max_seq_length=method.max_seq_length,
-        vocabulary_threshold=method.vocabulary_threshold,
+        vocabulary_threshold=fit.vocabulary_threshold,
     )
 
 
@@ -515,38 +540,6 @@ def _neighbours(schedule: Schedule, share: float, allowed: tuple[int, ...]) -> l
                 weights[other] += share * weight
                 found.append(Schedule(" ".join(f"{value:.2f}" for value in weights), tuple(weights)))
     return found
-
-
-def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
-    """One padded batch of tokenized texts.
-
-    Args:
-        examples: see :func:`calibrate`.
-        padding: the id of the padding token.
-
-    Raises:
-        ConfigError: if there are no ``input_ids``.
-    """
-    if isinstance(examples, Mapping):
-        batch = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
-        if "input_ids" not in batch:
-            raise ConfigError("examples has no input_ids")
-        return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
-    for number_, example in enumerate(examples):
-        if "input_ids" not in example:
-            raise ConfigError(f"examples[{number_}] has no input_ids")
-    batch = {}
-    for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
-        if len(examples) and name in examples[0]:
-            rows = [torch.as_tensor(example[name]) for example in examples]
-            batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
-    if "attention_mask" not in batch:
-        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
-        batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
-        batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
-    if len(examples) and "labels" in examples[0]:
-        batch["labels"] = torch.as_tensor([example["labels"] for example in examples])
-    return batch
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_pruning.attach import is_pruned, record
-from token_pruning.calibration import as_batch, prunable
+from token_pruning.attach import is_pruned, prunable, record
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
+from token_pruning.examples import Examples, as_batch
+
+EXAMPLES = 5000  # enough to know a vocabulary by
 
 _BATCH_SIZE = 64
 _PRIOR_EXAMPLES = 5.0
@@ -48,7 +50,7 @@ def vocabulary_scores(model: Any, examples: Sequence[Mapping[str, Any]]) -> Tens
     sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     special: set[int] = set()
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
-    with torch.inference_mode(), prunable(model, "none"):
+    with torch.inference_mode(), prunable(model):
         for start in range(0, len(ordered), _BATCH_SIZE):
             batch = as_batch(ordered[start : start + _BATCH_SIZE], getattr(model.config, "pad_token_id", None) or 0)
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
@@ -70,12 +72,12 @@ def vocabulary_scores(model: Any, examples: Sequence[Mapping[str, Any]]) -> Tens
     return scores.float()
 
 
-def vocabulary_threshold(scores: Tensor, examples: Sequence[Mapping[str, Any]], keep_rate: float) -> float:
+def vocabulary_threshold(scores: Tensor, examples: Examples, keep_rate: float) -> float:
     """The threshold that lets a fraction of the examples' tokens into the first layer.
 
     Args:
         scores: from :func:`vocabulary_scores`.
-        examples: tokenized texts, dictionaries with ``input_ids``.
+        examples: as for :func:`token_pruning.calibrate`.
         keep_rate: the fraction, of all tokens; above 0, at most 1. Entries are kept or dropped as a whole and special
             tokens are always kept, so that more tokens may be let in, but never fewer.
 
@@ -86,9 +88,10 @@ def vocabulary_threshold(scores: Tensor, examples: Sequence[Mapping[str, Any]], 
         ConfigError: for a keep rate outside its range, or no examples.
     """
     number("keep_rate", keep_rate, above=0, high=1)
-    if not examples:
+    batch = as_batch(examples, 0)
+    if not len(batch["input_ids"]):
         raise ConfigError("no examples were given; a keep rate is a fraction of examples' tokens")
-    found = torch.cat([scores[torch.as_tensor(example["input_ids"])] for example in examples])
+    found = scores.cpu()[batch["input_ids"][batch["attention_mask"].bool()]]
     values, counts = torch.unique(found, return_counts=True)
     allowed = round((1 - keep_rate) * len(found), 6)
     drops = int((counts[values.isfinite()].cumsum(0) <= allowed).sum())

@@ -130,6 +130,7 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument("--max-drop", type=float, metavar="POINTS", help="how much the metric may fall, such as 1.0")
     parser.add_argument("--examples", type=int, default=400, help="how many are used (default 400, at least 32)")
     parser.add_argument("--summary-tokens", default="none", help="none, shared or segment (default none)")
+    parser.add_argument("--no-vocabulary", action="store_true", help="let every token into the first layer")
     _add_prune_layers(parser)
     parser.add_argument("--seed", type=int, default=42, help="of the choice of examples (default 42)")
     parser.add_argument("--bs", "--batch-size", dest="batch_size", type=int, default=32,
@@ -405,6 +406,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         examples=arguments.examples,
         summary_tokens=arguments.summary_tokens,
         prune_layers=arguments.prune_layers,
+        vocabulary=not arguments.no_vocabulary,
     )
 
 

@@ -18,18 +18,16 @@ from token_pruning.calibration import (
     FEWEST_EXAMPLES,
     Fit,
     Schedule,
-    as_batch,
     check_target,
     fit_to_budget,
-    predicted_flops,
     profile_of,
-    prunable,
     prunable_layers,
     schedules,
 )
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
+from token_pruning.examples import as_batch
 from token_pruning.flops import relative_flops
 from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.models import ModelShape
@@ -44,20 +42,6 @@ LR_THRESHOLD = 0.0256
 
 HELD_OUT_EXAMPLES = 400
 REFITS = 30  # over a hard stage
-
-
-def default_keep_rate(model: Any, features: list[dict[str, Any]], target: float) -> float:
-    """The part of all tokens that a budget lets into the first layer: half of what must be saved is saved there.
-
-    Args:
-        model: not pruned yet.
-        features: tokenized examples.
-        target: relative FLOPs.
-    """
-    with prunable(model, "none"):
-        batch = as_batch(features[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
-        everything = predicted_flops(model, batch, [1.0] * prunable_layers(model))
-    return min(1.0, (1 + target / everything) / 2)
 
 
 def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from token_pruning.calibration import Calibration, calibrate
+from token_pruning.calibration import Calibration, Fit, calibrate
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.checks import positive_integer
 from token_pruning.data import TaskData, load_unlabelled
@@ -25,6 +25,8 @@ from token_pruning.training.stages import (
     make_evaluator,
     tokenize,
 )
+from token_pruning.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
+from token_pruning.vocabulary import vocabulary_scores
 
 REPORT = "calibration.json"
 EXAMPLES = 400
@@ -39,6 +41,7 @@ def calibrate_checkpoint(
     examples: int = EXAMPLES,
     summary_tokens: SummaryTokens = "none",
     prune_layers: list[int] | None = None,
+    vocabulary: bool = True,
 ) -> Path:
     """Calibrate a dense checkpoint, evaluate it where there is something to evaluate on, and save it.
 
@@ -50,6 +53,7 @@ def calibrate_checkpoint(
         examples: how many are taken, at random.
         summary_tokens: see :class:`token_pruning.Pruner`.
         prune_layers: see :class:`token_pruning.Pruner`.
+        vocabulary: also try to keep tokens out of the first layer, by scores from as many examples as there are.
 
     Returns:
         The output folder: a checkpoint with ``calibration.json``, what was compared.
@@ -66,7 +70,7 @@ def calibrate_checkpoint(
         raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
     identity = {
         **options.identity(), "max_drop": max_drop, "examples": examples, "summary_tokens": summary_tokens,
-        "prune_layers": prune_layers, "texts": None if texts is None else str(texts),
+        "prune_layers": prune_layers, "vocabulary": vocabulary, "texts": None if texts is None else str(texts),
     }  # fmt: skip
     resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
     tokenizer = load_tokenizer(checkpoint)
@@ -93,6 +97,7 @@ def calibrate_checkpoint(
         metric=None if data is None else _metric(data),
         summary_tokens=summary_tokens,
         prune_layers=prune_layers,
+        vocabulary_scores=vocabulary_scores(model, features[:VOCABULARY_EXAMPLES]) if vocabulary else None,
         seed=options.seed,
     )
     print(format_calibration(result))
@@ -116,9 +121,14 @@ def _metric(data: TaskData) -> Any:
 def format_calibration(result: Calibration) -> str:
     """What was chosen, and the best of what was compared, as a few lines of text."""
     chosen = result.chosen
+    entering = []
+    if chosen.vocabulary_threshold is not None:
+        threshold = f"vocabulary threshold {chosen.vocabulary_threshold:.4f}"
+        entering = [f"  {chosen.entering:.1%} of the tokens enter the first layer: {threshold}"]
     lines = [
         f"schedule {chosen.schedule.name}: relative FLOPs {chosen.relative_flops:.3f} "
         f"({chosen.relative_flops_held_out:.3f} on held-out examples), divergence {chosen.divergence:.4f}",
+        *entering,
         "  kept per layer: " + " ".join(f"{kept:.2f}" for kept in chosen.kept),
         "  thresholds: " + " ".join(f"{threshold:.4f}" for threshold in chosen.thresholds),
     ]
@@ -127,9 +137,13 @@ def format_calibration(result: Calibration) -> str:
             f"  held-out metric {result.metric_pruned:.2f}, dense {result.metric_dense:.2f}; loss at most "
             f"{result.drop_bound:.2f} points (one standard error)"
         )
-    others = [f"{fit.schedule.name} {fit.divergence:.4f}" for fit in result.candidates if fit is not chosen][:5]
+    others = [f"{_named(fit)} {fit.divergence:.4f}" for fit in result.candidates if fit is not chosen][:5]
     rest = f"; next: {', '.join(others)}" if others else ""
     return "\n".join([*lines, f"  compared {len(result.candidates)}{rest}"])
+
+
+def _named(fit: Fit) -> str:
+    return fit.schedule.name if fit.vocabulary_threshold is None else f"{fit.schedule.name} (vocabulary)"
 
 
 def _report(result: Calibration) -> dict[str, Any]:

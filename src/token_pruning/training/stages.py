@@ -17,19 +17,21 @@ from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.analysis.quantities import length_quantile
-from token_pruning.attach import freeze_thresholds, is_pruned, prune, unprune
+from token_pruning.attach import freeze_thresholds, is_pruned, prunable, prune, unprune
+from token_pruning.calibration import default_keep_rate
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
 from token_pruning.data import Examples, Task, TaskData
 from token_pruning.errors import CheckpointError, ConfigError
+from token_pruning.examples import as_batch
 from token_pruning.metrics import compute_metrics
 from token_pruning.models import shape_of
 from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
 from token_pruning.training.budget import (
+    HELD_OUT_EXAMPLES,
     LR_THRESHOLD,
     TEMPERATURE,
     BudgetController,
     budget_holder,
-    default_keep_rate,
     hold_out,
     use_relative_scores,
 )
@@ -44,9 +46,8 @@ from token_pruning.training.trainer import (
     HardSecondHalf,
     PruningTrainer,
 )
+from token_pruning.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
 from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
-
-VOCABULARY_EXAMPLES = 5000  # that vocabulary scores are means over
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -248,7 +249,9 @@ def _with_vocabulary(
     some = random.Random(options.seed).sample(features, min(len(features), VOCABULARY_EXAMPLES))
     if keep_rate is None:
         assert options.target_flops is not None
-        keep_rate = default_keep_rate(model, some, options.target_flops)
+        with prunable(model):
+            batch = as_batch(some[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
+            keep_rate = default_keep_rate(model, batch, options.target_flops)
     if keep_rate == 1:
         return replace(pruner, vocabulary_threshold=None), scores
     if scores is None:

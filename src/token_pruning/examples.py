@@ -1,0 +1,45 @@
+"""Tokenized texts as padded batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from token_pruning.errors import ConfigError
+
+Batch = Mapping[str, Tensor]
+Examples = Sequence[Mapping[str, Any]] | Batch
+
+
+def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
+    """One padded batch of tokenized texts.
+
+    Args:
+        examples: dictionaries of lists with ``input_ids``, or a padded batch of tensors already.
+        padding: the id of the padding token.
+
+    Raises:
+        ConfigError: if there are no ``input_ids``.
+    """
+    if isinstance(examples, Mapping):
+        batch = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
+        if "input_ids" not in batch:
+            raise ConfigError("examples has no input_ids")
+        return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+    for number_, example in enumerate(examples):
+        if "input_ids" not in example:
+            raise ConfigError(f"examples[{number_}] has no input_ids")
+    batch = {}
+    for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
+        if len(examples) and name in examples[0]:
+            rows = [torch.as_tensor(example[name]) for example in examples]
+            batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
+    if "attention_mask" not in batch:
+        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
+        batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
+        batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
+    if len(examples) and "labels" in examples[0]:
+        batch["labels"] = torch.as_tensor([example["labels"] for example in examples])
+    return batch
