@@ -21,15 +21,17 @@ TASKS = ("RTE", "MRPC", "STSB", "SST2")
 BUDGETS = ("0.50", "0.35", "0.25")
 METHODS = {
     "budget": "budget (ours)",
+    "budget-all": "the same, all tokens enter",
     "topk": "top-k",
     "manual": "manual thresholds",
     "ltp": "published LTP",
 }
+CALIBRATED = ("0.70", "0.50")
 UNTRAINED = {
-    "calibrated-0.70-segment": "calibrated, summary tokens (ours)",
-    "calibrated-0.70-none": "calibrated (ours)",
-    "topk-0.70-untrained": "top-k",
-    "manual-0.70-untrained": "manual thresholds",
+    "calibrated-{}": "calibrated (ours)",
+    "calibrated-all-{}": "the same, all tokens enter",
+    "topk-{}-untrained": "top-k",
+    "manual-{}-untrained": "manual thresholds",
 }
 Runs = dict[str, dict[str, Any]]
 
@@ -78,7 +80,7 @@ def drops(task: str, seeds: list[Runs], name: str) -> list[tuple[float, float]]:
 
 def best_ltp(task: str, runs: Runs, name: str) -> dict[str, Any] | None:
     """LTP cannot be asked for a budget: the dearest run that is within it."""
-    method, _, budget = name.partition("-")
+    method, _, budget = name.rpartition("-")
     within = [
         run
         for key, run in runs.items()
@@ -119,7 +121,9 @@ def tables(everything: dict[str, list[Runs]]) -> str:
         "| seeds | " + " | ".join(str(len(seeds)) for seeds in everything.values()) + " |",
     ]
     head = "| method | " + " | ".join(everything) + " | mean loss |"
-    text += ["", "Relative FLOPs ≤ 0.70, nothing trained:", "", head, rule, *rows(everything, UNTRAINED)]
+    for budget in CALIBRATED:
+        named = {name.format(budget): label for name, label in UNTRAINED.items()}
+        text += ["", f"Relative FLOPs ≤ {budget}, nothing trained:", "", head, rule, *rows(everything, named)]
     for budget in BUDGETS:
         named = {f"{method}-{budget}": label for method, label in METHODS.items()}
         text += ["", f"Relative FLOPs ≤ {budget}:", "", head, rule, *rows(everything, named)]
@@ -134,6 +138,7 @@ def figure(everything: dict[str, list[Runs]]) -> None:
             for runs in seeds
             for number, (name, run) in enumerate(runs.items())
             if name != "dense" and not name.startswith("short") and not name.endswith(("soft", "untrained"))
+            if "-all-" not in name
         ]
         dense = statistics.mean(points(task, runs["dense"]) for runs in seeds) / 100
         panels.append(TaskResults(task, glue_task(task).best_metric, dense, rows))
