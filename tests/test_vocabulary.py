@@ -26,6 +26,7 @@ from tests.workspace import edit_config, write_checkpoint, write_sst2
 from token_pruning.cli import main
 from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.errors import ConfigError
+from token_pruning.examples import as_batch
 from token_pruning.flops import layer_flops
 from token_pruning.models import shape_of
 from token_pruning.ragged import layout_from_mask
@@ -76,6 +77,8 @@ def test_scores_are_the_means_of_a_plain_loop() -> None:
         assert found[token].item() == pytest.approx(expected, abs=1e-5)
     assert found.dtype == torch.float32
     assert torch.equal(found, tp.vocabulary_scores(tiny_model(), some[::-1]))
+    assert_close(tp.vocabulary_scores(tiny_model(), as_batch(some, 0))[5:], found[5:], 1e-5)
+    assert tp.vocabulary_threshold(found, as_batch(some, 0), 0.7) == tp.vocabulary_threshold(found, some, 0.7)
 
 
 def test_scores_do_not_change_the_model() -> None:

@@ -43,3 +43,12 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
     if len(examples) and "labels" in examples[0]:
         batch["labels"] = torch.as_tensor([example["labels"] for example in examples])
     return batch
+
+
+def as_rows(examples: Examples) -> Sequence[Mapping[str, Any]]:
+    """One dictionary for each tokenized text, without padding; arguments and errors as :func:`as_batch`."""
+    if not isinstance(examples, Mapping):
+        return examples
+    batch = as_batch(examples, 0)
+    names = [name for name in ("input_ids", "token_type_ids") if name in batch]
+    return [{name: batch[name][row][mask] for name in names} for row, mask in enumerate(batch["attention_mask"].bool())]

@@ -7,7 +7,6 @@ known before anything is computed. Tokens whose entry's score is below the ``voc
 model's layers. The others keep their positions.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from token_pruning.attach import is_pruned, prunable, record
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.examples import Examples, as_batch
+from token_pruning.examples import Examples, as_batch, as_rows
 
 EXAMPLES = 5000  # enough to know a vocabulary by
 
@@ -25,7 +24,7 @@ _PRIOR_EXAMPLES = 5.0
 _PRIOR_SCORE = 1.0  # the mean of all scores, by their definition
 
 
-def vocabulary_scores(model: Any, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+def vocabulary_scores(model: Any, examples: Examples) -> Tensor:
     """What each vocabulary entry is worth: its tokens' mean importance in the upper half of a model's layers.
 
     Scores are those of scoring mode ``"relative"``, whose mean over a sequence is 1. An entry's mean counts five more
@@ -34,7 +33,7 @@ def vocabulary_scores(model: Any, examples: Sequence[Mapping[str, Any]]) -> Tens
 
     Args:
         model: a supported model that is not pruned, with any head.
-        examples: tokenized texts: dictionaries with ``input_ids`` and what else the model takes, lists of numbers.
+        examples: tokenized texts, as for :func:`token_pruning.calibrate`.
 
     Returns:
         ``[vocabulary]`` float32, on the CPU.
@@ -44,12 +43,13 @@ def vocabulary_scores(model: Any, examples: Sequence[Mapping[str, Any]]) -> Tens
     """
     if is_pruned(model):
         raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
-    if not examples:
+    rows = as_rows(examples)
+    if not rows:
         raise ConfigError("no examples were given; vocabulary scores are means over examples' tokens")
     size = model.get_input_embeddings().num_embeddings
     sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     special: set[int] = set()
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    ordered = sorted(rows, key=lambda example: len(example["input_ids"]))
     with torch.inference_mode(), prunable(model):
         for start in range(0, len(ordered), _BATCH_SIZE):
             batch = as_batch(ordered[start : start + _BATCH_SIZE], getattr(model.config, "pad_token_id", None) or 0)
