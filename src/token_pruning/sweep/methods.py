@@ -56,10 +56,13 @@ def budget(trial: Trial, space: Space) -> TrainOptions:
     summary_tokens = space.summary_tokens
     if summary_tokens is None:
         summary_tokens = trial.suggest_categorical("budget.summary_tokens", ["none", "segment"])
+    target = _target(trial, "budget", space.lowest_flops[summary_tokens])
+    saved_before_layers = trial.suggest_float("budget.saved_before_layers", 0.0, 1.0)
     return replace(
         space.base,
         masking_mode="hard",
-        target_flops=_target(trial, "budget", space.lowest_flops[summary_tokens]),
+        target_flops=target,
+        vocabulary_keep_rate=1 - saved_before_layers * (1 - target),
         schedule=trial.suggest_categorical("budget.schedule", [schedule.name for schedule in schedules(space.layers)]),
         pruning={"prune_mode": "absolute_threshold", "summary_tokens": summary_tokens},
     )
