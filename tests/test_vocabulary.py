@@ -22,7 +22,7 @@ from tests.tiny import (
     shared_model,
     tiny_model,
 )
-from tests.workspace import edit_config, write_checkpoint, write_sst2
+from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2
 from token_pruning.cli import main
 from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.errors import ConfigError
@@ -316,6 +316,8 @@ def test_a_budget_saves_half_of_what_it_must_in_the_vocabulary(folder: Path, cap
     assert read(folder / "out")["relative_flops"] == pytest.approx(0.4, abs=0.06)
     assert read(folder / "out")["tokens_in_first_layer"] < read(folder / "out")["tokens_entering"]
     assert " the first layer; kept per layer" in said
+    left_out = next(line for line in said.splitlines() if "most frequent of the others: " in line)
+    assert set(left_out.rpartition(": ")[2].split()) <= set(WORDS)
     scores = tp.from_pretrained(folder / "out").token_pruner.vocabulary_scores
     threshold = read(folder / "out", "config.json")["vocabulary_threshold"]
     assert train("--restore out --masking-mode hard --target-flops 0.3", "out2") == 0  # goes on with what it has

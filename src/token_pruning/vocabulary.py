@@ -99,3 +99,15 @@ def vocabulary_threshold(scores: Tensor, examples: Examples, keep_rate: float) -
         return 0.0
     above = values[drops] if drops < len(values) and values[drops].isfinite() else values[drops - 1] + 1
     return float((values[drops - 1] + above) / 2)  # between two entries' scores, so that rounding decides nothing
+
+
+def describe(scores: Tensor, threshold: float, examples: Examples, tokenizer: Any) -> str:
+    """One line: how many of the examples' tokens enter the first layer, and which of the others there are most of."""
+    batch = as_batch(examples, 0)
+    ids = batch["input_ids"][batch["attention_mask"].bool()]
+    left_out, counts = torch.unique(ids[scores[ids] < threshold], return_counts=True)
+    most = tokenizer.convert_ids_to_tokens(left_out[counts.argsort(descending=True)[:10]].tolist())
+    return (
+        f"{1 - int(counts.sum()) / len(ids):.1%} of the training examples' tokens enter the first layer: vocabulary "
+        f"threshold {threshold:.4f}; most frequent of the others: {' '.join(most)}"
+    )

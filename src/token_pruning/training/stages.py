@@ -47,7 +47,7 @@ from token_pruning.training.trainer import (
     PruningTrainer,
 )
 from token_pruning.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
-from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
+from token_pruning.vocabulary import describe, vocabulary_scores, vocabulary_threshold
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -103,7 +103,9 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     first_process = arguments.process_index == 0
     if pruner is not None:
         model.to(arguments.device)
-        pruner, vocabulary = _with_vocabulary(pruner, checkpoint, model, features, options, say=first_process)
+        pruner, vocabulary = _with_vocabulary(
+            pruner, checkpoint, model, tokenizer, features, options, say=first_process
+        )
         prune(model, pruner, vocabulary_scores=vocabulary)
     elif arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
@@ -237,6 +239,7 @@ def _with_vocabulary(
     pruner: Pruner,
     checkpoint: Checkpoint,
     model: Any,
+    tokenizer: Any,
     features: list[dict[str, Any]],
     options: TrainOptions,
     *,
@@ -257,11 +260,8 @@ def _with_vocabulary(
     if scores is None:
         scores = vocabulary_scores(model, some)
     threshold = vocabulary_threshold(scores, some, keep_rate)
-    if say:
-        kept = torch.cat([scores[feature["input_ids"]] >= threshold for feature in some]).float().mean().item()
-        print(
-            f"{kept:.1%} of the training examples' tokens enter the first layer: vocabulary threshold {threshold:.4f}"
-        )
+    if say and threshold:
+        print(describe(scores, threshold, some, tokenizer))
     return replace(pruner, vocabulary_threshold=threshold or None), scores
 
 
