@@ -1,10 +1,9 @@
 """Dropping tokens before the first layer, by what their vocabulary entries are worth.
 
-Attention in the first layers says little about which tokens matter: there, adjectives of colour are worth less than
-commas. Attention in later layers says it well, but by then the tokens have been paid for. What it says depends mostly
-on the token itself, though, so its mean for each vocabulary entry, a table made once from a few thousand examples, is
-known before anything is computed. Tokens whose entry's score is below the ``vocabulary_threshold`` never enter the
-model's layers. The others keep their positions.
+Attention in the first layers says little about which tokens matter. In later layers it says it well, but by then the
+tokens have been paid for. What it says depends mostly on the token itself, though: its mean for each vocabulary entry, a
+table made once from a few thousand examples, is known before anything is computed. Tokens whose entry's score is below
+the ``vocabulary_threshold`` never enter the model's layers. The others keep their positions.
 """
 
 from typing import Any
