@@ -1,6 +1,7 @@
 """Training to a budget: the controller, thresholds that follow the weights, and whole runs from the command line."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from transformers import TrainerControl, TrainerState
 
 import token_pruning as tp
 from tests.tiny import pruned, ragged_batch, tiny_model
-from tests.workspace import edit_config, write_checkpoint, write_sst2, write_stsb
+from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.attach import attachment_of
 from token_pruning.calibration import schedules
 from token_pruning.checkpoint import read_checkpoint
-from token_pruning.cli import paper_main
+from token_pruning.cli import main, paper_main
 from token_pruning.errors import ConfigError
 from token_pruning.training.budget import (
     BudgetController,
@@ -236,6 +237,23 @@ def test_summary_tokens_and_a_schedule_from_the_command_line(folder: Path) -> No
     assert not (folder / "CKPT" / "teacher_logits").exists()
 
 
+def test_the_cost_of_other_texts_can_be_held_to_the_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(1)
+    long = [" ".join(rng.choices(WORDS, k=rng.randint(40, 60))) for _ in range(50)]
+    (folder / "long.txt").write_text("\n".join(long) + "\n", encoding="utf-8")
+    labelled = [f"{text}\t{number % 2}" for number, text in enumerate(long)]
+    (folder / "long" / "SST-2").mkdir(parents=True)
+    dev = folder / "long" / "SST-2" / "dev.tsv"
+    dev.write_text("\n".join(["sentence\tlabel", *labelled]) + "\n", encoding="utf-8")
+    assert run("--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 --budget_input long.txt") == 0
+    fitted = next(line for line in capsys.readouterr().out.splitlines() if "thresholds fitted to" in line)
+    assert fitted.endswith("of the FLOPs on long.txt")
+    line = "eval --task SST2 --restore out --data-dir long --output-dir on-long"
+    assert main(line.split()) == 0
+    assert results(folder, "on-long")["relative_flops"] == pytest.approx(0.6, abs=0.01)
+    assert abs(results(folder)["relative_flops"] - 0.6) > 0.02  # the task's own texts are shorter
+
+
 def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit, seen = BudgetHolder.fit, []
 
@@ -274,9 +292,13 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "--no-teacher applies to training",
         ),
         ("--restore CKPT --masking_mode soft", "--lambda is missing"),
+        ("--restore CKPT --masking_mode soft --lambda 0.1 --budget_input x", "--budget-input applies to training"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input none.txt", "none.txt: no such file"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input few.txt", "few.txt has 2 texts"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    (folder / "few.txt").write_text("good cat\nbad dog\n", encoding="utf-8")
     if "target" not in line:
         edit_config(folder / "CKPT", prune_mode="absolute_threshold", final_token_threshold=0.01)
     assert run(f"--task SST2 {line}") == 2

@@ -1,9 +1,9 @@
 """Dropping tokens before the first layer, by what their vocabulary entries are worth.
 
 Attention in the first layers says little about which tokens matter. In later layers it says it well, but by then the
-tokens have been paid for. What it says depends mostly on the token itself, though: its mean for each vocabulary entry, a
-table made once from a few thousand examples, is known before anything is computed. Tokens whose entry's score is below
-the ``vocabulary_threshold`` never enter the model's layers. The others keep their positions.
+tokens have been paid for. What it says depends mostly on the token itself, though: its mean for each vocabulary entry,
+a table made once from a few thousand examples, is known before anything is computed. Tokens whose entry's score is
+below the ``vocabulary_threshold`` never enter the model's layers. The others keep their positions.
 """
 
 from typing import Any
@@ -107,6 +107,6 @@ def describe(scores: Tensor, threshold: float, examples: Examples, tokenizer: An
     left_out, counts = torch.unique(ids[scores[ids] < threshold], return_counts=True)
     most = tokenizer.convert_ids_to_tokens(left_out[counts.argsort(descending=True)[:10]].tolist())
     return (
-        f"{1 - int(counts.sum()) / len(ids):.1%} of the training examples' tokens enter the first layer: vocabulary "
+        f"{1 - int(counts.sum()) / len(ids):.1%} of the tokens enter the first layer: vocabulary "
         f"threshold {threshold:.4f}; most frequent of the others: {' '.join(most)}"
     )

@@ -74,6 +74,11 @@ def add_train(commands: Any) -> None:
         "that leave after each layer, as 0.6,0.4; drain: all of them, as late as the budget allows "
         "(default: as the checkpoint's learned thresholds do, or drain)",
     )
+    budget.add_argument(
+        "--budget-input", metavar="FILE",
+        help="unlabelled texts as the model will meet them, whose cost is held to the budget (default: held-out "
+        "training examples, which may be shorter or longer)",
+    )  # fmt: skip
     budget.add_argument("--no-teacher", action="store_true", help="learn from labels alone")
     soft = parser.add_argument_group("soft stage (masking modes soft and mixed)")
     soft.add_argument(
@@ -363,8 +368,8 @@ def _train(arguments: argparse.Namespace) -> None:
     names = (
         "epochs", "weight_decay", "seed", "save_steps", "save_all", "load_best", "overwrite_output_dir",
         "train_length_quantile", "regularization", "temperature", "lr_threshold", "weight_decay_threshold",
-        "target_flops", "vocabulary_keep_rate", "schedule", "no_teacher", "teacher", "distillation_weight",
-        "distillation_temperature",
+        "target_flops", "budget_input", "vocabulary_keep_rate", "schedule", "no_teacher", "teacher",
+        "distillation_weight", "distillation_temperature",
     )  # fmt: skip
     options = _options(arguments, lr=_learning_rate(arguments), **{name: getattr(arguments, name) for name in names})
 

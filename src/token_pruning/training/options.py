@@ -47,6 +47,8 @@ class TrainOptions:
         target_flops: the budget: relative FLOPs on valid tokens, held by a controller in the soft stage and by
             fitting thresholds to held-out training examples in the hard stage. Thresholds, their temperature and
             learning rate are then in units of scoring mode ``"relative"``.
+        budget_input: with a budget: a file of unlabelled texts as the model will meet them, whose cost counts; else
+            that of held-out training examples does, which may be shorter or longer.
         vocabulary_keep_rate: the part of the training examples' tokens that enters the first layer; the others' entries
             are the vocabulary's least important (:mod:`token_pruning.vocabulary`). With a budget it follows from that,
             unless given; 1 for all tokens.
@@ -88,6 +90,7 @@ class TrainOptions:
     lr_threshold: float | None = None
     weight_decay_threshold: float | None = None
     target_flops: float | None = None
+    budget_input: str | None = None
     vocabulary_keep_rate: float | None = None
     schedule: str | None = None
     teacher: str | None = None
@@ -151,7 +154,11 @@ class TrainOptions:
 
     def _check_budget(self) -> None:
         if self.target_flops is None:
-            for name, value in (("schedule", self.schedule), ("no_teacher", self.no_teacher)):
+            for name, value in (
+                ("schedule", self.schedule),
+                ("no_teacher", self.no_teacher),
+                ("budget_input", self.budget_input),
+            ):
                 if value:
                     raise ConfigError(f"{flag(name)} applies to training with a budget, --target-flops")
             return

@@ -18,9 +18,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.analysis.quantities import length_quantile
 from token_pruning.attach import freeze_thresholds, is_pruned, prunable, prune, unprune
-from token_pruning.calibration import default_keep_rate
+from token_pruning.calibration import FEWEST_EXAMPLES, default_keep_rate
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
-from token_pruning.data import Examples, Task, TaskData
+from token_pruning.data import Examples, Task, TaskData, load_unlabelled
 from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.examples import as_batch
 from token_pruning.metrics import compute_metrics
@@ -101,10 +101,13 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     model = load_classifier(checkpoint, data.task, new_head=options.masking_mode == "none")
     features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
     first_process = arguments.process_index == 0
+    texts: list[dict[str, Any]] | None = None
     if pruner is not None:
         model.to(arguments.device)
+        if options.budget_input is not None:
+            texts = _budget_texts(tokenizer, model, options)
         pruner, vocabulary = _with_vocabulary(
-            pruner, checkpoint, model, tokenizer, features, options, say=first_process
+            pruner, checkpoint, model, tokenizer, features, texts, options, say=first_process
         )
         prune(model, pruner, vocabulary_scores=vocabulary)
     elif arguments.device.type == "cpu":
@@ -119,8 +122,9 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     of_stage: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
     holder, controller = None, None
     if options.target_flops is not None:
-        features, held_out = hold_out(features, options.seed)
-        holder = budget_holder(model, held_out, options, learned)
+        if texts is None:
+            features, texts = hold_out(features, options.seed)
+        holder = budget_holder(model, texts, options, learned)
         of_stage.append(holder)
         if options.soft:
             controller = BudgetController(options.target_flops)
@@ -155,7 +159,8 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     if holder is not None:
         fit = holder.fit(model)
         if first_process:
-            print(f"thresholds fitted to {fit.relative_flops:.3f} of the FLOPs on held-out training examples")
+            where = options.budget_input or "held-out training examples"
+            print(f"thresholds fitted to {fit.relative_flops:.3f} of the FLOPs on {where}")
 
     if first_process:
         if pruner is None and is_pruned(model):
@@ -235,17 +240,32 @@ def _pruner(checkpoint: Checkpoint, options: TrainOptions) -> Pruner | None:
     return pruner
 
 
+def _budget_texts(tokenizer: Any, model: Any, options: TrainOptions) -> list[dict[str, Any]]:
+    """The texts whose cost is held to the budget, tokenized, some of them where there are many."""
+    assert options.budget_input is not None
+    features = tokenize(tokenizer, load_unlabelled(Path(options.budget_input)), model, options.max_length)
+    if len(features) < FEWEST_EXAMPLES:
+        raise ConfigError(
+            f"{options.budget_input} has {len(features)} texts; a budget needs at least {FEWEST_EXAMPLES}"
+        )
+    return random.Random(options.seed).sample(features, min(len(features), HELD_OUT_EXAMPLES))
+
+
 def _with_vocabulary(
     pruner: Pruner,
     checkpoint: Checkpoint,
     model: Any,
     tokenizer: Any,
     features: list[dict[str, Any]],
+    texts: list[dict[str, Any]] | None,
     options: TrainOptions,
     *,
     say: bool,
 ) -> tuple[Pruner, Tensor | None]:
-    """The method with the vocabulary threshold that training starts with, and the scores it is compared with."""
+    """The method with the vocabulary threshold that training starts with, and the scores it is compared with.
+
+    ``texts`` are those of the budget, where they are not training examples.
+    """
     keep_rate, scores = options.vocabulary_keep_rate, checkpoint.vocabulary_scores
     if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
         return pruner, scores
@@ -253,15 +273,15 @@ def _with_vocabulary(
     if keep_rate is None:
         assert options.target_flops is not None
         with prunable(model):
-            batch = as_batch(some[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
+            batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
             keep_rate = default_keep_rate(model, batch, options.target_flops)
     if keep_rate == 1:
         return replace(pruner, vocabulary_threshold=None), scores
     if scores is None:
         scores = vocabulary_scores(model, some)
-    threshold = vocabulary_threshold(scores, some, keep_rate)
+    threshold = vocabulary_threshold(scores, texts or some, keep_rate)
     if say and threshold:
-        print(describe(scores, threshold, some, tokenizer))
+        print(describe(scores, threshold, texts or some, tokenizer))
     return replace(pruner, vocabulary_threshold=threshold or None), scores
 
 
