@@ -22,7 +22,7 @@ import token_pruning as tp
 from token_pruning.calibration import using
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.cli import main
-from token_pruning.data import find_minilm, glue_task, load_glue_folder
+from token_pruning.data import find_minilm, glue_task, load_glue_folder, load_unlabelled
 from token_pruning.examples import as_batch
 from token_pruning.training.stages import load_tokenizer, tokenize
 
@@ -53,7 +53,9 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
     common = [*data, "--bs", "32", "--bf16", "--seed", str(seed), "--no-load"]
     hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4"]
     epochs = ["--epoch", str(EPOCHS[task])]
-    budget = ["--summary-tokens", "segment", "--target-flops"]
+    texts = sentences(glue, runs) if task == "SST2" else None
+    budget = [*([] if texts is None else ["--budget-input", str(texts)]), "--summary-tokens", "segment"]
+    budget.append("--target-flops")
 
     if "dense" in methods:
         start, lr, passes = DENSE[task]
@@ -67,8 +69,8 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
         for name, target in CALIBRATED.items():
             yield f"calibrated-{name}", calibrate(dense, data, seed, target)
             keep_all = 3 if target > 0.6 else 1
-            yield f"topk-{name}-untrained", [*plain, *topk(dense, task, glue, target, keep_all)]
-            yield f"manual-{name}-untrained", [*plain, *manual(dense, task, glue, target)]
+            yield f"topk-{name}-untrained", [*plain, *topk(dense, task, texts or glue, target, keep_all)]
+            yield f"manual-{name}-untrained", [*plain, *manual(dense, task, texts or glue, target)]
     if "ablation" in methods:
         for name, target in CALIBRATED.items():
             yield f"calibrated-all-{name}", [*calibrate(dense, data, seed, target), "--no-vocabulary"]
@@ -78,9 +80,9 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
         if "ablation" in methods:
             yield f"budget-all-{name}", [*hard, *epochs, *budget, str(target), "--vocabulary-keep-rate", "1"]
         if "topk" in methods:
-            yield f"topk-{name}", [*hard, *epochs, *topk(dense, task, glue, target, keep_all=1)]
+            yield f"topk-{name}", [*hard, *epochs, *topk(dense, task, texts or glue, target, keep_all=1)]
         if "manual" in methods:
-            yield f"manual-{name}", [*hard, *epochs, *manual(dense, task, glue, target)]
+            yield f"manual-{name}", [*hard, *epochs, *manual(dense, task, texts or glue, target)]
     if "ltp" in methods:
         for strength in LAMBDAS:
             half = ["--epoch", str(EPOCHS[task] / 2)]
@@ -101,8 +103,22 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
         dense = str(here / "short-dense")
         hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4", *epochs, *only]
         yield "short-budget-0.50", [*hard, *budget, str(BUDGETS["0.50"])]
-        yield "short-topk-0.50", [*hard, *topk(dense, task, glue, BUDGETS["0.50"], keep_all=1)]
-        yield "short-manual-0.50", [*hard, *manual(dense, task, glue, BUDGETS["0.50"])]
+        yield "short-topk-0.50", [*hard, *topk(dense, task, texts or glue, BUDGETS["0.50"], keep_all=1)]
+        yield "short-manual-0.50", [*hard, *manual(dense, task, texts or glue, BUDGETS["0.50"])]
+
+
+def sentences(glue: Path, runs: Path) -> Path:
+    """SST-2's training examples that end as sentences do: most are phrases, of half the development sentences' length.
+
+    What methods are to cost is set on these.
+    """
+    examples = load_glue_folder(glue_task("SST2"), glue).train
+    assert examples is not None
+    file = runs / "SST2-sentences.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    texts = [text.strip() for text in examples.first if text.strip().endswith(".")]
+    file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return file
 
 
 def calibrate(dense: str, data: list[str], seed: int, target: float) -> list[str]:
@@ -111,24 +127,25 @@ def calibrate(dense: str, data: list[str], seed: int, target: float) -> list[str
     return ["calibrate", *data, "--restore", dense, *settings.split()]
 
 
-def topk(dense: str, task: str, glue: Path, target: float, keep_all: int) -> list[str]:
+def topk(dense: str, task: str, texts: Path, target: float, keep_all: int) -> list[str]:
     """The keep rate that costs ``target`` on training examples."""
-    rate = _solve(dense, task, glue, target, -6.0, 1.0, lambda x: tp.TopK(token_keep_rate=x, keep_all_layers=keep_all))
+    rate = _solve(dense, task, texts, target, -6.0, 1.0, lambda x: tp.TopK(token_keep_rate=x, keep_all_layers=keep_all))
     return ["--prune-mode", "topk", "--token-keep-rate", f"{rate:.3f}", "--keep-all-layers", str(keep_all)]
 
 
-def manual(dense: str, task: str, glue: Path, target: float) -> list[str]:
+def manual(dense: str, task: str, texts: Path, target: float) -> list[str]:
     """The final threshold that costs ``target`` on training examples, before any training."""
-    value = _solve(dense, task, glue, target, 0.1, 0.0, lambda x: tp.FixedThreshold(final_token_threshold=x))
+    value = _solve(dense, task, texts, target, 0.1, 0.0, lambda x: tp.FixedThreshold(final_token_threshold=x))
     return ["--prune-mode", "absolute_threshold", "--final-token-threshold", f"{value:.5f}", "--scoring-mode", "mean"]
 
 
 def _solve(
-    dense: str, task: str, glue: Path, target: float, cheap: float, dear: float, method: Callable[[float], tp.Pruner]
+    dense: str, task: str, texts: Path, target: float, cheap: float, dear: float, method: Callable[[float], tp.Pruner]
 ) -> float:
+    """The setting that costs ``target`` on training examples: ``texts`` is the GLUE folder, or a file of some."""
     checkpoint = read_checkpoint(dense)
     model = tp.prune(load_model(checkpoint), tp.FixedThreshold()).eval()
-    examples = load_glue_folder(glue_task(task), glue).train
+    examples = load_unlabelled(texts) if texts.is_file() else load_glue_folder(glue_task(task), texts).train
     assert examples is not None
     features = tokenize(load_tokenizer(checkpoint), examples, model, 128)
     batch = as_batch(random.Random(0).sample(features, EXAMPLES), 0)
