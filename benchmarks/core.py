@@ -34,7 +34,7 @@ def variants(checkpoint: Any, dtype: str) -> dict[str, Any]:
     weights = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     models = {name: load_model(checkpoint, dtype=weights) for name in ("dense", "dense, packed", "pruned")}
     tp.prune(models["dense, packed"], tp.Unpruned())
-    tp.prune(models["pruned"], checkpoint.pruner())
+    checkpoint.prune(models["pruned"])
     return models
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     checkpoint = read_checkpoint(arguments.pruned)
     tokenizer = load_tokenizer(checkpoint)
     data = load_glue_folder(glue_task(arguments.task), arguments.data_dir) if arguments.task else load_docstrings()
-    model = tp.prune(load_model(checkpoint), checkpoint.pruner())
+    model = checkpoint.prune(load_model(checkpoint))
     held_out = tokenize(tokenizer, data.validation["validation"], model, 128)
     with tp.record(model) as trace:
         predict(model, held_out, collator(tokenizer, False), batch_size=32, progress=False)

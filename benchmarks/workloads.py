@@ -157,4 +157,4 @@ def load(checkpoint: Path, *, pruned: bool = False, **kwargs: Any) -> Any:
     """A checkpoint's model in evaluation mode, with its pruning or without."""
     read = read_checkpoint(checkpoint)
     model = load_model(read, **kwargs).eval()
-    return tp.prune(model, read.pruner(), vocabulary_scores=read.vocabulary_scores) if pruned else model
+    return read.prune(model) if pruned else model

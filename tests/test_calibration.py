@@ -247,6 +247,12 @@ def test_too_few_examples_or_none_at_all() -> None:
         tp.calibrate(tiny_model(), [], 0.5)
     with pytest.raises(ConfigError, match=r"examples\[1\] has no input_ids"):
         tp.calibrate(tiny_model(), [{"input_ids": [1]}, {}], 0.5)
+    with pytest.raises(ConfigError, match=r"examples\[1\] has no tokens"):
+        tp.calibrate(tiny_model(), [{"input_ids": [1]}, {"input_ids": []}], 0.5)
+    padding_only = examples()
+    padding_only["attention_mask"][5] = 0
+    with pytest.raises(ConfigError, match=r"examples\[5\] has no tokens"):
+        tp.calibrate(tiny_model(), padding_only, 0.5)
     with pytest.raises(ConfigError, match="pruned already"):
         tp.calibrate(tp.prune(tiny_model(), ZEROS), examples(), 0.5)
     with pytest.raises(tp.UnsupportedModelError):

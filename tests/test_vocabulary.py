@@ -23,6 +23,7 @@ from tests.tiny import (
     tiny_model,
 )
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2
+from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.cli import main
 from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.errors import ConfigError
@@ -79,6 +80,14 @@ def test_scores_are_the_means_of_a_plain_loop() -> None:
     assert torch.equal(found, tp.vocabulary_scores(tiny_model(), some[::-1]))
     assert_close(tp.vocabulary_scores(tiny_model(), as_batch(some, 0))[5:], found[5:], 1e-5)
     assert tp.vocabulary_threshold(found, as_batch(some, 0), 0.7) == tp.vocabulary_threshold(found, some, 0.7)
+
+
+def test_an_example_without_tokens_is_named() -> None:
+    some = [*examples(3), {"input_ids": []}]
+    with pytest.raises(ConfigError, match=r"examples\[3\] has no tokens"):
+        tp.vocabulary_scores(tiny_model(), some)
+    with pytest.raises(ConfigError, match=r"examples\[3\] has no tokens"):
+        tp.vocabulary_threshold(SCORES, some, 0.5)
 
 
 def test_scores_do_not_change_the_model() -> None:
@@ -246,11 +255,12 @@ def test_scores_are_saved_loaded_copied_and_never_rounded(tmp_path: Path) -> Non
     model, batch = tiny_model(), ragged_batch(LENGTHS)
     attach(model, tp.FixedThreshold(**SOME)).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["vocabulary_threshold"] == 0.5
-    loaded = tp.from_pretrained(tmp_path)
+    loaded, checkpoint = tp.from_pretrained(tmp_path), read_checkpoint(tmp_path)
     assert torch.equal(loaded.token_pruner.vocabulary_scores, SCORES)
     with torch.no_grad():
         expected = model(**batch).logits
         assert torch.equal(loaded(**batch).logits, expected)
+        assert torch.equal(checkpoint.prune(load_model(checkpoint))(**batch).logits, expected)
         assert torch.equal(copy.deepcopy(model)(**batch).logits, expected)
     assert model.to(torch.bfloat16).token_pruner.vocabulary_scores.dtype == torch.float32
     edit_config(tmp_path, vocabulary_threshold=None)  # by hand

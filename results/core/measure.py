@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 
-import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.data import glue_task, load_glue_folder
 from token_pruning.metrics import compute_metrics
@@ -45,7 +44,7 @@ def measure(task_name: str, glue: Path, runs: Path) -> dict[str, Any]:
         checkpoint = read_checkpoint(runs / task_name / method)
         models[method] = load_model(checkpoint)
         if method != "dense":
-            tp.prune(models[method], checkpoint.pruner())
+            checkpoint.prune(models[method])
     tokenizer = load_tokenizer(checkpoint)
     features = tokenize(tokenizer, examples, models["dense"], 128)
     for feature, label in zip(features, examples.labels or [], strict=True):

@@ -53,7 +53,7 @@ def measure(task_name: str, glue: Path, runs: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint)
         features = tokenize(tokenizer, examples, model, 128)
-        tp.prune(model, checkpoint.pruner() if stage == "hard" else tp.Unpruned())
+        checkpoint.prune(model, None if stage == "hard" else tp.Unpruned())
         collate = collator(tokenizer, False)
         batches = [dict(collate(features[i : i + 32])) for i in range(0, len(features), 32)]
 

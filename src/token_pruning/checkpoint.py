@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from token_pruning.attach import Execution, prune
+from token_pruning.attach import Execution, ModelT, prune
 from token_pruning.checks import choice
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
@@ -99,6 +99,23 @@ class Checkpoint:
             return pruner_from_config(self.config, self.thresholds, learned=learned, temperature=temperature)
         except ConfigError as error:
             raise ConfigError(f"{self.path / 'config.json'}: {error}") from None
+
+    def prune(self, model: ModelT, pruner: Pruner | None = None, *, execution: Execution = "packed") -> ModelT:
+        """Prune a model of this checkpoint in place, with the vocabulary scores found in the weights.
+
+        Args:
+            model: from :func:`load_model`.
+            pruner: the method; the one that ``config.json`` names unless given.
+            execution: as for :func:`token_pruning.prune`.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ConfigError: see :meth:`pruner` and :func:`token_pruning.prune`.
+        """
+        method = self.pruner() if pruner is None else pruner
+        return prune(model, method, execution=execution, vocabulary_scores=self.vocabulary_scores)
 
 
 def pruner_from_config(
@@ -208,12 +225,7 @@ def from_pretrained(
     checkpoint = read_checkpoint(path)
     if pruner is None:
         pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
-    return prune(
-        load_model(checkpoint, model_class=model_class, **kwargs),
-        pruner,
-        execution=execution,
-        vocabulary_scores=checkpoint.vocabulary_scores,
-    )
+    return checkpoint.prune(load_model(checkpoint, model_class=model_class, **kwargs), pruner, execution=execution)
 
 
 def load_model(

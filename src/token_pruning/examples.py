@@ -21,8 +21,16 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
         padding: the id of the padding token.
 
     Raises:
-        ConfigError: if there are no ``input_ids``.
+        ConfigError: if there are no ``input_ids``, or an example has not one token.
     """
+    batch = _padded(examples, padding)
+    without = (batch["attention_mask"].sum(1) == 0).nonzero()
+    if len(without):
+        raise ConfigError(f"examples[{int(without[0])}] has no tokens; every example needs one")
+    return batch
+
+
+def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
     if isinstance(examples, Mapping):
         batch = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
         if "input_ids" not in batch:
@@ -34,7 +42,7 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
         if len(examples) and name in examples[0]:
-            rows = [torch.as_tensor(example[name]) for example in examples]
+            rows = [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     if "attention_mask" not in batch:
         rows = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
@@ -45,10 +53,8 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
     return batch
 
 
-def as_rows(examples: Examples) -> Sequence[Mapping[str, Any]]:
+def as_rows(examples: Examples) -> list[dict[str, Tensor]]:
     """One dictionary for each tokenized text, without padding; arguments and errors as :func:`as_batch`."""
-    if not isinstance(examples, Mapping):
-        return examples
     batch = as_batch(examples, 0)
     names = [name for name in ("input_ids", "token_type_ids") if name in batch]
     return [{name: batch[name][row][mask] for name in names} for row, mask in enumerate(batch["attention_mask"].bool())]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from token_pruning.attach import prune
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.data import load_unlabelled
 from token_pruning.errors import ConfigError, DataError
@@ -52,7 +51,7 @@ def predict_file(
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
-        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
+        checkpoint.prune(model, pruner)
     features = tokenize(tokenizer, examples, model, max_length)
     logits = torch.from_numpy(
         predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16).logits

@@ -18,7 +18,7 @@ from token_pruning.analysis.quantities import (
     spread,
     spread_over_lengths,
 )
-from token_pruning.attach import prune, record
+from token_pruning.attach import record
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.checks import number, positive_integer
 from token_pruning.data import Task, TaskData
@@ -101,7 +101,7 @@ def analyze(
         if torch.cuda.is_available():
             model.to("cuda")
         # A dense one too: it is packed and recorded then.
-        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
+        checkpoint.prune(model, pruner)
         with record(model) as trace:
             found = predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)
         logits, computed, left = found.logits, found.computed, found.ffn_lengths - found.summary_lengths

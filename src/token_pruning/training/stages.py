@@ -188,7 +188,7 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
-        prune(model, pruner, vocabulary_scores=checkpoint.vocabulary_scores)
+        checkpoint.prune(model, pruner)
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)
 
