@@ -13,15 +13,14 @@ import token_pruning as tp
 from tests.tiny import pruned, ragged_batch, tiny_model
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.attach import attachment_of
-from token_pruning.calibration import schedules
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.cli import main, paper_main
 from token_pruning.errors import ConfigError
+from token_pruning.schedules import named_schedule, schedules
 from token_pruning.training.budget import (
     BudgetController,
     BudgetHolder,
     hold_out,
-    named_schedule,
     soft_relative_flops,
     use_relative_scores,
 )

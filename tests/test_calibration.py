@@ -14,18 +14,11 @@ import token_pruning as tp
 from tests.tiny import FAMILIES, HEADS, pruned, ragged_batch, shared_model, tiny_model
 from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.attach import attachment_of
-from token_pruning.calibration import (
-    fit_profile,
-    fit_to_budget,
-    lowest_flops,
-    predicted_flops,
-    profile_of,
-    schedules,
-    using,
-)
 from token_pruning.cli import main
 from token_pruning.errors import ConfigError
 from token_pruning.examples import as_batch
+from token_pruning.fitting import fit_profile, fit_to_budget, lowest_flops, predicted_flops, profile_of, using
+from token_pruning.schedules import schedules
 
 ZEROS = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")
 SUMMARIES = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative", summary_tokens="segment")

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 
 import token_pruning as tp
-from token_pruning.calibration import using
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.cli import main
 from token_pruning.data import find_minilm, glue_task, load_glue_folder, load_unlabelled
 from token_pruning.examples import as_batch
+from token_pruning.fitting import using
 from token_pruning.training.stages import load_tokenizer, tokenize
 
 TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's
 BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since thresholds are fitted to training data
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
-LAMBDAS = (0.1, 0.3, 1.0)
+LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
 METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp", "short", "ablation")
 # "ablation": ours with all tokens entering the first layer
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
@@ -84,16 +84,14 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
         if "manual" in methods:
             yield f"manual-{name}", [*hard, *epochs, *manual(dense, task, texts or glue, target)]
     if "ltp" in methods:
-        for strength in LAMBDAS:
-            half = ["--epoch", str(EPOCHS[task] / 2)]
-            keys = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
-            paper = f"--masking-mode soft --lambda {strength} --temperature 1e-3 --lr 5e-5 --lr-threshold 2e-4 {keys}"
-            soft = here / f"ltp-{strength}-soft"
-            yield soft.name, ["train", *common, *half, "--restore", dense, *paper.split()]
-            yield (
-                f"ltp-{strength}",
-                ["train", *common, *half, "--restore", str(soft), "--masking-mode", "hard", "--lr", "1e-4"],
-            )
+        half = ["--epoch", str(EPOCHS[task] / 2)]
+        keys = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
+        for strength, temperature in LTP:
+            soft = f"--masking-mode soft --lambda {strength} --temperature {temperature} --lr 5e-5 --lr-threshold 2e-4"
+            name = f"ltp-{strength}" if temperature == 1e-3 else f"ltp-{strength}-T{temperature}"
+            yield f"{name}-soft", ["train", *common, *half, "--restore", dense, *soft.split(), *keys.split()]
+            learned = ["--restore", str(here / f"{name}-soft"), "--masking-mode", "hard", "--lr", "1e-4"]
+            yield name, ["train", *common, *half, *learned]
     if "short" in methods:
         start, lr, passes = DENSE[task]
         restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"

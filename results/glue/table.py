@@ -32,11 +32,13 @@ UNTRAINED = {
     "calibrated-all-{}": "the same, all tokens enter",
     "topk-{}-untrained": "top-k",
     "manual-{}-untrained": "manual thresholds",
+    "ltp-{}": "published LTP, trained",
 }
 Runs = dict[str, dict[str, Any]]
 
 
 def gather(runs: Path) -> None:
+    """Runs that the folder lacks stay as they are where its dense model is the one they started from."""
     for task in TASKS:
         for folder in sorted((runs / task).glob("seed*")):
             found = {}
@@ -51,9 +53,13 @@ def gather(runs: Path) -> None:
                 command = re.sub(r"--data-dir \S+", "--data-dir GLUE", command.replace(str(runs), "RUNS"))
                 command = re.sub(r"--restore (?!RUNS)\S+", "--restore MINILM", command)
                 found[run.name] = {"command": command, **result}
-            if "dense" in found:
-                text = json.dumps(found, indent=1, sort_keys=True) + "\n"
-                (HERE / f"{task}-{folder.name}.json").write_text(text, encoding="utf-8")
+            if "dense" not in found:
+                continue
+            file = HERE / f"{task}-{folder.name}.json"
+            before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else found
+            if before["dense"]["metrics"] == found["dense"]["metrics"]:
+                found = before | found
+            file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load() -> dict[str, list[Runs]]:
@@ -90,12 +96,14 @@ def best_ltp(task: str, runs: Runs, name: str) -> dict[str, Any] | None:
     return max(within, key=lambda run: run["relative_flops"], default=None)
 
 
-def cell(found: list[tuple[float, float]]) -> str:
+def cell(found: list[tuple[float, float]], seeds: int) -> str:
     if not found:
         return "–"
     lost = [drop for drop, _ in found]
     spread = f" ± {statistics.stdev(lost):.1f}" if len(lost) > 1 else ""
-    return f"{statistics.mean(lost):+.1f}{spread} ({statistics.mean(cost for _, cost in found):.3f})".replace("-", "−")
+    of = f", {len(found)} of {seeds}" if len(found) < seeds else ""
+    cost = statistics.mean(cost for _, cost in found)
+    return f"{statistics.mean(lost):+.1f}{spread} ({cost:.3f}{of})".replace("-", "−")
 
 
 def rows(everything: dict[str, list[Runs]], names: dict[str, str]) -> list[str]:
@@ -104,7 +112,8 @@ def rows(everything: dict[str, list[Runs]], names: dict[str, str]) -> list[str]:
         per_task = [drops(task, seeds, key) for task, seeds in everything.items()]
         means = [statistics.mean(drop for drop, _ in found) for found in per_task if found]
         mean = f"{statistics.mean(means):+.1f}".replace("-", "−") if means and len(means) == len(per_task) else "–"
-        lines.append(f"| {label} | " + " | ".join(cell(found) for found in per_task) + f" | {mean} |")
+        cells = [cell(found, len(seeds)) for found, seeds in zip(per_task, everything.values(), strict=True)]
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {mean} |")
     return lines
 
 

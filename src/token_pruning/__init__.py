@@ -7,7 +7,7 @@ with tp.record(model) as trace:
 """
 
 from token_pruning.attach import freeze_thresholds, prune, record, set_thresholds, unprune
-from token_pruning.calibration import Calibration, Schedule, calibrate
+from token_pruning.calibration import Calibration, calibrate
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine import Engine, compile
 from token_pruning.errors import (
@@ -28,6 +28,7 @@ from token_pruning.pruners import (
     TopK,
     Unpruned,
 )
+from token_pruning.schedules import Schedule
 from token_pruning.state import Trace
 from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
 

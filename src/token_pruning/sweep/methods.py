@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from token_pruning.calibration import schedules
+from token_pruning.schedules import schedules
 from token_pruning.training.options import TrainOptions
 
 _LOWEST_TARGET, _HIGHEST_TARGET = 0.2, 0.8

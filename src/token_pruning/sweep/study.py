@@ -25,12 +25,13 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 from token_pruning.attach import prunable
-from token_pruning.calibration import FEWEST_EXAMPLES, lowest_flops, prunable_layers
+from token_pruning.calibration import FEWEST_EXAMPLES
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.checks import choice, number, positive_integer
 from token_pruning.data import TaskData
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.examples import as_batch
+from token_pruning.fitting import lowest_flops, prunable_layers
 from token_pruning.summary import SUMMARY_TOKENS
 from token_pruning.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.sweep.report import Row, TaskResults, describe, write_report

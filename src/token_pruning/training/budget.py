@@ -3,7 +3,6 @@
 Costs are relative FLOPs: the closed form of :mod:`token_pruning.flops` on the tokens kept ÷ that of the dense model.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,24 +13,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from token_pruning.attach import attachment_of, set_thresholds
-from token_pruning.calibration import (
-    FEWEST_EXAMPLES,
-    Fit,
-    Schedule,
-    check_target,
-    fit_to_budget,
-    profile_of,
-    prunable_layers,
-    schedules,
-)
+from token_pruning.calibration import FEWEST_EXAMPLES
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
 from token_pruning.examples import as_batch
+from token_pruning.fitting import Fit, check_target, fit_to_budget, profile_of, prunable_layers
 from token_pruning.flops import relative_flops
 from token_pruning.importance import SCORING_MODES, convert_scores
 from token_pruning.models import ModelShape
 from token_pruning.pruners import Pruner
+from token_pruning.schedules import Schedule, named_schedule, schedules
 from token_pruning.state import Trace
 from token_pruning.training.options import TrainOptions
 
@@ -223,29 +215,3 @@ def _or_linear(schedule: Schedule, layers: int) -> Schedule:
     if total <= 0:
         return next(s for s in schedules(layers) if s.name == "linear")
     return Schedule(schedule.name, tuple(weight / total for weight in schedule.weights))
-
-
-def named_schedule(name: str, layers: int) -> Schedule:
-    """One of :func:`token_pruning.calibration.schedules` by its name, or by its parts: ``"0.6,0.4"``.
-
-    Args:
-        name: a name, or for each layer from the first on the part of what leaves that does so there.
-        layers: see :func:`token_pruning.calibration.prunable_layers`.
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    found = {schedule.name: schedule for schedule in schedules(layers)}
-    if name in found:
-        return found[name]
-    try:
-        parts = [float(part) for part in name.split(",")]
-    except ValueError:
-        parts = []
-    if not 0 < len(parts) <= layers or not all(0 <= part < math.inf for part in parts) or sum(parts) <= 0:
-        raise ConfigError(
-            f"--schedule is {name!r}; for this model it must be one of {', '.join(found)}, or up to {layers} numbers "
-            "with commas between them, the parts that leave after each layer"
-        )
-    total = sum(parts)
-    return Schedule(name, tuple(part / total for part in parts) + (0.0,) * (layers - len(parts)))

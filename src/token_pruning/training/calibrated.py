@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from token_pruning.calibration import Calibration, Fit, calibrate
+from token_pruning.calibration import Calibration, calibrate
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.checks import positive_integer
 from token_pruning.data import TaskData, load_unlabelled
 from token_pruning.errors import ConfigError
+from token_pruning.fitting import Fit
 from token_pruning.metrics import compute_metrics
 from token_pruning.summary import SummaryTokens
 from token_pruning.training.options import TrainOptions

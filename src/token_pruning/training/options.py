@@ -53,7 +53,7 @@ class TrainOptions:
             are the vocabulary's least important (:mod:`token_pruning.vocabulary`). With a budget it follows from that,
             unless given; 1 for all tokens.
         schedule: with a budget in masking mode hard: where tokens leave, by a name of
-            :func:`token_pruning.calibration.schedules`; as the checkpoint's learned thresholds do, or ``"drain"``,
+            :func:`token_pruning.schedules.schedules`; as the checkpoint's learned thresholds do, or ``"drain"``,
             unless given.
         teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub. With a budget
             the dense checkpoint that training started from, unless given.

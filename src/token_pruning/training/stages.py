@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.analysis.quantities import length_quantile
-from token_pruning.attach import freeze_thresholds, is_pruned, prunable, prune, unprune
-from token_pruning.calibration import FEWEST_EXAMPLES, default_keep_rate
+from token_pruning.attach import freeze_thresholds, is_pruned, prune, unprune
+from token_pruning.calibration import FEWEST_EXAMPLES
 from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
 from token_pruning.data import Examples, Task, TaskData, load_unlabelled
 from token_pruning.errors import CheckpointError, ConfigError
-from token_pruning.examples import as_batch
 from token_pruning.metrics import compute_metrics
 from token_pruning.models import shape_of
 from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
@@ -46,8 +44,7 @@ from token_pruning.training.trainer import (
     HardSecondHalf,
     PruningTrainer,
 )
-from token_pruning.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
-from token_pruning.vocabulary import describe, vocabulary_scores, vocabulary_threshold
+from token_pruning.training.vocabulary import with_vocabulary_threshold
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
@@ -106,7 +103,7 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         model.to(arguments.device)
         if options.budget_input is not None:
             texts = _budget_texts(tokenizer, model, options)
-        pruner, vocabulary = _with_vocabulary(
+        pruner, vocabulary = with_vocabulary_threshold(
             pruner, checkpoint, model, tokenizer, features, texts, options, say=first_process
         )
         prune(model, pruner, vocabulary_scores=vocabulary)
@@ -249,40 +246,6 @@ def _budget_texts(tokenizer: Any, model: Any, options: TrainOptions) -> list[dic
             f"{options.budget_input} has {len(features)} texts; a budget needs at least {FEWEST_EXAMPLES}"
         )
     return random.Random(options.seed).sample(features, min(len(features), HELD_OUT_EXAMPLES))
-
-
-def _with_vocabulary(
-    pruner: Pruner,
-    checkpoint: Checkpoint,
-    model: Any,
-    tokenizer: Any,
-    features: list[dict[str, Any]],
-    texts: list[dict[str, Any]] | None,
-    options: TrainOptions,
-    *,
-    say: bool,
-) -> tuple[Pruner, Tensor | None]:
-    """The method with the vocabulary threshold that training starts with, and the scores it is compared with.
-
-    ``texts`` are those of the budget, where they are not training examples.
-    """
-    keep_rate, scores = options.vocabulary_keep_rate, checkpoint.vocabulary_scores
-    if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
-        return pruner, scores
-    some = random.Random(options.seed).sample(features, min(len(features), VOCABULARY_EXAMPLES))
-    if keep_rate is None:
-        assert options.target_flops is not None
-        with prunable(model):
-            batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
-            keep_rate = default_keep_rate(model, batch, options.target_flops)
-    if keep_rate == 1:
-        return replace(pruner, vocabulary_threshold=None), scores
-    if scores is None:
-        scores = vocabulary_scores(model, some)
-    threshold = vocabulary_threshold(scores, texts or some, keep_rate)
-    if say and threshold:
-        print(describe(scores, threshold, texts or some, tokenizer))
-    return replace(pruner, vocabulary_threshold=threshold or None), scores
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
