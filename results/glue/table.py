@@ -136,7 +136,42 @@ def tables(everything: dict[str, list[Runs]]) -> str:
     for budget in BUDGETS:
         named = {f"{method}-{budget}": label for method, label in METHODS.items()}
         text += ["", f"Relative FLOPs ≤ {budget}:", "", head, rule, *rows(everything, named)]
+    columns = " | ".join(everything)
+    text += ["", "Budgets asked, and what the development sets cost (lowest and highest of all seeds):", ""]
+    text += [f"| budget | {columns} |", rule.removesuffix("---|"), *asked_and_found(everything)]
+    text += ["", "Published LTP, by λ and temperature (seed 0; SST-2's seed is 42):", ""]
+    text += [f"| λ, T | {columns} |", rule.removesuffix("---|"), *ltp_grid(everything)]
     return "\n".join(text)
+
+
+def asked_and_found(everything: dict[str, list[Runs]]) -> list[str]:
+    lines = []
+    for name in (*(f"calibrated-{budget}" for budget in CALIBRATED), *(f"budget-{budget}" for budget in BUDGETS)):
+        cells, asked = [], ""
+        for seeds in everything.values():
+            found = [runs[name] for runs in seeds if name in runs]
+            asked = next((re.findall(r"--target-flops (\S+)", run["command"])[0] for run in found), asked)
+            costs = sorted(run["relative_flops"] for run in found)
+            cells.append(f"{costs[0]:.3f} to {costs[-1]:.3f}" if len(costs) > 1 else "".join(f"{x:.3f}" for x in costs))
+        lines.append(f"| {asked}, {name.partition('-')[0]} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return lines
+
+
+def ltp_grid(everything: dict[str, list[Runs]]) -> list[str]:
+    first = {task: seeds[:1] for task, seeds in everything.items()}
+    settings = {
+        name: (float(strength), float(temperature or 1e-3))
+        for seeds in first.values()
+        for runs in seeds
+        for name in runs
+        for strength, temperature in re.findall(r"^ltp-([\d.]+)(?:-T([\d.]+))?$", name)
+    }
+    return [
+        f"| {strength:g}, {temperature:g} | "
+        + " | ".join(cell(drops(task, seeds, name), 1) for task, seeds in first.items())
+        + " |"
+        for name, (strength, temperature) in sorted(settings.items(), key=lambda item: item[1])
+    ]
 
 
 def figure(everything: dict[str, list[Runs]]) -> None:
