@@ -16,9 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from token_pruning.attach import Execution, ModelT, prune
+from token_pruning.attach import ModelT, prune
 from token_pruning.checks import choice
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
+from token_pruning.hooks import Execution
 from token_pruning.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
 from token_pruning.models import supported_model_types
 from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, RelativeThreshold, RisingThreshold, TopK
