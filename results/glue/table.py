@@ -32,6 +32,7 @@ UNTRAINED = {
     "calibrated-all-{}": "the same, all tokens enter",
     "topk-{}-untrained": "top-k",
     "manual-{}-untrained": "manual thresholds",
+    "budget-{}": "budget (ours), trained",
     "ltp-{}": "published LTP, trained",
 }
 Runs = dict[str, dict[str, Any]]
@@ -146,7 +147,10 @@ def tables(everything: dict[str, list[Runs]]) -> str:
 
 def asked_and_found(everything: dict[str, list[Runs]]) -> list[str]:
     lines = []
-    for name in (*(f"calibrated-{budget}" for budget in CALIBRATED), *(f"budget-{budget}" for budget in BUDGETS)):
+    for name in (
+        *(f"calibrated-{budget}" for budget in CALIBRATED),
+        *(f"budget-{budget}" for budget in ("0.70", *BUDGETS)),
+    ):
         cells, asked = [], ""
         for seeds in everything.values():
             found = [runs[name] for runs in seeds if name in runs]
