@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import token_pruning as tp
 from tests.tiny import FAMILIES, HEADS, pruned, ragged_batch, shared_model, tiny_model
@@ -176,6 +176,7 @@ def test_max_drop_takes_the_cheapest_that_keeps_the_metric() -> None:
     model = sharp_model()
     batch = examples(64)
     with torch.no_grad():
+        model.classifier.bias -= model(**batch).logits.mean(0)  # else all would be of one class
         labels = model(**batch).logits.argmax(-1)
     generous = tp.calibrate(model, {**batch, "labels": labels}, max_drop=100.0)
     tp.unprune(model)
@@ -204,6 +205,30 @@ def test_another_metric_and_a_regression() -> None:
 
     assert tp.calibrate(model, {**batch, "labels": labels}, max_drop=1.0, metric=metric).metric_dense == 50.0
     assert set(asked) == {(20, 1, 20)}
+
+
+def test_a_loss_that_cannot_be_estimated_is_refused_and_one_that_is_no_number_is_not_inside_the_bound() -> None:
+    model = tiny_model(num_labels=1, initializer_range=0.3)
+    batch = examples(40)
+    with pytest.raises(ConfigError, match=r"the 20 held-out examples all have the label 2\.5;"):
+        tp.calibrate(model, {**batch, "labels": torch.full((40,), 2.5)}, max_drop=1.0)
+    labelled = {**batch, "labels": torch.arange(40.0)}
+    with pytest.raises(ConfigError, match="metric of the dense model on 20 held-out examples is not a number"):
+        tp.calibrate(model, labelled, max_drop=1.0, metric=lambda *_: float("nan"))
+    asked = [0.5] * (2 + 2 * 200)  # the dense model's, that of the dearest budget, and the bootstrap's
+
+    def metric(logits: Tensor, truth: Tensor) -> float:
+        return asked.pop() if asked else float("nan")
+
+    found = tp.calibrate(model, labelled, max_drop=100.0, metric=metric)
+    assert found.drop_bound == 0.0 and set(found.pruner.thresholds) == {0.0}
+
+
+def test_a_correlation_with_a_constant_is_zero() -> None:
+    model = tiny_model(num_labels=1)
+    nn.init.zeros_(model.classifier.weight)
+    found = tp.calibrate(model, {**examples(40), "labels": torch.arange(40.0)}, max_drop=1.0)
+    assert found.metric_dense == found.metric_pruned == 0.0
 
 
 def test_another_method_for_a_while() -> None:

@@ -104,7 +104,8 @@ def calibrate(
     Raises:
         ConfigError: for fewer than 32 examples, a budget below what can be reached (the message says what can), both or
             neither of ``target_flops`` and ``max_drop``, missing labels, layers or schedules that do not fit the model
-            or the budget, or a model that is pruned already.
+            or the budget, labels that are all the same, a metric that is not a number, or a model that is pruned
+            already.
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
@@ -215,6 +216,11 @@ class _Bench:
     def cheapest(self, max_drop: float, metric: Metric) -> Calibration:
         """The cheapest budget whose estimated loss stays inside the bound."""
         labels = self.held_out["labels"]
+        if len(labels.unique()) == 1:
+            raise ConfigError(
+                f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
+                "of different labels to estimate a loss"
+            )
         dense = 100 * metric(self.dense, labels)
         highest = predicted_flops(self.model, self.fitting, [1.0] * prunable_layers(self.model))
         lowest = lowest_flops(self.model, self.fitting, self.allowed[0])
@@ -229,10 +235,11 @@ class _Bench:
                 outputs = outputs_of(self.model, self.held_out)
             pruned = 100 * metric(outputs, labels)
             bound = dense - pruned + 100 * _standard_error(metric, self.dense, outputs, labels)
-            if bound > max_drop:
+            if not bound <= max_drop:  # nor where the metric is not a number
                 break
             best = Calibration(pruner, fits[0], [], dense, pruned, bound)
-        assert best is not None  # the dearest budget drops nothing, and so loses nothing
+        if best is None:  # the dearest budget drops nothing, and so loses nothing
+            raise ConfigError(f"the metric of the dense model on {len(labels)} held-out examples is not a number")
         return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 
@@ -262,10 +269,10 @@ def _divergence(fit: Fit) -> float:
 
 
 def _default_metric(logits: Tensor, labels: Tensor) -> float:
-    """Accuracy, or Pearson's correlation for a single output."""
+    """Accuracy, or for a single output Pearson's correlation, 0 where one side is constant."""
     if logits.shape[1] > 1:
         return float((logits.argmax(-1) == labels).double().mean())
-    return float(torch.corrcoef(torch.stack([logits[:, 0].double(), labels.double()]))[0, 1])
+    return float(torch.corrcoef(torch.stack([logits[:, 0].double(), labels.double()]))[0, 1].nan_to_num())
 
 
 def _standard_error(metric: Metric, dense: Tensor, pruned: Tensor, labels: Tensor, rounds: int = 200) -> float:
