@@ -216,7 +216,7 @@ class _Bench:
     def cheapest(self, max_drop: float, metric: Metric) -> Calibration:
         """The cheapest budget whose estimated loss stays inside the bound."""
         labels = self.held_out["labels"]
-        if len(labels.unique()) == 1:
+        if bool((labels == labels[0]).all()):
             raise ConfigError(
                 f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
                 "of different labels to estimate a loss"
