@@ -163,17 +163,40 @@ def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, 
     return rest, [features[number] for number in sorted(chosen)]
 
 
-def budget_holder(model: Any, held_out: list[dict[str, Any]], options: TrainOptions, learned: bool) -> BudgetHolder:
-    """What keeps the budget; a schedule is needed where nothing was or will be learned."""
-    assert options.target_flops is not None
-    batch = as_batch(held_out, model.config.pad_token_id or 0)
-    check_target(model, batch, options.target_flops)
-    schedule = None
+def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedule | None:
+    """Where tokens leave, or None for where learned thresholds say: those of the checkpoint or of a soft stage.
+
+    Args:
+        model: pruned or not.
+        options: with a budget.
+        learned: whether the checkpoint has thresholds.
+
+    Raises:
+        ConfigError: for a ``schedule`` that the model cannot have.
+    """
     if options.schedule is not None:
-        schedule = named_schedule(options.schedule, prunable_layers(model))
-    elif not options.soft and not learned:
-        schedule = named_schedule("drain", prunable_layers(model))
-    return BudgetHolder(batch, options.target_flops, schedule, options.bf16)
+        return named_schedule(options.schedule, prunable_layers(model))
+    return None if options.soft or learned else named_schedule("drain", prunable_layers(model))
+
+
+def budget_holder(
+    model: Any, held_out: list[dict[str, Any]], target: float, schedule: Schedule | None, *, bf16: bool
+) -> BudgetHolder:
+    """What keeps the budget.
+
+    Args:
+        model: pruned.
+        held_out: tokenized texts that thresholds are fitted to.
+        target: relative FLOPs.
+        schedule: see :class:`BudgetHolder`.
+        bf16: see :class:`BudgetHolder`.
+
+    Raises:
+        ConfigError: if the budget cannot be reached.
+    """
+    batch = as_batch(held_out, model.config.pad_token_id or 0)
+    check_target(model, batch, target)
+    return BudgetHolder(batch, target, schedule, bf16)
 
 
 def use_relative_scores(checkpoint: Checkpoint) -> None:

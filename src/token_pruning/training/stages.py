@@ -30,6 +30,7 @@ from token_pruning.training.budget import (
     TEMPERATURE,
     BudgetController,
     budget_holder,
+    budget_schedule,
     hold_out,
     use_relative_scores,
 )
@@ -96,6 +97,7 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     set_seed(options.seed)
     tokenizer = load_tokenizer(checkpoint)
     model = load_classifier(checkpoint, data.task, new_head=options.masking_mode == "none")
+    schedule = None if options.target_flops is None else budget_schedule(model, options, learned)
     features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
     first_process = arguments.process_index == 0
     texts: list[dict[str, Any]] | None = None
@@ -109,6 +111,17 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         prune(model, pruner, vocabulary_scores=vocabulary)
     elif arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
+
+    of_stage: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
+    holder, controller, trained_on = None, None, features
+    if options.target_flops is not None:
+        if texts is None:
+            trained_on, texts = hold_out(features, options.seed)
+        holder = budget_holder(model, texts, options.target_flops, schedule, bf16=options.bf16)
+        of_stage.append(holder)
+        if options.soft:
+            controller = BudgetController(options.target_flops)
+            of_stage.append(controller)
     if first_process:
         run_dir.start(identity, resume=resume)
 
@@ -116,21 +129,11 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     if teacher is not None:
         with arguments.main_process_first(local=False):  # the others find what it has written
             _add_teacher_logits(features, teacher, data.train, data.task, model, options, run_dir, arguments.device)
-    of_stage: list[TrainerCallback] = [HardSecondHalf()] if options.masking_mode == "mixed" else []
-    holder, controller = None, None
-    if options.target_flops is not None:
-        if texts is None:
-            features, texts = hold_out(features, options.seed)
-        holder = budget_holder(model, texts, options, learned)
-        of_stage.append(holder)
-        if options.soft:
-            controller = BudgetController(options.target_flops)
-            of_stage.append(controller)
     trainer = PruningTrainer(
         model,
         arguments,
         data_collator=collator(tokenizer, options.bf16),
-        train_dataset=_shorter(features, options.train_length_quantile, say=first_process),
+        train_dataset=_shorter(trained_on, options.train_length_quantile, say=first_process),
         eval_dataset=[],  # the Trainer asks for one; evaluate_splits has the examples
         processing_class=tokenizer,
         run_dir=run_dir,
