@@ -151,7 +151,8 @@ def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.
     assert Counter(trial.user_attrs["method"] for trial in finished()) == {"calibrated": 2, "manual": 2}
     assert sum(trial.params == before[1].params for trial in finished()) == 1
     assert "continuing from" in Path("out/trials/0001-manual.log").read_text()
-    assert [row["state"] for row in trials()].count("complete") == 4
+    assert Counter(row["state"] for row in trials()) == {"complete": 4, "continued": 1}
+    assert "4 complete. " in Path("out/pareto.md").read_text()
     assert "(4 of 4)" in capsys.readouterr().out
     assert sweep(*more) == 0  # nothing is left to do
     assert len(stored()) == len(after)

@@ -23,7 +23,8 @@ class Row:
     Attributes:
         number: in its study.
         method: its name.
-        state: ``complete``, ``pruned`` (stopped as hopeless; its figures are the last ones), ``failed`` or ``running``.
+        state: ``complete``, ``pruned`` (stopped as hopeless; its figures are the last ones), ``failed``, ``running``
+            or ``continued`` (killed; a later trial went on with it).
         metric: a fraction, or None before the first evaluation.
         relative_flops: pruned ÷ dense, or None.
         seconds: on the clock, or None.

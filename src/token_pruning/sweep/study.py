@@ -380,7 +380,9 @@ class _Sweep:
             "a slice of the training set that no trial was trained on (but the dense model, unless its own training "
             "left it out)"
         )  # fmt: skip
-        rows = [_row(trial) for trial in self._trials() if "method" in trial.user_attrs]
+        trials = [trial for trial in self._trials() if "method" in trial.user_attrs]
+        latest = {trial.user_attrs.get("folder"): trial.number for trial in trials}
+        rows = [_row(trial, latest[trial.user_attrs.get("folder")]) for trial in trials]
         note = f"{self.metric} in percent on {measured}."
         write_report(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
 
@@ -388,10 +390,13 @@ class _Sweep:
 _STATES = {COMPLETE: "complete", PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
-def _row(trial: Any) -> Row:
+def _row(trial: Any, latest: int) -> Row:
+    """A trial for the report; ``latest`` is the number of the last one in its folder, which went on with it."""
     attributes = trial.user_attrs
     metric, flops = trial.values or (attributes.get("metric"), attributes.get("relative_flops"))
     state = _STATES.get(trial.state, "running")
+    if state == "failed" and "folder" in attributes and latest > trial.number:
+        state = "continued"
     return Row(trial.number, attributes["method"], state, metric, flops, attributes.get("seconds"), _parameters(trial))
 
 
