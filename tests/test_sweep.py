@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from token_pruning.cli import main
 from token_pruning.data import Examples, TaskData, glue_task
 from token_pruning.errors import ConfigError
 from token_pruning.sweep import study as sweep_study
-from token_pruning.sweep.methods import METHODS
+from token_pruning.sweep.methods import METHODS, Space
 from token_pruning.sweep.report import Row, TaskResults, pareto_plot
 from token_pruning.sweep.rules import hopeless, pareto_front
 from token_pruning.sweep.study import hold_out
+from token_pruning.training.options import TrainOptions
 from token_pruning.training.run_dir import RunDir
 
 LINE = "sweep --restore CKPT --task SST2 --data-dir glue --output-dir out --bs 16 --lr 1e-4"
@@ -119,6 +121,22 @@ def test_every_method_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     error = capsys.readouterr().err
     assert "--epoch 2.0, not 3.0" in error
     assert "--study-name" in error
+
+
+def test_first_trials_are_spread_over_the_strengths(folder: Path) -> None:
+    assert sweep("--trials", 4, "--epoch", 1, "--methods", "topk", "--prune-margin", 100) == 0
+    parts = sorted((float(row["token_keep_rate"]) + 3) / 3.9 for row in trials())
+    gaps = [b - a for a, b in pairwise([*parts, parts[0] + 1])]
+    assert min(gaps) > 0.2
+
+
+@pytest.mark.parametrize("saved", [0.0, 0.5, 1.0])
+def test_tokens_kept_out_of_the_first_layer_save_no_more_than_the_budget_asks_for(saved: float) -> None:
+    choices = {"budget.summary_tokens": "none", "budget.target_flops": 0.6, "budget.saved_before_layers": saved}
+    trial = optuna.trial.FixedTrial({**choices, "budget.schedule": "drain"})
+    space = Space(TrainOptions(restore="CKPT", task="SST2", masking_mode="none"), 5, {"none": 0.1}, 0.8, None)
+    options = METHODS["budget"](trial, space)
+    assert isinstance(options, TrainOptions) and options.vocabulary_keep_rate == pytest.approx(1 - saved / 4)
 
 
 def test_settings_for_all_methods(folder: Path) -> None:

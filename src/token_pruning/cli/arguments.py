@@ -234,7 +234,8 @@ def add_sweep(commands: Any) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a CPU with AMX, or a GPU")
     parser.add_argument("--seed", type=int, default=42, help="seed of everything random (default 42)")
     parser.add_argument(
-        "--summary-tokens", help="none, shared or segment, for every method (default: none; budget tries segment too)"
+        "--summary-tokens",
+        help="none, shared or segment, for every method (default: none; budget and calibrated try segment too)",
     )
     parser.set_defaults(run=_sweep, masking_mode="hard", arch="pibert-base")
 

@@ -19,12 +19,14 @@ class Space:
         base: everything that all trials have in common.
         layers: after which a token's leaving saves anything.
         lowest_flops: the least relative FLOPs that can be reached, by ``summary_tokens``.
+        highest_flops: relative FLOPs where every token stays.
         summary_tokens: for every method; None for none, where a method does not choose.
     """
 
     base: TrainOptions
     layers: int
     lowest_flops: Mapping[str, float]
+    highest_flops: float
     summary_tokens: str | None
 
 
@@ -53,16 +55,13 @@ def ltp(trial: Trial, space: Space) -> TrainOptions:
 
 def budget(trial: Trial, space: Space) -> TrainOptions:
     """A hard stage that is held to a budget, with the dense model as a teacher."""
-    summary_tokens = space.summary_tokens
-    if summary_tokens is None:
-        summary_tokens = trial.suggest_categorical("budget.summary_tokens", ["none", "segment"])
-    target = _target(trial, "budget", space.lowest_flops[summary_tokens])
+    target, summary_tokens = _target_and_summaries(trial, "budget", space)
     saved_before_layers = trial.suggest_float("budget.saved_before_layers", 0.0, 1.0)
     return replace(
         space.base,
         masking_mode="hard",
         target_flops=target,
-        vocabulary_keep_rate=1 - saved_before_layers * (1 - target),
+        vocabulary_keep_rate=1 - saved_before_layers * max(0.0, 1 - target / space.highest_flops),
         schedule=trial.suggest_categorical("budget.schedule", [schedule.name for schedule in schedules(space.layers)]),
         pruning={"prune_mode": "absolute_threshold", "summary_tokens": summary_tokens},
     )
@@ -70,8 +69,7 @@ def budget(trial: Trial, space: Space) -> TrainOptions:
 
 def calibrated(trial: Trial, space: Space) -> CalibrateOptions:
     """Thresholds for a budget, without training."""
-    summary_tokens = space.summary_tokens or "none"
-    target = _target(trial, "calibrated", space.lowest_flops[summary_tokens])
+    target, summary_tokens = _target_and_summaries(trial, "calibrated", space)
     return CalibrateOptions(replace(space.base, masking_mode="hard", target_flops=target), summary_tokens)
 
 
@@ -99,7 +97,10 @@ def _keys(space: Space, **keys: Any) -> dict[str, Any]:
     return {**keys, "summary_tokens": space.summary_tokens or "none"}
 
 
-def _target(trial: Trial, method: str, lowest: float) -> float:
-    low = min(1.0, max(_LOWEST_TARGET, lowest + _HEADROOM))
-    target: float = trial.suggest_float(f"{method}.target_flops", low, _HIGHEST_TARGET if low < _HIGHEST_TARGET else 1)
-    return target
+def _target_and_summaries(trial: Trial, method: str, space: Space) -> tuple[float, str]:
+    summary_tokens = space.summary_tokens
+    if summary_tokens is None:
+        summary_tokens = trial.suggest_categorical(f"{method}.summary_tokens", ["none", "segment"])
+    low = min(1.0, max(_LOWEST_TARGET, space.lowest_flops[summary_tokens] + _HEADROOM))
+    high = _HIGHEST_TARGET if low < _HIGHEST_TARGET else 1.0
+    return trial.suggest_float(f"{method}.target_flops", low, high), summary_tokens

@@ -8,6 +8,7 @@ import datetime
 import gc
 import json
 import os
+import random
 import shutil
 import time
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 import torch
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
@@ -31,7 +33,7 @@ from token_pruning.checks import choice, number, positive_integer
 from token_pruning.data import TaskData
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.examples import as_batch
-from token_pruning.fitting import lowest_flops, prunable_layers
+from token_pruning.fitting import lowest_flops, predicted_flops, prunable_layers
 from token_pruning.summary import SUMMARY_TOKENS
 from token_pruning.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.sweep.report import Row, TaskResults, describe, write_report
@@ -46,7 +48,8 @@ GRACE_SECONDS = 120  # without a heartbeat, after which a trial counts as killed
 _NEVER_BEGAN = datetime.timedelta(minutes=10)  # the same for one without any; on other machines' clocks
 _POLL_SECONDS = 2.0
 _FAILURES_IN_A_ROW = 3
-_RANDOM_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
+_FIRST_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
+_STEPS = (0.7548777, 0.5698403)  # of Roberts's R2 sequence, which fills a square evenly from its first points on
 COMPLETE, PRUNED = _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _CLAIMED = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
 
@@ -62,7 +65,7 @@ class SweepOptions:
         trials: how many are to be finished (complete or stopped as hopeless), over all processes of the study.
         storage: SQLAlchemy URL of an Optuna storage; a file in ``output_dir`` unless given.
         study_name: in the storage; the task's name unless given.
-        summary_tokens: for every method; otherwise none, and ``budget`` chooses.
+        summary_tokens: for every method; otherwise none, and ``budget`` and ``calibrated`` choose.
         validate_on: ``train``: a slice of the training set that is held out of training; ``dev``: the validation set.
         prune_margin: of the rule that stops hopeless trials, in points.
         keep_checkpoints: keep each complete trial's model.
@@ -210,11 +213,11 @@ class _Sweep:
         self._report()
 
     def _objective(self, trial: Any) -> tuple[float, float]:
-        method = self._claim(trial)
+        method, place = self._claim(trial)
         name = trial.user_attrs.get("folder") or f"{trial.number:04d}-{method}"
         trial.set_user_attr("folder", name)
         # What is chosen depends on the seed, the trial's number and what is known, not on which process chooses.
-        self.study.sampler = _sampler(self.options.base.seed + trial.number, len(self.methods))
+        self.study.sampler = _Sampler(self.options.base.seed, trial.number, place, len(self.methods))
         run = METHODS[method](trial, self.space)
         began = time.monotonic()
         epoch = None
@@ -245,8 +248,8 @@ class _Sweep:
             raise optuna.TrialPruned
         return metric, flops
 
-    def _claim(self, trial: Any) -> str:
-        """The trial's method: that of which the trials before it have the fewest.
+    def _claim(self, trial: Any) -> tuple[str, int]:
+        """The trial's method, that of which the trials before it have the fewest, and how many these are.
 
         Trials are numbered by the storage, one after the other, so all processes agree on who is superfluous.
         """
@@ -257,12 +260,12 @@ class _Sweep:
             time.sleep(0.1)
         if len(before) >= self.options.trials:
             raise _Superfluous
+        counts = Counter(t.user_attrs.get("method") for t in before)
         method = trial.user_attrs.get("method")
         if method is None:
-            counts = Counter(t.user_attrs.get("method") for t in before)
             method = min(self.methods, key=lambda name: counts[name])
             trial.set_user_attr("method", method)
-        return str(method)
+        return str(method), counts[method]
 
     def _run(self, run: TrainOptions | CalibrateOptions, folder: Path) -> Point:
         """Train or calibrate, or go on where a killed trial stopped."""
@@ -301,7 +304,8 @@ class _Sweep:
         for summary_tokens in SUMMARY_TOKENS:
             with prunable(model, summary_tokens):  # type: ignore[arg-type]
                 lowest[summary_tokens] = lowest_flops(model, batch)
-        return Space(self.options.base, layers, lowest, self.options.summary_tokens)
+                highest = predicted_flops(model, batch, [1.0] * layers)
+        return Space(self.options.base, layers, lowest, highest, self.options.summary_tokens)
 
     def _dense(self) -> float:
         """The dense model's metric; measured once in a study."""
@@ -405,10 +409,23 @@ def _parameters(trial: Any) -> dict[str, Any]:
     return {name.partition(".")[2]: value for name, value in trial.params.items()}
 
 
-def _sampler(seed: int, methods: int) -> Any:
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=_RANDOM_TRIALS_PER_METHOD * methods, multivariate=False
-    )
+class _Sampler(optuna.samplers.TPESampler):  # type: ignore[misc]
+    """Optuna's for one trial; a method's first trials have their numbers spread evenly instead of at random."""
+
+    def __init__(self, seed: int, number: int, place: int, methods: int) -> None:
+        """The trial's number in the study, and its place among those of its method."""
+        super().__init__(seed=seed + number, n_startup_trials=_FIRST_TRIALS_PER_METHOD * methods, multivariate=False)
+        self.seed, self.place, self.steps = seed, place, iter(_STEPS)
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        """A value for one parameter."""
+        first = self.place < _FIRST_TRIALS_PER_METHOD and isinstance(param_distribution, FloatDistribution)
+        step = next(self.steps, None) if first else None
+        if step is None:
+            return super().sample_independent(study, trial, param_name, param_distribution)
+        low, high, log = param_distribution.low, param_distribution.high, param_distribution.log
+        part = (random.Random(f"{self.seed} {param_name}").random() + self.place * step) % 1
+        return low * (high / low) ** part if log else low + part * (high - low)
 
 
 def _requeue(study: Any, trial: Any) -> None:
@@ -447,7 +464,7 @@ def _open_study(options: SweepOptions) -> Any:
                 )
             return optuna.create_study(
                 storage=storage,
-                sampler=_sampler(options.base.seed, len(options.methods)),
+                sampler=optuna.samplers.RandomSampler(),  # until there is a trial; it has its own
                 study_name=options.study_name or options.base.task,
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
