@@ -80,7 +80,7 @@ def points(task: str, run: dict[str, Any]) -> float:
 def drops(task: str, seeds: list[Runs], name: str) -> list[tuple[float, float]]:
     """Points lost against the dense model of the same seed, and relative FLOPs.
 
-    Of LTP the dearest run in budget; of manual thresholds "within" the second try where the first costs too much.
+    Of LTP the best run in budget; of manual thresholds "within" the second try where the first costs too much.
     """
     found = []
     for runs in seeds:
@@ -100,7 +100,7 @@ def manual_within(runs: Runs, name: str) -> dict[str, Any] | None:
 
 
 def best_ltp(task: str, runs: Runs, name: str) -> dict[str, Any] | None:
-    """LTP cannot be asked for a budget: the dearest run that is within it."""
+    """LTP cannot be asked for a budget: the best run of its grid that is within it, best on the development set."""
     method, _, budget = name.rpartition("-")
     within = [
         run
@@ -108,7 +108,7 @@ def best_ltp(task: str, runs: Runs, name: str) -> dict[str, Any] | None:
         if method == "ltp" and key.startswith("ltp-") and not key.endswith("soft")
         if run["relative_flops"] <= float(budget) + OVER
     ]
-    return max(within, key=lambda run: run["relative_flops"], default=None)
+    return max(within, key=lambda run: points(task, run), default=None)
 
 
 def cell(found: list[tuple[float, float]], seeds: int) -> str:
