@@ -93,9 +93,9 @@ def drops(task: str, seeds: list[Runs], name: str) -> list[tuple[float, float]]:
 def manual_within(runs: Runs, name: str) -> dict[str, Any] | None:
     """The first of a budget's two runs that costs no more than it."""
     method, _, budget = name.rpartition("-")
-    tries = [runs[key] for key in (f"manual-{budget}", f"manual-{budget}-again") if key in runs]
     if method != "manual-within":
         return None
+    tries = [runs[key] for key in (f"manual-{budget}", f"manual-{budget}-again") if key in runs]
     return next((run for run in tries if run["relative_flops"] <= float(budget) + OVER), None)
 
 
@@ -173,8 +173,7 @@ def asked_and_found(everything: dict[str, list[Runs]]) -> list[str]:
             asked = next((re.findall(r"--target-flops (\S+)", run["command"])[0] for run in found), asked)
             costs = sorted(run["relative_flops"] for run in found)
             cells.append(f"{costs[0]:.3f} to {costs[-1]:.3f}" if len(costs) > 1 else "".join(f"{x:.3f}" for x in costs))
-        if asked:
-            lines.append(f"| {asked}, {name.partition('-')[0]} | " + " | ".join(cell or "–" for cell in cells) + " |")
+        lines.append(f"| {asked}, {name.partition('-')[0]} | " + " | ".join(cell or "–" for cell in cells) + " |")
     return lines
 
 

@@ -23,9 +23,9 @@ from token_pruning.fitting import (
     check_target,
     default_keep_rate,
     fit_to_budget,
+    highest_flops,
     lowest_flops,
     outputs_of,
-    predicted_flops,
     prunable_layers,
     using,
 )
@@ -222,7 +222,7 @@ class _Bench:
                 "of different labels to estimate a loss"
             )
         dense = 100 * metric(self.dense, labels)
-        highest = predicted_flops(self.model, self.fitting, [1.0] * prunable_layers(self.model))
+        highest = highest_flops(self.model, self.fitting)
         lowest = lowest_flops(self.model, self.fitting, self.allowed[0])
         best: Calibration | None = None
         seen: list[Fit] = []

@@ -142,8 +142,23 @@ def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
 
     Arguments as :func:`fit_to_budget`; the model's pruner must have no vocabulary threshold.
     """
-    everything = predicted_flops(model, batch, [1.0] * prunable_layers(model))
-    return min(1.0, (1 + target / everything) / 2)
+    return entering_rate(0.5, target, highest_flops(model, batch))
+
+
+def entering_rate(saved: float, target: float, highest: float) -> float:
+    """The part of all tokens to let into the first layer, for a part of what a budget must save to be saved there.
+
+    Args:
+        saved: the part, 0 to 1.
+        target: relative FLOPs.
+        highest: from :func:`highest_flops`; what the last layer saves by itself need not be saved before the first.
+    """
+    return 1 - saved * max(0.0, 1 - target / highest)
+
+
+def highest_flops(model: Any, batch: Batch) -> float:
+    """What it costs when no token leaves: less than 1 where the last layer computes first tokens only."""
+    return predicted_flops(model, batch, [1.0] * prunable_layers(model))
 
 
 def lowest_flops(model: Any, batch: Batch, first_layer: int = 1) -> float:

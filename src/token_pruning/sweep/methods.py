@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from token_pruning.fitting import entering_rate
 from token_pruning.schedules import schedules
 from token_pruning.training.options import TrainOptions
 
@@ -61,7 +62,7 @@ def budget(trial: Trial, space: Space) -> TrainOptions:
         space.base,
         masking_mode="hard",
         target_flops=target,
-        vocabulary_keep_rate=1 - saved_before_layers * max(0.0, 1 - target / space.highest_flops),
+        vocabulary_keep_rate=entering_rate(saved_before_layers, target, space.highest_flops),
         schedule=trial.suggest_categorical("budget.schedule", [schedule.name for schedule in schedules(space.layers)]),
         pruning={"prune_mode": "absolute_threshold", "summary_tokens": summary_tokens},
     )

@@ -33,7 +33,7 @@ from token_pruning.checks import choice, number, positive_integer
 from token_pruning.data import TaskData
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.examples import as_batch
-from token_pruning.fitting import lowest_flops, predicted_flops, prunable_layers
+from token_pruning.fitting import highest_flops, lowest_flops, prunable_layers
 from token_pruning.summary import SUMMARY_TOKENS
 from token_pruning.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.sweep.report import Row, TaskResults, describe, write_report
@@ -304,7 +304,8 @@ class _Sweep:
         for summary_tokens in SUMMARY_TOKENS:
             with prunable(model, summary_tokens):  # type: ignore[arg-type]
                 lowest[summary_tokens] = lowest_flops(model, batch)
-                highest = predicted_flops(model, batch, [1.0] * layers)
+        with prunable(model):
+            highest = highest_flops(model, batch)
         return Space(self.options.base, layers, lowest, highest, self.options.summary_tokens)
 
     def _dense(self) -> float:
