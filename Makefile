@@ -30,7 +30,7 @@ bench: .venv/installed  ## every engine on the clock, this package's and others'
 
 gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then the benchmark; eight minutes, no network
 	@status=0; export PYTHONPATH=src; \
-	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/test_kernels.py || status=$$?; \
+	$(PYTHON) -m pytest -q -W default -p no:cacheprovider tests/ragged/test_triton.py || status=$$?; \
 	$(PYTHON) benchmarks/gpu.py --minutes 4 --output $(or $(OUT),results/gpu)/h200 || status=$$?; \
 	exit $$status
 

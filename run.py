@@ -5,7 +5,7 @@ The same as ``token-pruning train``, or with ``--eval`` as ``token-pruning eval`
 
 import sys
 
-from token_pruning.cli import paper_main
+from token_pruning.lab.cli import paper_main
 
 if __name__ == "__main__":
     sys.exit(paper_main(sys.argv[1:]))

@@ -21,10 +21,10 @@ from output import write
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.data import glue_task, load_docstrings, load_glue_folder
-from token_pruning.machine import cpu_name, has_amx
-from token_pruning.training.evaluation import predict
-from token_pruning.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.engine.machine import cpu_name, has_amx
+from token_pruning.lab.data import glue_task, load_docstrings, load_glue_folder
+from token_pruning.lab.evaluation import predict
+from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
 
 DTYPES = ("float32", "bfloat16 autocast", "bfloat16")
 

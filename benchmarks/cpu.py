@@ -37,9 +37,9 @@ from peers import PEERS, Call, Model, import_packages, prepare, versions
 from workloads import WORKLOADS, Sequences, load, make_checkpoint
 
 import token_pruning as tp
-from token_pruning.flops import relative_flops
-from token_pruning.machine import cpu_name, has_amx
-from token_pruning.models import reads_first_token_only, shape_of
+from token_pruning.engine.machine import cpu_name, has_amx
+from token_pruning.families import reads_first_token_only, shape_of
+from token_pruning.runtime.flops import relative_flops
 
 DTYPES = ("float32", "bfloat16", "int8")
 UNPRUNED, PRUNED = "engine, unpruned", "engine, pruned"

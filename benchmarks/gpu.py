@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import token_pruning as tp
-from token_pruning.attention import fused
-from token_pruning.flops import count_flops
-from token_pruning.kernels.attention import attend, column_sums
-from token_pruning.kernels.compaction import compact
-from token_pruning.ragged import layout_from_mask
+from token_pruning.ragged import fused
+from token_pruning.ragged.layout import layout_from_mask
+from token_pruning.ragged.triton.attention import attend, column_sums
+from token_pruning.ragged.triton.compaction import compact
+from token_pruning.runtime.flops import count_flops
 
 PRUNE_AT = (3, 6)  # of twelve layers: where a single sequence is pruned
 FITTED = 32  # sequences that thresholds are fitted to

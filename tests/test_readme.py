@@ -8,7 +8,7 @@ import torch
 
 import token_pruning as tp
 from tests.tiny import ragged_batch, tiny_model
-from token_pruning.cli import main
+from token_pruning.lab.cli import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,10 +20,10 @@ import torch
 import transformers
 
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.data import glue_task, load_glue_folder
-from token_pruning.metrics import compute_metrics
-from token_pruning.training.evaluation import evaluate
-from token_pruning.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.lab.data import glue_task, load_glue_folder
+from token_pruning.lab.evaluation import evaluate
+from token_pruning.lab.metrics import compute_metrics
+from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
 
 HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB")

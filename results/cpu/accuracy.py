@@ -17,10 +17,10 @@ import transformers
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.data import glue_task, load_glue_folder
-from token_pruning.machine import cpu_name, has_amx
-from token_pruning.metrics import compute_metrics
-from token_pruning.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.engine.machine import cpu_name, has_amx
+from token_pruning.lab.data import glue_task, load_glue_folder
+from token_pruning.lab.metrics import compute_metrics
+from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
 
 HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB", "SST2")

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from token_pruning.data import glue_task
-from token_pruning.sweep.report import Row, TaskResults, pareto_plot
+from token_pruning.lab.data import glue_task
+from token_pruning.lab.sweep.report import Row, TaskResults, pareto_plot
 
 HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB", "SST2")

@@ -6,8 +6,9 @@ with tp.record(model) as trace:
     model(**batch)
 """
 
-from token_pruning.attach import freeze_thresholds, prune, record, set_thresholds, unprune
-from token_pruning.calibration import Calibration, calibrate
+from token_pruning.budget.calibration import Calibration, calibrate
+from token_pruning.budget.schedules import Schedule
+from token_pruning.budget.vocabulary import vocabulary_scores, vocabulary_threshold
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine import Engine, compile
 from token_pruning.errors import (
@@ -17,8 +18,6 @@ from token_pruning.errors import (
     TokenPruningError,
     UnsupportedModelError,
 )
-from token_pruning.flops import Flops, count_flops
-from token_pruning.importance import convert_scores
 from token_pruning.pruners import (
     FixedThreshold,
     LearnedThreshold,
@@ -28,9 +27,10 @@ from token_pruning.pruners import (
     TopK,
     Unpruned,
 )
-from token_pruning.schedules import Schedule
-from token_pruning.state import Trace
-from token_pruning.vocabulary import vocabulary_scores, vocabulary_threshold
+from token_pruning.pruners.importance import convert_scores
+from token_pruning.runtime.flops import Flops, count_flops
+from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
+from token_pruning.runtime.state import Trace
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from token_pruning.cli import main
+from token_pruning.lab.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from token_pruning.attach import attachment_of, is_pruned
 from token_pruning.checks import choice, positive_integer
+from token_pruning.engine.machine import has_amx
 from token_pruning.engine.native import ACTIVATIONS, KERNELS_VARIABLE, NativeEncoder, level_limit, load_library
 from token_pruning.engine.tokens import Encoder, PackedTokens
 from token_pruning.engine.torch_encoder import Embeddings, TorchEncoder
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.machine import has_amx
-from token_pruning.models import Family, family_of, reads_first_token_only, supported_model_types
+from token_pruning.families import Family, family_of, reads_first_token_only, supported_model_types
 from token_pruning.pruners import Unpruned
-from token_pruning.ragged import Layout, layout_from_mask, unpack
-from token_pruning.state import PassRecord, TokenPruner, recording
+from token_pruning.ragged.layout import Layout, layout_from_mask, unpack
+from token_pruning.runtime.prune import attachment_of, is_pruned
+from token_pruning.runtime.state import PassRecord, TokenPruner, recording
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from token_pruning.checks import choice
 from token_pruning.engine.tokens import EncoderOutput, PackedTokens
 from token_pruning.errors import ConfigError, TokenPruningError
-from token_pruning.importance import importance_scores
-from token_pruning.models import EmbeddingModules, Family, LayerModules
+from token_pruning.families import EmbeddingModules, Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
-from token_pruning.ragged import Layout
-from token_pruning.state import LayerRecord, TokenPruner
-from token_pruning.summary import Summaries, segments_of
+from token_pruning.pruners.importance import importance_scores
+from token_pruning.pruners.summary import Summaries, segments_of
+from token_pruning.ragged.layout import Layout
+from token_pruning.runtime.state import LayerRecord, TokenPruner
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
 LEVELS = ("portable", "avx2", "avx512", "amx")

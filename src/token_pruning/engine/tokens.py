@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from token_pruning.ragged import Layout
-from token_pruning.state import LayerRecord, TokenPruner
+from token_pruning.ragged.layout import Layout
+from token_pruning.runtime.state import LayerRecord, TokenPruner
 
 
 @dataclass(frozen=True)

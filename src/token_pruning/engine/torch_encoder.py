@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, layer_norm, linear, pad
 from transformers.activations import ACT2FN
 
-from token_pruning.attention import first_token_attention, packed_attention
 from token_pruning.engine.tokens import EncoderOutput, PackedTokens
-from token_pruning.models import EmbeddingModules, Family, LayerModules
-from token_pruning.ragged import Layout, row_bucket
-from token_pruning.state import ForwardState, TokenPruner
+from token_pruning.families import EmbeddingModules, Family, LayerModules
+from token_pruning.ragged import first_token_attention, packed_attention
+from token_pruning.ragged.layout import Layout, row_bucket
+from token_pruning.runtime.state import ForwardState, TokenPruner
 
 
 class TorchEncoder:

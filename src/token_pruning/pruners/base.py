@@ -9,9 +9,9 @@ from torch import Tensor
 
 from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError
-from token_pruning.importance import SCORING_MODES, ScoringMode
-from token_pruning.ragged import Layout
-from token_pruning.summary import SUMMARY_TOKENS, SummaryTokens
+from token_pruning.pruners.importance import SCORING_MODES, ScoringMode
+from token_pruning.pruners.summary import SUMMARY_TOKENS, SummaryTokens
+from token_pruning.ragged.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Pruner(ABC):
     ``prune_mode``, and :meth:`keep`. The first token of a sequence is kept whatever :meth:`keep` says: heads read it.
 
     Args:
-        scoring_mode: what divides received attention, see :func:`token_pruning.importance.normalizer`.
+        scoring_mode: what divides received attention, see :func:`token_pruning.pruners.importance.normalizer`.
         max_seq_length: that divisor in ``"mean"`` mode, and the length "padded" FLOPs are counted for; tokens.
-        summary_tokens: whether what is dropped lives on as summary tokens (:mod:`token_pruning.summary`): ``"none"``,
-            ``"shared"`` (one per sequence) or ``"segment"`` (one for each sentence of a pair). The soft stage drops
-            nothing, so it has none.
+        summary_tokens: whether what is dropped lives on as summary tokens (:mod:`token_pruning.pruners.summary`):
+            ``"none"``, ``"shared"`` (one per sequence) or ``"segment"`` (one for each sentence of a pair). The soft
+            stage drops nothing, so it has none.
         prune_layers: the layers (1-based) at which tokens may leave; None for all that the method has. Where the
             arithmetic saved is small, as for a single sequence on a GPU, each pruning layer costs more than it saves.
         vocabulary_threshold: tokens whose vocabulary entry has a score below it never enter the first layer
-            (:mod:`token_pruning.vocabulary`); None for none. The model must have vocabulary scores.
+            (:mod:`token_pruning.budget.vocabulary`); None for none. The model must have vocabulary scores.
 
     Raises:
         ConfigError: for a value that is not allowed.

@@ -1,6 +1,0 @@
-"""Attention that also says how much attention every token received: the only place that knows kernels."""
-
-from token_pruning.attention.masked import masked_attention
-from token_pruning.attention.packed import first_token_attention, packed_attention
-
-__all__ = ["first_token_attention", "masked_attention", "packed_attention"]

@@ -1,0 +1,1 @@
+"""Pruning to a budget: where tokens may leave, thresholds that cost what was asked for, and the choice among them."""

@@ -1,0 +1,290 @@
+"""Thresholds for a budget: quantiles of importance on a few hundred examples, layer by layer.
+
+A schedule says in which layers tokens leave; its *strength* how many. Cutting each layer at the quantile that keeps the
+wanted fraction, with everything before it already removed, gives thresholds whose cost is known before they are used.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from token_pruning.budget.examples import Batch
+from token_pruning.budget.schedules import Schedule
+from token_pruning.checks import number
+from token_pruning.errors import ConfigError
+from token_pruning.families import family_of, reads_first_token_only
+from token_pruning.pruners import LayerTokens, Pruner
+from token_pruning.pruners.summary import SummaryTokens
+from token_pruning.ragged.layout import layout_from_mask
+from token_pruning.runtime.flops import count_flops, relative_flops
+from token_pruning.runtime.prune import attachment_of, is_pruned, record
+
+CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
+_DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Thresholds fitted to examples.
+
+    Attributes:
+        schedule: where tokens leave.
+        strength: which part of them leaves.
+        thresholds: one per layer, for scoring mode ``"relative"``.
+        kept: of the tokens that enter the first layer, the fraction kept after each layer, first tokens left out.
+        relative_flops: on the examples they were fitted to.
+        relative_flops_held_out: on the others, or None if there were none.
+        divergence: how much the outputs change on the held-out examples: KL divergence to the dense model in nats; for
+            regressions and models without logits the squared error ÷ the dense outputs' variance. None if not measured.
+        vocabulary_threshold: of the method they were fitted for.
+        entering: the fraction of all tokens that it lets into the first layer.
+    """
+
+    schedule: Schedule
+    strength: float
+    thresholds: tuple[float, ...]
+    kept: tuple[float, ...]
+    relative_flops: float
+    relative_flops_held_out: float | None = None
+    divergence: float | None = None
+    vocabulary_threshold: float | None = None
+    entering: float = 1.0
+
+
+def fit_to_budget(
+    model: Any, batch: Batch, schedule: Schedule, target: float, tolerance: float = CLOSE_ENOUGH
+) -> Fit | None:
+    """Thresholds that cost ``target`` on a batch, with tokens leaving where ``schedule`` says.
+
+    Args:
+        model: a pruned model in evaluation mode; it keeps its pruner, whose ``summary_tokens`` count.
+        batch: padded tensors, all of one forward pass.
+        schedule: where tokens leave.
+        target: relative FLOPs.
+        tolerance: how near is near enough.
+
+    Returns:
+        The fit, or None where the schedule costs more whatever its strength.
+    """
+    aim = target
+    best: Fit | None = None
+    for _ in range(4):
+        strength = _strength(model, batch, schedule, aim)
+        if strength is None:
+            if best is None and predicted_flops(model, batch, schedule.profile(1.0)) > target + tolerance:
+                return None
+            strength = 1.0
+        fit = fit_profile(model, batch, schedule, strength)
+        if best is None or abs(fit.relative_flops - target) < abs(best.relative_flops - target):
+            best = fit
+        if abs(fit.relative_flops - target) <= tolerance or strength in (0.0, 1.0):
+            break
+        aim += target - fit.relative_flops  # what was predicted knows lengths, not which sequences lose more
+    return best
+
+
+def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -> Fit:
+    """Thresholds that keep a schedule's fractions of a batch's tokens; arguments as :func:`fit_to_budget`."""
+    profile = schedule.profile(strength)
+    layers = attachment_of(model).shape.num_layers
+    cut = _Cut(
+        scoring_mode="relative",
+        profile=(*profile, *([1.0] * (layers - len(profile)))),
+        summary_tokens=_summaries(model),
+        vocabulary_threshold=attachment_of(model).token_pruner.pruner.vocabulary_threshold,
+    )
+    with using(model, cut), record(model) as trace:
+        outputs_of(model, batch)
+    return Fit(
+        schedule,
+        strength,
+        tuple(cut.found),
+        tuple(profile),
+        count_flops(model, trace).relative,
+        vocabulary_threshold=cut.vocabulary_threshold,
+        entering=float(trace.attention_lengths[0].sum() / trace.input_lengths.sum()),
+    )
+
+
+def profile_of(model: Any, batch: Batch) -> Schedule:
+    """What the thresholds on a model keep of a batch, as the schedule whose strength 1 is just that."""
+    with record(model) as trace:
+        outputs_of(model, batch)
+    ordinary = (trace.ffn_lengths - trace.summary_lengths - 1).clamp(min=0).sum(1).double()
+    everything = (trace.attention_lengths[0] - 1).clamp(min=0).sum().double()
+    kept = [1.0, *(ordinary / everything).tolist()[: prunable_layers(model)]]
+    return Schedule("learned", tuple(max(0.0, a - b) for a, b in pairwise(kept)))
+
+
+def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float:
+    """Relative FLOPs of a profile, every sequence keeping the same fraction; arguments as :func:`fit_to_budget`."""
+    attachment = attachment_of(model)
+    valid = layout_from_mask(batch["attention_mask"].to(attachment.model.device, torch.bool))
+    entering, *_ = attachment.token_pruner.enter(valid, batch["input_ids"].to(attachment.model.device))
+    shape, lengths = attachment.shape, entering.lengths_tensor.double()
+    summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
+    left = [lengths]
+    for layer, kept in enumerate((*profile, *[profile[-1]] * (shape.num_layers - len(profile))), start=1):
+        tokens = 1 + kept * (lengths - 1)
+        extra = summaries if kept < 1 and layer < shape.num_layers else 0
+        left.append(torch.minimum(tokens + extra, lengths))
+    first_only = reads_first_token_only(attachment.model)
+    return float(relative_flops(shape, valid.lengths_tensor, torch.stack(left), first_only=first_only))
+
+
+def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
+    """The part of all tokens that a budget lets into the first layer: half of what must be saved is saved there.
+
+    Arguments as :func:`fit_to_budget`; the model's pruner must have no vocabulary threshold.
+    """
+    return entering_rate(0.5, target, highest_flops(model, batch))
+
+
+def entering_rate(saved: float, target: float, highest: float) -> float:
+    """The part of all tokens to let into the first layer, for a part of what a budget must save to be saved there.
+
+    Args:
+        saved: the part, 0 to 1.
+        target: relative FLOPs.
+        highest: from :func:`highest_flops`; what the last layer saves by itself need not be saved before the first.
+    """
+    return 1 - saved * max(0.0, 1 - target / highest)
+
+
+def highest_flops(model: Any, batch: Batch) -> float:
+    """What it costs when no token leaves: less than 1 where the last layer computes first tokens only."""
+    return predicted_flops(model, batch, [1.0] * prunable_layers(model))
+
+
+def lowest_flops(model: Any, batch: Batch, first_layer: int = 1) -> float:
+    """The least that pruning can cost: everything but first tokens (and summaries) leaves after ``first_layer``."""
+    rest = prunable_layers(model) - first_layer + 1
+    return predicted_flops(model, batch, [1.0] * (first_layer - 1) + [0.0] * rest)
+
+
+def check_target(model: Any, batch: Batch, target: float, first_layer: int = 1) -> None:
+    """Raises ConfigError for a budget that is no fraction or cannot be reached.
+
+    Args:
+        model: see :func:`fit_to_budget`.
+        batch: see :func:`fit_to_budget`.
+        target: relative FLOPs.
+        first_layer: the first that may drop tokens, 1-based.
+    """
+    number("target_flops", target, above=0, high=1)
+    lowest = lowest_flops(model, batch, first_layer)
+    if target < lowest:
+        raise ConfigError(
+            f"target_flops is {target:g}; the lowest that can be reached with these examples is {lowest:.3f}, where "
+            f"only first tokens are left after {'the first layer' if first_layer == 1 else f'layer {first_layer}'}"
+        )
+
+
+def prunable_layers(model: nn.Module) -> int:
+    """Layers after which a token's leaving saves anything: not the last where the head reads first tokens only."""
+    outer: Any = attachment_of(model).model if is_pruned(model) else model
+    layers = family_of(outer.base_model.config).shape(outer.base_model.config).num_layers
+    return layers - 1 if reads_first_token_only(outer) and layers > 1 else layers
+
+
+@contextmanager
+def using(model: nn.Module, pruner: Pruner) -> Iterator[None]:
+    """A pruned model with another method inside the block, in evaluation mode.
+
+    Thresholds are those of the method. The model's configuration is left as it is.
+    """
+    token_pruner = attachment_of(model).token_pruner
+    before, thresholds, training = token_pruner.pruner, token_pruner.thresholds, model.training
+    values = pruner.initial_thresholds(token_pruner.num_layers)
+    model.eval()
+    try:
+        token_pruner.pruner = pruner
+        if thresholds is not None and values is not None:
+            stand_in = torch.tensor(values, dtype=torch.float32, device=thresholds.device)
+            _set_thresholds(token_pruner, stand_in)
+        yield
+    finally:
+        token_pruner.pruner = before
+        if thresholds is not None:
+            _set_thresholds(token_pruner, thresholds)
+        model.train(training)
+
+
+def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
+    """Exchange the tensor itself, parameter or buffer, so that the optimizer's stays what it was."""
+    for tensors in (token_pruner._parameters, token_pruner._buffers):
+        if "thresholds" in tensors:
+            tensors["thresholds"] = thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut(Pruner):
+    """Keeps the given fraction of a whole batch's tokens after each layer, and notes the thresholds that do so."""
+
+    prune_mode: ClassVar[str] = "cut"
+
+    profile: tuple[float, ...]
+    found: list[float] = field(default_factory=list)
+
+    def keep(self, tokens: LayerTokens) -> Tensor:
+        candidates = torch.ones_like(tokens.scores, dtype=torch.bool)
+        candidates[tokens.layout.first_rows] = False
+        if tokens.summaries is not None:
+            candidates &= ~tokens.summaries
+        scores = tokens.scores[candidates].sort().values
+        everything = int((tokens.input_lengths - 1).clamp(min=0).sum())
+        kept = min(len(scores), round(everything * self.profile[tokens.layer - 1]))
+        if kept == len(scores):
+            threshold = 0.0
+        elif kept == 0:
+            threshold = _DROP_EVERYTHING
+        else:
+            threshold = float((scores[-kept - 1] + scores[-kept]) / 2)
+        self.found.append(threshold)
+        return tokens.scores >= threshold
+
+
+def _summaries(model: nn.Module) -> SummaryTokens:
+    return attachment_of(model).token_pruner.pruner.summary_tokens
+
+
+def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> float | None:
+    """The strength that is predicted to cost ``target``, or None where even 1 costs more."""
+    if predicted_flops(model, batch, schedule.profile(1.0)) > target:
+        return None
+    low, high = 0.0, 1.0
+    if predicted_flops(model, batch, schedule.profile(0.0)) <= target:
+        return 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if predicted_flops(model, batch, schedule.profile(middle)) > target:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@torch.inference_mode()
+def outputs_of(model: Any, batch: Batch) -> Tensor:
+    """Logits ``[n, labels]`` float32 of the sequences, or of every valid token.
+
+    Numbers that are not logits of classes, a regression's, an answer's start and end, hidden states, are ``[n, 1]``.
+    """
+    device = attachment_of(model).model.device
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: batch[name].to(device) for name in names if name in batch}
+    output = model(**inputs)
+    valid = inputs["attention_mask"].bool()
+    logits: Tensor
+    if "logits" in output:
+        logits = output.logits if output.logits.dim() == 2 else output.logits[valid]
+    elif "start_logits" in output:
+        logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
+    else:
+        logits = output.last_hidden_state[valid].reshape(-1, 1)
+    return logits.float().cpu()

@@ -1,0 +1,1 @@
+"""Everything that is used from the command line: data, training, evaluation, sweeps, analyses, reports."""

@@ -1,0 +1,170 @@
+"""The analysis for a reader: tables in Markdown, and the sampled texts as one self-contained HTML page."""
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from token_pruning.lab.analysis.plots import pruning
+from token_pruning.lab.report.page import arrange_sample, load_template, palette
+
+_NOTHING = "–"
+
+
+def markdown(analysis: Mapping[str, Any]) -> str:
+    """``analysis.md`` from the content of ``analysis.json``; whatever a data set or a user named is escaped."""
+    methods, metric = analysis["checkpoints"], analysis["metric"]
+    others = [name for name in methods[0]["metrics"] if name != metric]
+    regression = analysis["regression"]
+    parts = [
+        f"# Where the tokens go: {_escape(analysis['task'])}",
+        f"    {analysis['command']}",
+        f"{analysis['examples']} examples of the split {_escape(analysis['split'])}, {analysis['dtype']}, batches of "
+        f"{analysis['batch_size']}, at most {analysis['max_length']} tokens. *Kept* is the mean over the layers of "
+        "tokens in the feed-forward ÷ tokens at the input. Relative FLOPs are against the dense model on valid tokens. "
+        "Every figure, and those of every example: [analysis.json](analysis.json).",
+        _table(
+            ["method", "checkpoint", "prune_mode", metric, *others, "kept", "relative FLOPs"],
+            [
+                [
+                    m["name"], m["checkpoint"], m["prune_mode"] or "dense",
+                    *(_number(m["metrics"][name]) for name in (metric, *others)),
+                    _number(m["kept_fraction"]), _number(m["relative_flops"]),
+                ]
+                for m in methods
+            ],
+        ),
+        "## By length",
+        f"Examples in quantiles of their number of tokens; {analysis['quantiles']} were asked for, and examples of one "
+        "length are never split.",
+        "![metric and tokens kept by length](length.png)",
+        _table(
+            ["tokens", "examples", "method", metric, "kept", "relative FLOPs"],
+            [
+                [
+                    f"{row['shortest']} to {row['longest']}", str(row["examples"]), m["name"],
+                    _number(row["metrics"][metric]), _number(row["kept_fraction"]), _number(row["relative_flops"]),
+                ]
+                for i in range(len(methods[0]["by_length"]))
+                for m in methods
+                for row in [m["by_length"][i]]
+            ],
+        ),
+        "## By layer",
+        "The fraction of its tokens that an example has left after each layer: median, and quartiles in brackets. In "
+        "the plot boxes are quartiles, whiskers the 5th and 95th percentiles, dots the mean; dense models are left "
+        "out.",
+        "![tokens left after each layer](layers.png)",
+        _table(
+            ["layer", *(m["name"] for m in methods)],
+            [
+                [str(layer + 1), *(_box(m["by_layer"][layer]) if layer < m["layers"] else _NOTHING for m in methods)]
+                for layer in range(max(m["layers"] for m in methods))
+            ],
+        ),
+        "## By error" if regression else "## Right against wrong",
+        "The fraction of tokens kept of examples "
+        + ("in thirds of their absolute error." if regression else "predicted right and wrong."),
+        "![tokens kept by outcome](outcome.png)",
+        _table(
+            ["method", "group", "examples", *(["mean error"] if regression else []), "mean kept", "median (quartiles)"],
+            [
+                [
+                    m["name"], row["group"], str(row["examples"]),
+                    *([_number(row["mean_absolute_error"])] if regression else []),
+                    _number(row["mean"]), _box(row),
+                ]
+                for m in methods
+                for row in m["by_outcome"]
+            ],
+        ),
+    ]  # fmt: skip
+    if regression:
+        parts.append("Pearson correlation of the fraction kept and the absolute error:")
+        parts.append(_table(["method", "correlation"], [[m["name"], _number(m["error_correlation"])] for m in methods]))
+    if analysis["samples"]:
+        parts += ["## Samples", "In colour: [trajectories.html](trajectories.html)."]
+    for number, sample in enumerate(_samples(analysis), start=1):
+        parts.append(
+            f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "
+            f"{_escape(str(sample['label']))}"
+        )
+        shown = sample["methods"]
+        rows = [["prediction", *(str(m["prediction"]) for m in shown)]]
+        rows += [
+            [f"dropped in layer {layer + 1}", *(_tokens(m, layer) for m in shown)]
+            for layer in range(max(m["layers"] for m in shown))
+        ]
+        rows.append(["kept to the end", *(_tokens(m, m["layers"], last=True) for m in shown)])
+        parts.append(_table(["", *(m["name"] for m in shown)], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def trajectories(analysis: Mapping[str, Any]) -> str:
+    """``trajectories.html``: the sampled texts, each token coloured by the layer it left at.
+
+    Raises:
+        ConfigError: without the report extra.
+    """
+    num_layers = max(method["layers"] for method in analysis["checkpoints"])
+    samples = []
+    for sample in _samples(analysis):
+        arranged = []
+        for method in sample["methods"]:
+            # A shallower model's last layer has the same colour as the deepest one's.
+            survived = [num_layers if level == method["layers"] else level for level in method["survived_layers"]]
+            shown = {**method, "survived_layers": survived, "label": sample["label"]}
+            arranged.append({"name": method["name"], **arrange_sample(shown, method["layers"])})
+        samples.append({**sample, "methods": arranged})
+    text: str = load_template("trajectories.html").render(
+        title=f"Where the tokens go: {analysis['task']}",
+        command=analysis["command"],
+        num_layers=num_layers,
+        samples=samples,
+        palette=palette(num_layers + 1),
+    )
+    return text
+
+
+def _samples(analysis: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Sample by sample what the checkpoints hold, those that prune, or all if none does."""
+    shown = pruning(analysis["checkpoints"])
+    for i, index in enumerate(analysis["samples"]):
+        first = shown[0]["samples"][i]
+        yield {
+            "index": index,
+            "length": len(first["tokens"]),
+            "label": first["label"],
+            "methods": [{"name": m["name"], "layers": m["layers"], **m["samples"][i]} for m in shown],
+        }
+
+
+def _tokens(method: Mapping[str, Any], level: int, *, last: bool = False) -> str:
+    """The tokens dropped after they had survived ``level`` layers, or with ``last`` those never dropped."""
+    if (level >= method["layers"]) is not last:
+        return _NOTHING
+    found = zip(method["tokens"], method["survived_layers"], strict=True)
+    return " ".join(token for token, survived in found if survived == level) or _NOTHING
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cells if number == 1 else map(_escape, cells)) + " |" for number, cells in enumerate(lines)
+    )
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, in a table cell too."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*|~$]|_(?![A-Za-z0-9])|(?<![A-Za-z0-9])_)", r"\\\1", text)
+
+
+def _number(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.3f}"
+
+
+def _box(row: Mapping[str, Any]) -> str:
+    if row["median"] is None:
+        return _NOTHING
+    return f"{row['median']:.2f} ({row['p25']:.2f} to {row['p75']:.2f})"

@@ -1,0 +1,241 @@
+"""Training to a budget: a controller in place of λ, and thresholds that follow the weights while these change.
+
+Costs are relative FLOPs: the closed form of :mod:`token_pruning.runtime.flops` on the tokens kept ÷ that of the dense
+model.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from token_pruning.budget.calibration import FEWEST_EXAMPLES
+from token_pruning.budget.examples import as_batch
+from token_pruning.budget.fitting import Fit, check_target, fit_to_budget, profile_of, prunable_layers
+from token_pruning.budget.schedules import Schedule, named_schedule, schedules
+from token_pruning.checkpoint import Checkpoint
+from token_pruning.checks import choice
+from token_pruning.errors import ConfigError
+from token_pruning.families import ModelShape
+from token_pruning.lab.training.options import TrainOptions
+from token_pruning.pruners import Pruner
+from token_pruning.pruners.importance import SCORING_MODES, convert_scores
+from token_pruning.runtime.flops import relative_flops
+from token_pruning.runtime.prune import attachment_of, set_thresholds
+from token_pruning.runtime.state import Trace
+
+# Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
+FINAL_THRESHOLD = 1.28
+TEMPERATURE = 0.128
+LR_THRESHOLD = 0.0256
+
+HELD_OUT_EXAMPLES = 400
+REFITS = 30  # over a hard stage
+
+
+def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
+    """What a batch of the soft stage would cost if each token were kept with its soft mask's probability.
+
+    A token enters a layer with the product of its masks in the layers before: removal is for good.
+
+    Args:
+        shape: the model's sizes.
+        trace: of soft passes.
+
+    Returns:
+        A float64 scalar, differentiable.
+    """
+    left = torch.cat([trace.attention_lengths[:1], trace.soft_survival])
+    return relative_flops(shape, trace.input_lengths, left, first_only=trace.passes[0].first_only)
+
+
+class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Augmented Lagrangian on the soft stage's relative FLOPs: ``μ · gap + ρ/2 · gap²``, with ``μ`` rising by the gap.
+
+    The target falls from the cost of keeping everything to the budget over the first half of the steps, so that weights
+    and thresholds can follow.
+    """
+
+    def __init__(self, target: float, penalty: float = 20.0, rate: float = 0.3, annealed: float = 0.5) -> None:
+        """Start without pressure.
+
+        Args:
+            target: relative FLOPs.
+            penalty: ρ.
+            rate: by which μ follows the gap, per step.
+            annealed: the part of the steps over which the target falls.
+        """
+        self.target, self.penalty, self.rate, self.annealed = target, penalty, rate, annealed
+        self.multiplier = 0.0
+        self.start: float | None = None
+        self.progress = 0.0
+
+    def loss(self, relative_flops: Tensor) -> Tensor:
+        """What to add to the loss; also takes one step of ``μ``.
+
+        Args:
+            relative_flops: of this batch, differentiable.
+        """
+        measured = float(relative_flops.detach())
+        if self.start is None:
+            self.start = measured
+        part = min(1.0, self.progress / self.annealed)
+        aim = self.start + (self.target - self.start) * part
+        gap = relative_flops - aim
+        loss = self.multiplier * gap + self.penalty / 2 * gap**2
+        self.multiplier += self.rate * (measured - aim)
+        return loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on where a killed run stopped."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.multiplier, self.start = saved["attributes"]["multiplier"], saved["attributes"]["start"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Know how far training is."""
+        self.progress = state.global_step / max(1, state.max_steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"target": self.target}, "attributes": {"multiplier": self.multiplier, "start": self.start}}
+
+
+class BudgetHolder(TrainerCallback):  # type: ignore[misc]
+    """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again."""
+
+    def __init__(self, batch: Mapping[str, Tensor], target: float, schedule: Schedule | None, bf16: bool) -> None:
+        """Nothing is fitted yet.
+
+        Args:
+            batch: held-out training examples, one padded batch.
+            target: relative FLOPs.
+            schedule: where tokens leave; None for what the model's own thresholds do when the hard stage begins.
+            bf16: whether the model is run in bfloat16 autocast.
+        """
+        self.batch, self.target, self.schedule, self.bf16 = batch, target, schedule, bf16
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Fit at the beginning, and from then on at even distances."""
+        if attachment_of(model).token_pruner.soft:
+            return
+        every = max(1, state.max_steps // REFITS)
+        if self.schedule is None or state.global_step % every == 0:
+            self.fit(model)
+
+    def fit(self, model: Any) -> Fit:
+        """Set the model's thresholds to what costs the budget on the held-out examples."""
+        training = model.training
+        model.eval()
+        try:
+            with torch.autocast(attachment_of(model).model.device.type, torch.bfloat16, enabled=self.bf16):
+                if self.schedule is None:
+                    self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
+                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+                if fit is None:  # its layers cannot reach the budget whatever leaves in them
+                    self.schedule = schedules(prunable_layers(model))[0]
+                    fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+        finally:
+            model.train(training)
+        assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
+        set_thresholds(model, fit.thresholds)
+        return fit
+
+
+def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training examples without those that thresholds are fitted to, and these.
+
+    Raises:
+        ConfigError: if there are too few.
+    """
+    count = min(HELD_OUT_EXAMPLES, max(FEWEST_EXAMPLES, len(features) // 10))
+    if len(features) < 2 * count:
+        raise ConfigError(
+            f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
+            f"{FEWEST_EXAMPLES} of them to fit thresholds to"
+        )
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    rest = [feature for number, feature in enumerate(features) if number not in chosen]
+    return rest, [features[number] for number in sorted(chosen)]
+
+
+def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedule | None:
+    """Where tokens leave, or None for where learned thresholds say: those of the checkpoint or of a soft stage.
+
+    Args:
+        model: pruned or not.
+        options: with a budget.
+        learned: whether the checkpoint has thresholds.
+
+    Raises:
+        ConfigError: for a ``schedule`` that the model cannot have.
+    """
+    if options.schedule is not None:
+        return named_schedule(options.schedule, prunable_layers(model))
+    return None if options.soft or learned else named_schedule("drain", prunable_layers(model))
+
+
+def budget_holder(
+    model: Any, held_out: list[dict[str, Any]], target: float, schedule: Schedule | None, *, bf16: bool
+) -> BudgetHolder:
+    """What keeps the budget.
+
+    Args:
+        model: pruned.
+        held_out: tokenized texts that thresholds are fitted to.
+        target: relative FLOPs.
+        schedule: see :class:`BudgetHolder`.
+        bf16: see :class:`BudgetHolder`.
+
+    Raises:
+        ConfigError: if the budget cannot be reached.
+    """
+    batch = as_batch(held_out, model.config.pad_token_id or 0)
+    check_target(model, batch, target)
+    return BudgetHolder(batch, target, schedule, bf16)
+
+
+def use_relative_scores(checkpoint: Checkpoint) -> None:
+    """Budgets are held in scoring mode "relative"; thresholds in another mode's units are converted."""
+    config = checkpoint.config
+    config.setdefault("prune_mode", "absolute_threshold")
+    if config["prune_mode"] != "absolute_threshold":
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
+            "held by absolute_threshold"
+        )
+    if config.get("prune_layers") is not None:
+        raise ConfigError(
+            f"prune_layers is {config['prune_layers']}; with a budget, --target-flops, it is --schedule that says "
+            "where tokens leave (0,0.5,0,0.5: half of them after layer 2, half after layer 4)"
+        )
+    mode = config.get("scoring_mode") or "mean"
+    if mode == "mean":
+        length = config.get("max_seq_length") or Pruner.max_seq_length
+        scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
+        if checkpoint.thresholds is not None:
+            checkpoint.thresholds = tuple(scale(value) for value in checkpoint.thresholds)
+        if isinstance(config.get("final_token_threshold"), int | float):
+            config["final_token_threshold"] = scale(config["final_token_threshold"])
+    elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
+        config.pop("final_token_threshold", None)
+        checkpoint.thresholds = None
+    else:
+        choice("scoring_mode", mode, SCORING_MODES)
+    if mode != "relative":
+        config.pop("thresholds", None)
+    config["scoring_mode"] = "relative"
+    config.setdefault("final_token_threshold", FINAL_THRESHOLD)
+
+
+def _or_linear(schedule: Schedule, layers: int) -> Schedule:
+    """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
+    total = sum(schedule.weights)
+    if total <= 0:
+        return next(s for s in schedules(layers) if s.name == "linear")
+    return Schedule(schedule.name, tuple(weight / total for weight in schedule.weights))

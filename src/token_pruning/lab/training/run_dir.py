@@ -1,0 +1,161 @@
+"""The folder of a training run: what may be written there, and how, so that a kill never leaves half a checkpoint."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from token_pruning.errors import CheckpointError, ConfigError
+from token_pruning.lab.files import STAGING_PREFIX, write_text
+
+RUN_FILE = "run.json"
+_FULL = 16 * 2**20  # bytes left free by a write that failed for want of room
+TEACHER_LOGITS = "teacher_logits"  # the folder of what was computed with a model as the teacher, or for a run
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class RunDir:
+    """One run's folder. Its ``run.json`` says what the run was asked for and whether it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is touched yet."""
+        self.path = path
+
+    def check(self, identity: dict[str, Any], *, overwrite: bool) -> bool:
+        """Whether the run that is asked for may be written here.
+
+        Args:
+            identity: what the run is asked for.
+            overwrite: replace whatever is there.
+
+        Returns:
+            True if an unfinished run with the same identity is there, to be continued.
+
+        Raises:
+            ConfigError: if another run or another model is there.
+        """
+        if overwrite or not self.path.exists():
+            return False
+        if not self.path.is_dir():
+            raise ConfigError(f"output directory {self.path} is a file; give another --output-dir")
+        try:
+            run = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+            found, finished = run["options"], run["finished"]
+        except FileNotFoundError:
+            if (self.path / "config.json").exists() or self.checkpoints():
+                raise ConfigError(
+                    f"output directory {self.path} holds another model; use --overwrite-output-dir "
+                    "or another --output-dir"
+                ) from None
+            return False
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.path / RUN_FILE} cannot be read: {error}; use --overwrite-output-dir") from None
+        if finished:
+            raise ConfigError(
+                f"output directory {self.path} holds a finished run; use --overwrite-output-dir or another --output-dir"
+            )
+        identity = json.loads(json.dumps(identity))
+        different = [key for key in sorted({*found, *identity}) if found.get(key) != identity.get(key)]
+        if different:
+            key = different[0]
+            raise ConfigError(
+                f"output directory {self.path} holds an unfinished run with {key} {found.get(key)!r}, not "
+                f"{identity.get(key)!r}; use the same options to continue it, --overwrite-output-dir to replace it"
+            )
+        return True
+
+    def finished(self, identity: dict[str, Any]) -> bool:
+        """Whether the same run is there, complete."""
+        try:
+            run = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(run == {"options": json.loads(json.dumps(identity)), "finished": True})
+
+    def start(self, identity: dict[str, Any], *, resume: bool) -> None:
+        """Make the folder ready: what a run that is replaced has left is removed.
+
+        Folders of other runs inside it stay, and so do files where no run was: they are not ours to delete.
+        """
+        if self.path.is_dir():
+            ours = not resume and (self.path / RUN_FILE).exists()
+            for entry in self.path.iterdir():
+                replaced = (
+                    not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", TEACHER_LOGITS))
+                )
+                if entry.name.startswith(STAGING_PREFIX) or replaced or (ours and entry.is_file()):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_json(self.path / RUN_FILE, {"options": identity, "finished": False})
+
+    def finish(self, identity: dict[str, Any]) -> None:
+        """Mark the run as complete."""
+        write_json(self.path / RUN_FILE, {"options": identity, "finished": True})
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+    def staging(self, name: str) -> Path:
+        """Where to write a folder that is to be published under ``name``."""
+        folder = self.path / (STAGING_PREFIX + name)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    @contextmanager
+    def whole_or_removed(self, staging: Path) -> Iterator[None]:
+        """Around writing what :meth:`staging` gave: a folder that could not be written whole takes no room.
+
+        Raises:
+            CheckpointError: if the disk is full; other errors are passed on.
+        """
+        try:
+            yield
+        except Exception as error:
+            full = shutil.disk_usage(self.path).free < _FULL
+            shutil.rmtree(staging, ignore_errors=True)
+            if full:
+                raise CheckpointError(
+                    f"{staging.name.removeprefix(STAGING_PREFIX)} cannot be written to {self.path}: the disk is full; "
+                    "with room made, the same command continues from the last complete checkpoint"
+                ) from error
+            raise
+
+    def publish(self, staging: Path) -> Path:
+        """Give a written folder its final name."""
+        final = staging.with_name(staging.name.removeprefix(STAGING_PREFIX))
+        if final.exists():
+            self.remove(final)
+        staging.replace(final)
+        return final
+
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """Write a model's files into the run's folder, ``config.json`` last: without it nothing loads."""
+        staging = self.staging("model")
+        with self.whole_or_removed(staging):
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+            file.replace(self.path / file.name)
+        staging.rmdir()
+
+    def remove(self, folder: Path) -> None:
+        """Delete a checkpoint; it loses its name before its first file."""
+        doomed = folder.with_name(STAGING_PREFIX + folder.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.replace(doomed)
+        shutil.rmtree(doomed)
+
+    def keep_only(self, count: int, best: str | None) -> None:
+        """Delete the oldest checkpoints until ``count`` are left, never the best."""
+        checkpoints = self.checkpoints()
+        removable = [p for p in checkpoints if best is None or p.name != Path(best).name]
+        for folder in removable[: max(0, len(checkpoints) - count)]:
+            self.remove(folder)

@@ -1,0 +1,123 @@
+"""Packing sequences of different lengths into one run of rows, and dropping rows from it.
+
+A padded batch ``[batch, width, dim]`` with two sequences of three and two valid tokens
+
+    a b c .
+    d e . .          width 4; '.' is padding
+
+is packed into the rows ``a b c d e``, with ``indices = [0, 1, 2, 4, 5]`` (the row's place in the flattened padded
+batch), ``cu_seqlens = [0, 3, 5]`` (int32; sequence ``s`` is ``rows[cu_seqlens[s]:cu_seqlens[s + 1]]``). Keeping
+``a c d`` gives ``indices = [0, 2, 4]`` and ``cu_seqlens = [0, 2, 3]``: a token never forgets where it came from.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from token_pruning.ragged import triton as kernels
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a padded batch are present, in packed order.
+
+    Attributes:
+        indices: ``[tokens]`` int64, ascending: each row's place in the flattened ``[batch * width]`` grid.
+        cu_seqlens: ``[batch + 1]`` int32: where each sequence's rows begin and end.
+        width: the padded batch's sequence length.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    width: int
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, empty ones included."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def total(self) -> int:
+        """Number of tokens over all sequences."""
+        return self.indices.numel()
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens per sequence, on the host: the one device synchronisation a layout costs."""
+        ends: list[int] = self.cu_seqlens.tolist()
+        return [end - start for start, end in pairwise(ends)]
+
+    @cached_property
+    def lengths_tensor(self) -> Tensor:
+        """Tokens per sequence, ``[batch]`` int64."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """The sequence each row belongs to, ``[tokens]`` int64."""
+        return self.indices // self.width
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """Rows that hold the first token of a non-empty sequence, int64."""
+        starts = self.cu_seqlens[:-1].long()
+        return starts[self.lengths_tensor > 0] if 0 in self.lengths else starts
+
+
+def layout_from_mask(mask: Tensor) -> Layout:
+    """The layout of the valid tokens of a padded batch.
+
+    Args:
+        mask: ``[batch, width]`` bool, True for a valid token.
+    """
+    lengths = mask.sum(-1)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return Layout(mask.flatten().nonzero().squeeze(-1), cu_seqlens, mask.shape[1])
+
+
+def pack(hidden_states: Tensor, layout: Layout) -> Tensor:
+    """``[batch, width, dim]`` to ``[tokens, dim]``, padding left out."""
+    return hidden_states.flatten(0, 1).index_select(0, layout.indices)
+
+
+def unpack(rows: Tensor, indices: Tensor, batch_size: int, width: int) -> Tensor:
+    """``[tokens, dim]`` back to ``[batch, width, dim]``; places no row belongs to are zero."""
+    flat = rows.new_zeros(batch_size * width, rows.shape[-1])
+    return flat.index_copy(0, indices, rows).view(batch_size, width, -1)
+
+
+def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
+    """Remove tokens from a layout.
+
+    Args:
+        layout: the tokens present.
+        keep: ``[tokens]`` bool.
+
+    Returns:
+        The layout of the kept tokens, and the rows (int64, into the old layout) that stay and that leave.
+    """
+    if kernels.usable(keep.device):
+        from token_pruning.ragged.triton.compaction import compact
+
+        kept, dropped, places, cu_seqlens, lengths = compact(keep, layout.indices, layout.cu_seqlens)
+        fewer = Layout(places, cu_seqlens, layout.width)
+        fewer.__dict__["lengths"] = lengths  # known already: no second synchronisation
+        return fewer, kept, dropped
+    kept = keep.nonzero().squeeze(-1)
+    dropped = (~keep).nonzero().squeeze(-1)
+    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    cu_seqlens = kept_before[layout.cu_seqlens.long()].to(torch.int32)
+    return Layout(layout.indices[kept], cu_seqlens, layout.width), kept, dropped
+
+
+def row_bucket(rows: int) -> int:
+    """The row count that a half-precision CPU matrix product is padded to: 16 steps per octave.
+
+    oneDNN builds and caches a primitive for every shape it sees (2 to 18 ms each), so half-precision products on a CPU
+    must not meet a fresh number of rows every time.
+    """
+    step = max(1, 1 << max(0, rows.bit_length() - 5))
+    return -(-rows // step) * step

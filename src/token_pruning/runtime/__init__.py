@@ -1,0 +1,1 @@
+"""Pruning attached to a Hugging Face model: the loop over its layers, what it records, what it costs."""

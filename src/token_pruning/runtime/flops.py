@@ -1,0 +1,112 @@
+"""Floating-point operations in closed form, from token counts per layer.
+
+Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
+feed-forward) at two operations per multiply–accumulate. Embeddings, normalisations, softmax and heads are not counted.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_pruning.families import ModelShape, shape_of
+from token_pruning.runtime.state import ComputedLengths, Trace
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per example, averaged over a trace, three ways that always stand together.
+
+    Attributes:
+        padded: the dense model with every sequence padded to the maximum length.
+        dense: the dense model on valid tokens only. Savings are measured against this one.
+        pruned: with the tokens that were really computed.
+    """
+
+    padded: float
+    dense: float
+    pruned: float
+
+    @property
+    def relative(self) -> float:
+        """``pruned / dense``."""
+        return self.pruned / self.dense
+
+    def gflops(self) -> dict[str, float]:
+        """The three figures in units of 10⁹."""
+        return {name: value / 1e9 for name, value in asdict(self).items()}
+
+
+def layer_flops(
+    shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor, query_lengths: Tensor | None = None
+) -> Tensor:
+    """FLOPs of single layers.
+
+    Args:
+        shape: the model's sizes.
+        attention_lengths: tokens in the layer's attention, any shape; whole numbers or, in the soft stage, fractions.
+        ffn_lengths: tokens in its feed-forward, the same shape.
+        query_lengths: tokens whose own attention is computed, the same shape; all unless given.
+
+    Returns:
+        float64, the same shape, differentiable.
+    """
+    attending, remaining = attention_lengths.double(), ffn_lengths.double()
+    asking = attending if query_lengths is None else query_lengths.double()
+    projections = 2 * (attending + asking) * shape.hidden_size**2
+    attention = 2 * asking * attending * shape.hidden_size
+    feed_forward = shape.ffn_matrices * remaining * shape.hidden_size * shape.intermediate_size
+    return 2 * (projections + attention + feed_forward)
+
+
+def relative_flops(shape: ModelShape, input_lengths: Tensor, left: Tensor, *, first_only: bool) -> Tensor:
+    """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
+
+    Args:
+        shape: the model's sizes.
+        input_lengths: valid tokens, ``[batch]``.
+        left: tokens that enter the first layer, then those left after each layer, ``[layers + 1, batch]``.
+        first_only: whether the last layer computes first tokens only.
+
+    Returns:
+        A float64 scalar, differentiable.
+    """
+    keys, queries, feed_forward = left[:-1], left[:-1], left[1:]
+    if first_only:
+        queries, feed_forward = (torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, feed_forward))
+    dense = layer_flops(shape, input_lengths, input_lengths).sum() * shape.num_layers
+    return layer_flops(shape, keys, feed_forward, queries).sum() / dense
+
+
+def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_length: int) -> Flops:
+    """FLOPs per example from token counts.
+
+    Args:
+        shape: the model's sizes.
+        computed: the rows computed in each layer, each ``[layers, examples]`` int64.
+        max_seq_length: what sequences are padded to for the padded figure, in tokens; the longest sequence if longer.
+    """
+    valid = computed.dense
+    padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
+    totals = [
+        layer_flops(shape, keys, feed_forward, queries).sum(0).mean().item()
+        for keys, queries, feed_forward in ((padded,) * 3, (valid,) * 3, computed[1:])
+    ]
+    return Flops(*totals)
+
+
+def count_flops(model: Any, trace: Trace) -> Flops:
+    """FLOPs per example of the forward passes in a trace.
+
+    Args:
+        model: the model that was recorded, or its config.
+        trace: from :func:`token_pruning.record`.
+
+    Returns:
+        The three figures, each the mean over the trace's examples. Sequences are padded to the pruner's
+        ``max_seq_length``, or to the longest sequence of the trace if that is longer. Dense models compute every token
+        of the last layer; a pruned one whose head reads the first token only does not.
+    """
+    shape = shape_of(getattr(model, "config", model))
+    return flops_from_lengths(shape, trace.computed_lengths, trace.max_seq_length)

@@ -1,0 +1,195 @@
+"""Attaching a pruner to a Hugging Face model, recording what it does, and taking it off again."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from token_pruning.checks import choice
+from token_pruning.errors import ConfigError, UnsupportedModelError
+from token_pruning.families import family_of, supported_model_types
+from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.pruners.summary import SummaryTokens
+from token_pruning.runtime.hooks import Attachment, Execution, write_keys
+from token_pruning.runtime.state import Trace, recording
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def prune(
+    model: ModelT,
+    pruner: Pruner,
+    *,
+    execution: Execution = "packed",
+    vocabulary_scores: Tensor | None = None,
+) -> ModelT:
+    """Make a Hugging Face encoder drop tokens, in place.
+
+    The model stays what it was: same class, same call, same outputs. Its configuration gets the method's keys and its
+    state dict the thresholds (``token_pruner.thresholds``) and vocabulary scores, so ``save_pretrained`` saves all.
+
+    Args:
+        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT model with any head, or without.
+        pruner: the method.
+        execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
+            gone: a slow reference with the same results, which can return attentions and hidden states.
+        vocabulary_scores: ``[vocabulary]`` float, from :func:`token_pruning.vocabulary_scores`, for a pruner with a
+            ``vocabulary_threshold``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: for a model without an adapter.
+        ConfigError: if the model is pruned already, the thresholds do not fit its layers or the vocabulary scores its
+            vocabulary, or there are none for a ``vocabulary_threshold``.
+    """
+    choice("execution", execution, get_args(Execution))
+    if not isinstance(pruner, Pruner):
+        raise ConfigError(f"pruner is {pruner!r}; it must be an instance of a pruner such as LearnedThreshold()")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
+        )
+    if is_pruned(model):
+        raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
+    if vocabulary_scores is not None:
+        embeddings: Any = model.get_input_embeddings()
+        if vocabulary_scores.shape != (embeddings.num_embeddings,):
+            raise ConfigError(
+                f"vocabulary_scores has shape {list(vocabulary_scores.shape)}; the model's vocabulary has "
+                f"{embeddings.num_embeddings} entries"
+            )
+    Attachment(model, pruner, execution, vocabulary_scores)
+    return model
+
+
+def unprune(model: ModelT) -> ModelT:
+    """Take the pruner off a model, in place: it then computes bit for bit what it computed before :func:`prune`.
+
+    Args:
+        model: a pruned model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment_of(model).detach()
+    return model
+
+
+@contextmanager
+def prunable(
+    model: Any, summary_tokens: SummaryTokens = "none", vocabulary_scores: Tensor | None = None
+) -> Iterator[None]:
+    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
+    layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
+    training = model.training
+    pruner = FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens)
+    prune(model, pruner, vocabulary_scores=vocabulary_scores).eval()
+    try:
+        yield
+    finally:
+        unprune(model)
+        model.train(training)
+
+
+@contextmanager
+def record(model: Any) -> Iterator[Trace]:
+    """Record what happens to the tokens of every forward pass of ``model`` inside the block, in this thread.
+
+    Args:
+        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``, or an engine made by
+            :func:`token_pruning.compile`.
+
+    Yields:
+        The trace; it can be read after the block too.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    token_pruner = attachment_of(model).token_pruner if isinstance(model, nn.Module) else model.token_pruner
+    trace = Trace(token_pruner.pruner.max_seq_length)
+    token = recording.set((*recording.get(), (token_pruner, trace)))
+    try:
+        yield trace
+    finally:
+        recording.reset(token)
+
+
+def freeze_thresholds(model: nn.Module) -> None:
+    """End the soft stage in place: the thresholds learned so far become fixed, and tokens are removed from now on.
+
+    Called again it takes over thresholds that were loaded into the model since. Models pruned by another method, or by
+    the linear rule, are left as they are.
+
+    Args:
+        model: a model pruned with :class:`LearnedThreshold`.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment = attachment_of(model)
+    token_pruner = attachment.token_pruner
+    pruner = token_pruner.pruner
+    if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
+        return
+    token_pruner.thresholds.requires_grad_(False)
+    values = {f.name: getattr(pruner, f.name) for f in fields(FixedThreshold)}
+    token_pruner.pruner = FixedThreshold(**{**values, "thresholds": token_pruner.thresholds.tolist()})
+    write_keys(attachment.model.config, token_pruner.pruner)
+
+
+def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
+    """Give a model other thresholds, in place.
+
+    Args:
+        model: a model pruned with absolute thresholds, learned or given one by one.
+        thresholds: one per layer, in the units of its scoring mode.
+
+    Raises:
+        ConfigError: if the model is not pruned that way, or for a wrong number of thresholds.
+    """
+    attachment = attachment_of(model)
+    token_pruner = attachment.token_pruner
+    pruner = token_pruner.pruner
+    if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
+        raise ConfigError(f"thresholds cannot be set on a model pruned by {pruner!r}")
+    pruner = replace(pruner, thresholds=tuple(thresholds))
+    values = pruner.initial_thresholds(token_pruner.num_layers)
+    with torch.no_grad():
+        token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+    token_pruner.pruner = pruner
+    write_keys(attachment.model.config, pruner)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a pruner is attached to the model, or to the model inside a wrapper."""
+    return _find_attachment(model) is not None
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The attachment of a pruned model, its base model, or a wrapper around either.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    attachment = _find_attachment(model)
+    if attachment is None:
+        raise ConfigError(f"this {type(model).__name__} is not pruned; call prune(model, pruner) first")
+    return attachment
+
+
+def _find_attachment(model: nn.Module) -> Attachment | None:
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Attachment):
+                return owner
+    return None

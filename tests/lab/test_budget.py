@@ -1,0 +1,326 @@
+"""Training to a budget: the controller, thresholds that follow the weights, and whole runs from the command line."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+import token_pruning as tp
+from tests.tiny import pruned, ragged_batch, tiny_model
+from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
+from token_pruning.budget.schedules import named_schedule, schedules
+from token_pruning.checkpoint import read_checkpoint
+from token_pruning.errors import ConfigError
+from token_pruning.lab.cli import main, paper_main
+from token_pruning.lab.training.budget import (
+    BudgetController,
+    BudgetHolder,
+    hold_out,
+    soft_relative_flops,
+    use_relative_scores,
+)
+from token_pruning.lab.training.options import TrainOptions
+from token_pruning.runtime.prune import attachment_of
+
+STATE, CONTROL = TrainerState(), TrainerControl()
+
+
+# The controller
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+def test_the_controller_converges_on_a_synthetic_problem(target: float) -> None:
+    """A cost that rises with a parameter, and a task loss that wants it high."""
+    parameter = torch.tensor(3.0, requires_grad=True)
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    controller = BudgetController(target)
+    generator = torch.Generator().manual_seed(0)
+    costs = []
+    for step in range(600):
+        controller.progress = step / 600
+        noise = 0.02 * torch.randn((), generator=generator)
+        cost = parameter.sigmoid()
+        loss = -cost + controller.loss(cost + noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        costs.append(cost.item())
+    assert sum(costs[-50:]) / 50 == pytest.approx(target, abs=0.01)
+    assert costs[60] > target + 0.05 or target == 0.8  # the target falls over the first half
+
+
+def test_the_controller_goes_on_where_it_stopped() -> None:
+    controller = BudgetController(0.5)
+    for cost in (0.9, 0.8):
+        controller.loss(torch.tensor(cost))
+    again = BudgetController(0.5)
+    state = TrainerState(stateful_callbacks={"BudgetController": json.loads(json.dumps(controller.state()))})
+    again.on_train_begin(None, state, CONTROL)
+    assert (again.multiplier, again.start) == (controller.multiplier, controller.start)
+    again.on_step_begin(None, TrainerState(global_step=30, max_steps=40), CONTROL)
+    assert again.progress == 0.75
+
+
+def test_soft_costs_are_hard_costs_where_masks_are_sharp() -> None:
+    batch, thresholds = ragged_batch([30, 12, 25, 8]), [0.9, 0.95, 0.9, 0.9]
+    model = tiny_model()
+    with torch.no_grad(), pruned(model, tp.FixedThreshold(thresholds=[0.9, 0, 0, 0], scoring_mode="relative")):
+        with tp.record(model) as hard:
+            model(**batch)
+        expected = tp.count_flops(model, hard).relative
+    thresholds = [0.9, -9.0, -9.0, -9.0]  # later masks see other scores while nothing is removed
+    tp.prune(model, tp.LearnedThreshold(thresholds=thresholds, scoring_mode="relative", temperature=1e-6)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with tp.record(model) as soft:
+        model(**batch)
+    found = soft_relative_flops(attachment_of(model).shape, soft)
+    # The mean over sequences of one, the sum over sequences of the other: both weigh sequences by their cost.
+    assert found.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_soft_costs_have_a_gradient() -> None:
+    model = tp.prune(tiny_model(), tp.LearnedThreshold(scoring_mode="relative", temperature=0.2)).train()
+    with tp.record(model) as trace:
+        model(**ragged_batch([30, 12]))
+    soft_relative_flops(attachment_of(model).shape, trace).backward()
+    gradient = model.token_pruner.thresholds.grad
+    assert (gradient[:3] < 0).all() and gradient[3] == 0  # the last layer's decision costs nothing
+
+
+# The holder
+
+
+def test_the_holder_keeps_the_budget_while_weights_change() -> None:
+    model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")).train()
+    batch = ragged_batch([30, 12, 25, 8] * 8)
+    holder = BudgetHolder(batch, 0.5, schedules(3)[1], bf16=False)
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.bert.parameters():
+                parameter.mul_(1.3)
+        holder.on_step_begin(None, TrainerState(global_step=step * 10, max_steps=30), CONTROL, model=model)
+        assert model.training
+        model.eval()
+        with torch.no_grad(), tp.record(model) as trace:
+            model(**batch)
+        model.train()
+        assert tp.count_flops(model, trace).relative == pytest.approx(0.5, abs=0.01)
+    assert model.token_pruner.pruner.thresholds == tuple(model.token_pruner.thresholds.tolist())
+    assert model.config.thresholds == model.token_pruner.pruner.thresholds
+
+
+def test_the_holder_waits_for_the_end_of_the_soft_half() -> None:
+    pruner = tp.LearnedThreshold(thresholds=[0.9, 0.9, 1.0, 1.0], scoring_mode="relative")
+    model = tp.prune(tiny_model(), pruner).train()
+    holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.5, None, bf16=False)
+    holder.on_step_begin(None, TrainerState(global_step=0, max_steps=10), CONTROL, model=model)
+    assert model.token_pruner.thresholds.tolist() == pytest.approx([0.9, 0.9, 1.0, 1.0])
+    tp.freeze_thresholds(model)
+    holder.on_step_begin(None, TrainerState(global_step=5, max_steps=10), CONTROL, model=model)
+    assert holder.schedule is not None and holder.schedule.name == "learned"
+    assert sum(holder.schedule.weights) == pytest.approx(1)
+    assert model.token_pruner.thresholds.tolist() != pytest.approx([0.9, 0.9, 1.0, 1.0])
+
+
+def test_thresholds_that_drop_nothing_are_followed_by_the_linear_schedule() -> None:
+    model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
+    holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.6, None, bf16=False)
+    assert holder.fit(model).relative_flops == pytest.approx(0.6, abs=0.01)
+    assert holder.schedule is not None and holder.schedule.name == "linear"
+
+
+def test_a_schedule_that_cannot_reach_the_budget_gives_way_to_the_one_that_can() -> None:
+    model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
+    holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.32, schedules(3)[2], bf16=False)
+    assert holder.fit(model).relative_flops == pytest.approx(0.32, abs=0.01)
+    assert holder.schedule is not None and holder.schedule.name == "step-1"
+
+
+def test_examples_are_held_out() -> None:
+    features = [{"number": number} for number in range(1000)]
+    rest, held = hold_out(features, seed=1)
+    assert (len(rest), len(held)) == (900, 100)
+    assert sorted(row["number"] for row in rest + held) == list(range(1000))
+    assert held == hold_out(features, seed=1)[1] != hold_out(features, seed=2)[1]
+    assert len(hold_out(features[:64], seed=1)[1]) == 32
+    with pytest.raises(ConfigError, match="63 training examples; a budget needs at least 64"):
+        hold_out(features[:63], seed=1)
+
+
+def test_schedules_by_name_and_by_parts() -> None:
+    assert named_schedule("late", 3).name == "late"
+    assert named_schedule("3,1", 3).weights == (0.75, 0.25, 0.0)
+    for wrong in ("step-4", "1,1,1,1", "-1,2", "0,0", "a,b", "", "nan", "inf,1"):
+        with pytest.raises(ConfigError, match=r"--schedule is .* must be one of step-1, step-2, step-3, linear"):
+            named_schedule(wrong, 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "thresholds"),
+    [
+        ({"final_token_threshold": 0.01, "scoring_mode": "mean"}, (0.64, 1.28)),
+        ({"final_token_threshold": 0.01, "max_seq_length": 64}, (0.32, 0.64)),
+        ({"final_token_threshold": 0.5, "scoring_mode": "relative"}, (0.25, 0.5)),
+        ({"final_token_threshold": 0.7, "scoring_mode": "mean_norm"}, (0.64, 1.28)),
+        ({}, (0.64, 1.28)),
+    ],
+)
+def test_thresholds_are_converted(tmp_path: Path, keys: dict[str, Any], thresholds: tuple[float, float]) -> None:
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "CKPT", **keys))
+    use_relative_scores(checkpoint)
+    pruner = checkpoint.pruner()
+    assert pruner.scoring_mode == "relative"
+    assert pruner.initial_thresholds(2) == pytest.approx(thresholds)
+
+
+# Whole runs
+
+LINE = "--arch pibert-base --lr 1e-3 --bs 8 --epoch 2 --data_dir glue --output_dir out"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_sst2(tmp_path / "glue", train=96, dev=40)
+    write_stsb(tmp_path / "glue")
+    write_checkpoint(tmp_path / "CKPT")
+    write_checkpoint(tmp_path / "REGRESSION", labels=1)
+    return tmp_path
+
+
+def run(line: str) -> int:
+    return paper_main(f"{LINE} {line}".split())
+
+
+def results(folder: Path, name: str = "out") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name / "eval_results.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["soft", "mixed", "hard"])
+def test_a_run_ends_at_its_budget(folder: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"--task SST2 --restore CKPT --masking_mode {mode} --target_flops 0.6") == 0
+    said = capsys.readouterr().out
+    fitted = next(line for line in said.splitlines() if "thresholds fitted to" in line)
+    assert float(fitted.split()[3]) == pytest.approx(0.6, abs=0.01)
+    assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
+    config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (config["prune_mode"], config["scoring_mode"]) == ("absolute_threshold", "relative")
+    assert list((folder / "CKPT" / "teacher_logits").glob("*.safetensors"))  # the dense start teaches
+    model = tp.from_pretrained(folder / "out")
+    assert model.token_pruner.thresholds.tolist() == pytest.approx(results(folder)["thresholds"])
+
+
+def test_soft_then_hard_in_two_runs_has_the_same_teacher(folder: Path) -> None:
+    assert run("--task SST2 --restore CKPT --masking_mode soft --target_flops 0.6") == 0
+    line = "--task SST2 --restore out --masking_mode hard --target_flops 0.6 --output_dir out2"
+    assert paper_main(f"{LINE.replace('--output_dir out', '')} {line}".split()) == 0
+    assert not (folder / "out" / "teacher_logits").exists()
+    assert results(folder, "out2")["relative_flops"] == pytest.approx(0.6, abs=0.06)
+    (folder / "out" / "run.json").unlink()
+    assert paper_main(f"{LINE.replace('--output_dir out', '')} {line}3".split()) == 2
+
+
+def test_summary_tokens_and_a_schedule_from_the_command_line(folder: Path) -> None:
+    line = "--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 --no_teacher"
+    assert run(f"{line} --summary_tokens shared --schedule step-2") == 0
+    config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["summary_tokens"] == "shared"
+    assert [value > 0 for value in config["thresholds"]] == [False, True, False, False]
+    assert not (folder / "CKPT" / "teacher_logits").exists()
+
+
+def test_the_cost_of_other_texts_can_be_held_to_the_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(1)
+    long = [" ".join(rng.choices(WORDS, k=rng.randint(40, 60))) for _ in range(50)]
+    (folder / "long.txt").write_text("\n".join(long) + "\n", encoding="utf-8")
+    labelled = [f"{text}\t{number % 2}" for number, text in enumerate(long)]
+    (folder / "long" / "SST-2").mkdir(parents=True)
+    dev = folder / "long" / "SST-2" / "dev.tsv"
+    dev.write_text("\n".join(["sentence\tlabel", *labelled]) + "\n", encoding="utf-8")
+    assert run("--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 --budget_input long.txt") == 0
+    fitted = next(line for line in capsys.readouterr().out.splitlines() if "thresholds fitted to" in line)
+    assert fitted.endswith("of the FLOPs on long.txt")
+    line = "eval --task SST2 --restore out --data-dir long --output-dir on-long"
+    assert main(line.split()) == 0
+    assert results(folder, "on-long")["relative_flops"] == pytest.approx(0.6, abs=0.01)
+    assert abs(results(folder)["relative_flops"] - 0.6) > 0.02  # the task's own texts are shorter
+
+
+def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, seen = BudgetHolder.fit, []
+
+    def fail(self: BudgetHolder, model: Any) -> Any:
+        seen.append(None)
+        if len(seen) == 14:
+            raise KeyboardInterrupt
+        return fit(self, model)
+
+    monkeypatch.setattr(BudgetHolder, "fit", fail)
+    line = "--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6"
+    assert run(line) == 130
+    assert (folder / "out" / "checkpoint-8").exists()
+    monkeypatch.setattr(BudgetHolder, "fit", fit)
+    assert run(line) == 0
+    assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--restore CKPT --masking_mode none --target_flops 0.5", "--target-flops applies to pruning"),
+        (
+            "--restore CKPT --masking_mode soft --target_flops 0.5 --lambda 0.1",
+            "give either --lambda or",
+        ),
+        ("--restore CKPT --masking_mode soft --target_flops 0.5 --schedule late", "--schedule applies to masking mode"),
+        ("--restore CKPT --masking_mode hard --target_flops 1.5", "--target-flops is 1.5"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.02", "the lowest that can be reached"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --schedule never", "--schedule is 'never'"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --teacher CKPT --no_teacher", "either --teacher or"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --prune_mode topk", "prune_mode is 'topk'"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --scoring_mode max", "scoring_mode is 'max'"),
+        (
+            "--restore CKPT --masking_mode soft --no_teacher --lambda 0.1",
+            "--no-teacher applies to training",
+        ),
+        ("--restore CKPT --masking_mode soft", "--lambda is missing"),
+        ("--restore CKPT --masking_mode soft --lambda 0.1 --budget_input x", "--budget-input applies to training"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input none.txt", "none.txt: no such file"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input few.txt", "few.txt has 2 texts"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:
+    (folder / "few.txt").write_text("good cat\nbad dog\n", encoding="utf-8")
+    if "target" not in line:
+        edit_config(folder / "CKPT", prune_mode="absolute_threshold", final_token_threshold=0.01)
+    assert run(f"--task SST2 {line}") == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert len(errors) == 1 and message in errors[0]
+    assert not (folder / "out").exists() and not (folder / "CKPT" / "teacher_logits").exists()  # before any work
+
+
+def test_too_few_training_examples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--task STSB --restore REGRESSION --masking_mode hard --target_flops 0.5 --no_teacher") == 2
+    assert "24 training examples; a budget needs at least 64" in capsys.readouterr().err
+
+
+def test_the_folder_is_named_after_the_budget() -> None:
+    options = TrainOptions(restore="CKPT", task="RTE", masking_mode="hard", target_flops=0.5)
+    assert str(options.default_output_dir({"prune_mode": "absolute_threshold"})) == "CKPT/flops_0.5/lr_2e-05"
+    soft = TrainOptions(restore="CKPT", task="RTE", masking_mode="soft", target_flops=0.5)
+    config = {"prune_mode": "absolute_threshold", "final_token_threshold": 1.28}
+    assert "flops_0.5" in str(soft.default_output_dir(config)) and "None" not in str(soft.default_output_dir(config))
+
+
+def test_a_dense_run_may_start_from_another_task_s_head(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("--task SST2 --restore REGRESSION --masking_mode none") == 0
+    assert "classifier.weight has shape [1, 32]: a new one of [2, 32] is trained" in caplog.text
+    config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["problem_type"] == "single_label_classification"
