@@ -38,8 +38,9 @@ from workloads import WORKLOADS, Sequences, load, make_checkpoint
 
 import token_pruning as tp
 from token_pruning.engine.machine import cpu_name, has_amx
-from token_pruning.families import reads_first_token_only, shape_of
+from token_pruning.families import shape_of
 from token_pruning.runtime.flops import relative_flops
+from token_pruning.runtime.prune import reads_of
 
 DTYPES = ("float32", "bfloat16", "int8")
 UNPRUNED, PRUNED = "engine, unpruned", "engine, pruned"
@@ -95,7 +96,7 @@ def unpruned_flops(model: Any, trace: tp.Trace) -> float:
     """What the engine computes without pruning, relative to the dense model: less where first tokens are enough."""
     shape, lengths = shape_of(model.config), trace.attention_lengths[0]
     left = lengths.expand(shape.num_layers + 1, -1)
-    return float(relative_flops(shape, lengths, left, first_only=reads_first_token_only(model)))
+    return float(relative_flops(shape, lengths, left, first_only=reads_of(model) == "first"))
 
 
 def prepare_peer(workload: str, name: str, dtype: str, model: Model, data_dir: Path | None) -> str | None:

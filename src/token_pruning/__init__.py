@@ -30,7 +30,7 @@ from token_pruning.pruners import (
 from token_pruning.pruners.importance import convert_scores
 from token_pruning.runtime.flops import Flops, count_flops
 from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
-from token_pruning.runtime.state import Trace
+from token_pruning.runtime.trace import Trace
 
 __version__ = "0.1.0"
 

@@ -35,6 +35,7 @@ from tests.tiny import (
 )
 from token_pruning.engine import compiled as compiling
 from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.ragged import PackedTokens, layout_from_mask
 
 LIBRARY = load_library()
 NATIVE = () if LIBRARY is None else LEVELS[: LIBRARY.tp_best_level() + 1]
@@ -431,7 +432,7 @@ def test_bad_input() -> None:
         (r"attention_mask has shape \[2, 4\]; it must be \[2, 5\]", {"attention_mask": torch.ones(2, 4)}),
         (r"token_type_ids has shape \[2, 4\]", {"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}),
         ("token_type_ids holds 2; the model has ids from 0 to 1", {"token_type_ids": torch.full((2, 5), 2)}),
-        ("positions for sequences of at most 80 tokens", {"input_ids": torch.full((1, 81), 7)}),
+        ("positions for at most 80", {"input_ids": torch.full((1, 81), 7)}),
         ("position_ids reach 80", {"position_ids": torch.full((2, 5), 80)}),
         ("takes input_ids only", {"encoder_hidden_states": torch.zeros(1)}),
         ("no inputs_embeds", {"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 128)}),
@@ -530,13 +531,13 @@ def test_native_side_refuses_what_python_would_not_send(model: Any) -> None:
     batch = ragged_batch((3,))
 
     def run(**changes: Any) -> None:
-        tokens = compiling.PackedTokens(
+        tokens = PackedTokens(
             ids=changes.get("ids", batch["input_ids"][0].int()),
             positions=changes.get("positions", torch.arange(3, dtype=torch.int32)),
             token_types=changes.get("types"),
-            layout=compiling.layout_from_mask(batch["attention_mask"].bool()),
+            layout=layout_from_mask(batch["attention_mask"].bool()),
         )
-        engine._encoder.run(tokens, engine.token_pruner, first_only=True, recorded=False)
+        engine._encoder.run(tokens, engine.token_pruner, first_only=True)
 
     run()
     far = torch.tensor([0, 1, 2**30], dtype=torch.int32)

@@ -10,8 +10,9 @@ from transformers import BertForSequenceClassification, BertModel, BertPreTraine
 
 import token_pruning as tp
 from tests.tiny import FAMILIES, assert_close, pruned, ragged_batch, shared_model, tiny_config, tiny_model
-from token_pruning.families import reads_first_token_only, shape_of
+from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops
+from token_pruning.runtime.prune import reads_of
 
 LENGTHS = [30, 1, 17, 2]
 PRUNER = tp.FixedThreshold(final_token_threshold=0.0119)
@@ -64,8 +65,9 @@ def test_counted_flops_are_those_computed(family: str, pruner: tp.Pruner) -> Non
         with FlopCounterMode(display=False) as counter:
             model(**batch)  # with gradients on: fused attention is no matrix product to the counter
     everything = counter.get_flop_counts()
-    encoder = next(name for name in everything if name.endswith((".encoder", ".transformer")))
-    assert tp.count_flops(model, trace).pruned == sum(everything[encoder].values())
+    outside = ("bert.pooler", "classifier", "pre_classifier", "electra.embeddings_project")
+    not_counted = sum(sum(everything.get(f"{type(model).__name__}.{name}", {}).values()) for name in outside)
+    assert tp.count_flops(model, trace).pruned == sum(everything["Global"].values()) - not_counted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,17 +106,17 @@ def test_the_encoder_called_by_itself_gives_every_state() -> None:
 @pytest.mark.parametrize("head", ["token", "encoder"])
 def test_heads_that_read_other_tokens_get_them(head: str) -> None:
     model = shared_model("bert", head)
-    assert not reads_first_token_only(model)
+    assert reads_of(model) == "all"
     with pruned(model, PRUNER), tp.record(model) as trace:
         model(**ragged_batch(LENGTHS))
     assert torch.equal(trace.computed_lengths.feed_forward, trace.ffn_lengths)
 
 
 def test_a_class_that_is_not_transformers_own_is_not_trusted_by_its_name() -> None:
-    assert reads_first_token_only(BertForSequenceClassification(tiny_config("bert")))
+    assert reads_of(BertForSequenceClassification(tiny_config("bert"))) == "first"
     torch.manual_seed(0)
     model = MeanPooledForSequenceClassification(tiny_config("bert")).eval()
-    assert not reads_first_token_only(model)
+    assert reads_of(model) == "all"
     batch = ragged_batch(LENGTHS)
     with torch.no_grad():
         with pruned(model, PRUNER, "masked"):

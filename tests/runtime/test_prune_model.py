@@ -607,12 +607,14 @@ def test_a_wrong_number_of_thresholds_leaves_the_model_alone() -> None:
     assert everything_attached(model) == before
 
 
-def test_calling_an_inner_module_directly_is_refused() -> None:
-    model = tp.prune(tiny_model(), tp.TopK())
-    with pytest.raises(tp.ConfigError, match=r"must be called as model\(...\)"):
-        model.bert.encoder(torch.randn(1, 4, 32))
-    with pytest.raises(tp.ConfigError, match=r"must be called as model\(...\)"):
-        model.bert.forward(input_ids=torch.tensor([[5, 6]]))
+@torch.no_grad()
+def test_forward_called_as_a_method_prunes_too() -> None:
+    """As sentence-transformers calls it."""
+    model, batch = tiny_model(), ragged_batch([20, 9])
+    with pruned(model, pruner_of("relative", 0.4)):
+        assert torch.equal(model.forward(**batch).logits, model(**batch).logits)
+        expected = model.bert(**batch).last_hidden_state
+        assert torch.equal(model.bert.forward(batch["input_ids"], batch["attention_mask"])[0], expected)
 
 
 def test_an_error_inside_a_pass_leaves_the_next_pass_right() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 import token_pruning as tp
 from tests.tiny import BertByTheBook, assert_close, pruned, ragged_batch, tiny_model
 from token_pruning.pruners import LayerTokens
-from token_pruning.ragged.layout import layout_from_mask
-from token_pruning.runtime.state import ForwardState, TokenPruner
+from token_pruning.ragged import PackedTokens, layout_from_mask
+from token_pruning.runtime.decisions import Decisions
+from token_pruning.runtime.token_pruner import TokenPruner
 
 LAYERS = 4
 NO_DROPOUT: dict[str, dict[str, Any]] = {
@@ -90,12 +91,9 @@ def test_at_a_small_temperature_the_mask_is_the_hard_decision() -> None:
 )
 def test_soft_lengths_and_rates_by_hand(mode: Any, lengths: list[float], rates: list[float]) -> None:
     pruner = tp.LearnedThreshold(thresholds=[0.2], temperature=0.1, scoring_mode=mode, max_seq_length=4)
-    state = ForwardState(
-        TokenPruner(pruner, 1, torch.device("cpu")).train(),
-        torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool(),
-        {},
-        packed=True,
-    )
+    layout = layout_from_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool())
+    tokens = PackedTokens(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), None, layout)
+    state = Decisions(TokenPruner(pruner, 1, torch.device("cpu")).train(), tokens, first_only=False)
     state.decide(1, torch.tensor([1.2, 0.8, 1.0, 0.6, 1.4]))
     trace = tp.Trace(4, [state.record])
     assert trace.soft_lengths.shape == trace.soft_rates.shape == (1, 2)

@@ -17,12 +17,12 @@ from token_pruning.budget.examples import Batch
 from token_pruning.budget.schedules import Schedule
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.families import family_of, reads_first_token_only
+from token_pruning.families import shape_of
 from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.ragged.layout import layout_from_mask
 from token_pruning.runtime.flops import count_flops, relative_flops
-from token_pruning.runtime.prune import attachment_of, is_pruned, record
+from token_pruning.runtime.inputs import pack_inputs
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, reads_of, record
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
 _DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
@@ -124,8 +124,10 @@ def profile_of(model: Any, batch: Batch) -> Schedule:
 def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float:
     """Relative FLOPs of a profile, every sequence keeping the same fraction; arguments as :func:`fit_to_budget`."""
     attachment = attachment_of(model)
-    valid = layout_from_mask(batch["attention_mask"].to(attachment.model.device, torch.bool))
-    entering, *_ = attachment.token_pruner.enter(valid, batch["input_ids"].to(attachment.model.device))
+    device = attachment.model.device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    packed = pack_inputs(attachment.family, **inputs)
+    entering, *_ = attachment.token_pruner.enter(packed)
     shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
     left = [lengths]
@@ -133,8 +135,12 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
         tokens = 1 + kept * (lengths - 1)
         extra = summaries if kept < 1 and layer < shape.num_layers else 0
         left.append(torch.minimum(tokens + extra, lengths))
-    first_only = reads_first_token_only(attachment.model)
-    return float(relative_flops(shape, valid.lengths_tensor, torch.stack(left), first_only=first_only))
+    first_only = attachment.reads == "first"
+    return float(
+        relative_flops(
+            shape, packed.layout.lengths_tensor, torch.stack(left), first_only=first_only, summaries=summaries > 0
+        )
+    )
 
 
 def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
@@ -187,9 +193,8 @@ def check_target(model: Any, batch: Batch, target: float, first_layer: int = 1) 
 
 def prunable_layers(model: nn.Module) -> int:
     """Layers after which a token's leaving saves anything: not the last where the head reads first tokens only."""
-    outer: Any = attachment_of(model).model if is_pruned(model) else model
-    layers = family_of(outer.base_model.config).shape(outer.base_model.config).num_layers
-    return layers - 1 if reads_first_token_only(outer) and layers > 1 else layers
+    layers = shape_of(hugging_face_model(model).base_model.config).num_layers
+    return layers - 1 if reads_of(model) == "first" and layers > 1 else layers
 
 
 @contextmanager

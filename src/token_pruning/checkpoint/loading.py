@@ -21,7 +21,7 @@ from token_pruning.checks import choice
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.families import supported_model_types
 from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, RelativeThreshold, RisingThreshold, TopK
-from token_pruning.runtime.hooks import Execution
+from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
 PRUNERS: dict[str, type[Pruner]] = {

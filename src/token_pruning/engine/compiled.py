@@ -8,26 +8,28 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from token_pruning.checks import choice, positive_integer
+from token_pruning.engine.encoder import Encoder, TorchEncoder
 from token_pruning.engine.machine import has_amx
 from token_pruning.engine.native import ACTIVATIONS, KERNELS_VARIABLE, NativeEncoder, level_limit, load_library
-from token_pruning.engine.tokens import Encoder, PackedTokens
-from token_pruning.engine.torch_encoder import Embeddings, TorchEncoder
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.families import Family, family_of, reads_first_token_only, supported_model_types
+from token_pruning.families import Family, Reads, family_of
 from token_pruning.pruners import Unpruned
-from token_pruning.ragged.layout import Layout, layout_from_mask, unpack
-from token_pruning.runtime.prune import attachment_of, is_pruned
-from token_pruning.runtime.state import PassRecord, TokenPruner, recording
+from token_pruning.ragged import Layout
+from token_pruning.runtime.attachment import MODULE_NAME
+from token_pruning.runtime.inputs import model_output, pack_inputs
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of
+from token_pruning.runtime.token_pruner import TokenPruner
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
 _PACKED = "token_pruning_packed"  # the forward keyword argument by which run_packed asks for packed states
 
 
-def compile(model: nn.Module, dtype: EngineDtype = "auto", threads: int | None = None) -> "Engine":
+def compile(
+    model: nn.Module, dtype: EngineDtype = "auto", threads: int | None = None, *, reads: Reads | None = None
+) -> "Engine":
     """Turn a model, pruned or not, into an engine for inference on a CPU.
 
     The engine keeps a packed copy of the weights and the pruning method as they are now; the model can be changed or
@@ -36,51 +38,49 @@ def compile(model: nn.Module, dtype: EngineDtype = "auto", threads: int | None =
     comes in; on the native kernels they are the same to the last bit.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT model with any head, or without.
+        model: of a supported family, with any head or without. BERT, RoBERTa, ELECTRA, DistilBERT and models like them
+            run on native kernels, others on PyTorch.
         dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
         threads: threads of one call (default: ``torch.get_num_threads()``). Calls from several Python threads run side
             by side; while one call has the helper threads, each other call runs on its caller's thread alone. PyTorch's
             path, where that is used, follows ``torch.set_num_threads``.
+        reads: as for :func:`token_pruning.prune`, for a model that is not pruned.
 
     Returns:
         The engine.
 
     Raises:
-        UnsupportedModelError: for a model without an adapter.
+        UnsupportedModelError: for a model of another family.
         ConfigError: for a wrong dtype or number of threads, int8 without native kernels, or a ``TOKEN_PRUNING_KERNELS``
             that is unknown or beyond the processor.
     """
     choice("dtype", dtype, get_args(EngineDtype))
     threads = torch.get_num_threads() if threads is None else positive_integer("threads", threads)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
-        )
-    base = model.base_model
-    family = family_of(base.config)
-    encoder, lines = _make_encoder(family, base, dtype, threads)
-    return Engine(model, family, encoder, lines)
+    inner = hugging_face_model(model)
+    if reads is not None:
+        choice("reads", reads, get_args(Reads))
+        if is_pruned(inner):
+            raise ConfigError(f"reads is {reads!r}; for a pruned model it is prune() that says so")
+    return Engine(inner, dtype, threads, reads or reads_of(inner))
 
 
-def _make_encoder(family: Family, base: Any, dtype: EngineDtype, threads: int) -> tuple[Encoder, list[str]]:
+def _make_encoder(
+    family: Family, embeddings: Family | None, dtype: EngineDtype, threads: int
+) -> tuple[Encoder, list[str]]:
     """The best encoder for this machine, and what to say about the choice."""
     library = load_library()
     limit = level_limit(library)
-    activation = family.activation(base.config)
+    reason = _why_not_native(family)
     if library is None:
         _warn_once(
             "token_pruning's native kernels were not built (no C++ compiler at installation, or another platform): "
             "compile() uses PyTorch, which is slower"
         )
-        reason = "kernels: PyTorch, because the native library was not built"
+        reason = "the native library was not built"
     elif limit is None:
-        reason = f"kernels: PyTorch, because of {KERNELS_VARIABLE}=torch"
-    elif activation not in ACTIVATIONS:
-        reason = f"kernels: PyTorch, because the native ones have no activation {activation!r}"
-    else:
-        reason = ""
+        reason = f"of {KERNELS_VARIABLE}=torch"
     fast_bfloat16 = has_amx() and (limit is None or limit >= 3)
     chosen = ("bfloat16" if fast_bfloat16 else "float32") if dtype == "auto" else dtype
     why = ""
@@ -88,10 +88,44 @@ def _make_encoder(family: Family, base: Any, dtype: EngineDtype, threads: int) -
         why = " (auto: the processor has AMX)" if fast_bfloat16 else " (auto: bfloat16 pays with AMX only)"
     lines = [f"dtype: {chosen}{why}", f"threads: {threads}"]
     if library is not None and limit is not None and not reason:
-        return NativeEncoder(library, family, base, chosen, limit, threads), lines
+        return NativeEncoder(library, family, chosen, limit, threads, embeddings), lines
+    reason = f"kernels: PyTorch, because {reason}"
     if chosen == "int8":
         raise ConfigError(f"dtype 'int8' needs the native kernels; {reason}")
-    return TorchEncoder(family, base, getattr(torch, chosen)), [*lines, reason]
+    own = _copy_without(family.base, ())
+    return TorchEncoder(type(family)(own), getattr(torch, chosen)), [*lines, reason]
+
+
+def _why_not_native(family: Family) -> str:
+    """What about a model the native kernels do not have; empty if nothing."""
+    if not family.native:
+        return f"the native ones have no {family.config.model_type!r} layers"
+    if family.activation not in ACTIVATIONS:
+        return f"the native ones have no activation {family.activation!r}"
+    parts = [family.embedding_modules(), *(family.layer_modules(layer) for layer in family.layers)]
+    for module in (module for part in parts for module in vars(part).values() if module is not None):
+        if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
+            return f"the native ones cannot compute a {type(module).__module__}.{type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a {type(module).__name__} has forward hooks, which the native ones would skip"
+    return ""
+
+
+def _copy_without(module: nn.Module, parts: Any) -> Any:
+    """A deep copy without some of the modules inside, and without pruning."""
+    memo: dict[int, Any] = {id(part): None for part in parts}
+    if is_pruned(module):
+        memo[id(attachment_of(module))] = None
+    return _unpruned(copy.deepcopy(module, memo))
+
+
+def _unpruned(module: nn.Module) -> nn.Module:
+    """A copy without what pruning has put on the original."""
+    for part in module.modules():
+        part._modules.pop(MODULE_NAME, None)
+        if hasattr(part.__dict__.get("forward"), "attachment"):
+            del part.forward
+    return module
 
 
 @functools.cache
@@ -107,24 +141,28 @@ class Engine:
         token_pruner: the pruning method and its thresholds, as they were when the model was compiled.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, encoder: Encoder, lines: list[str]) -> None:
-        """Take a copy of everything needed but the encoder's weights, which ``encoder`` has."""
+    def __init__(self, model: PreTrainedModel, dtype: EngineDtype, threads: int, reads: Reads) -> None:
+        """Take a copy of everything needed."""
         base: Any = model.base_model
+        family = family_of(base.config)(base)
         self.config = copy.deepcopy(model.config)
-        layers = family.shape(base.config).num_layers
         if is_pruned(model):
-            self.token_pruner = copy.deepcopy(attachment_of(model).token_pruner).to("cpu").eval().requires_grad_(False)
+            attachment = attachment_of(model)
+            token_pruner = copy.deepcopy(attachment.token_pruner, {id(attachment): None})
+            self.token_pruner = token_pruner.to("cpu").eval().requires_grad_(False)
         else:
+            layers = family.shape(base.config).num_layers
             self.token_pruner = TokenPruner(Unpruned(), layers, torch.device("cpu"))
-        self._encoder, self._lines = encoder, lines
-        self._first_only = reads_first_token_only(model)
+        self._first_only = reads == "first"
         self._padding = getattr(base.config, "pad_token_id", None) or 0
-        bare = model is base
-        stub = _CompiledBase(self, family, base, _output_class(model) if bare else BaseModelOutputWithPooling)
+        some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
+        needs_embeddings = some_never_enter and not self._first_only
+        stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
+        self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
         # A head is everything of the model but its base, which the stub stands in for.
-        self._head: nn.Module = stub if bare else copy.deepcopy(model, {id(base): stub})
+        self._head = stub if model is base else _head_around(model, stub)
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
-        _replace_linears(self._head, encoder, getattr(base.config, "vocab_size", -1))
+        _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
 
     @torch.inference_mode()
     def __call__(
@@ -212,21 +250,26 @@ class Engine:
         return f"Engine({type(self._head).__name__}):\n{self.explain()}"
 
 
+def _head_around(model: PreTrainedModel, stub: nn.Module) -> nn.Module:
+    memo = {id(model.base_model): stub}
+    if is_pruned(model):
+        memo[id(attachment_of(model))] = None  # type: ignore[assignment]
+    return _unpruned(copy.deepcopy(model, memo))
+
+
 class _CompiledBase(nn.Module):
     """Stands in for the base model inside a head: checks and packs the input, runs the encoder, unpacks."""
 
-    def __init__(self, engine: Engine, family: Family, base: Any, output_class: Any) -> None:
+    def __init__(self, engine: Engine, family: Family, *, keep_embeddings: bool) -> None:
         super().__init__()
-        self._engine, self._family, self._output_class = engine, family, output_class
-        self.config = copy.deepcopy(base.config)
-        self.pooler = copy.deepcopy(getattr(base, "pooler", None))
-        modules = family.embedding_modules(base)
-        tables = {"word": modules.word, "position": modules.position, "token_type": modules.token_type}
-        self._sizes = {name: 0 if table is None else table.num_embeddings for name, table in tables.items()}
+        self._engine = engine
+        base = family.base
+        left_out = [*family.layers] if keep_embeddings else [*family.layers, getattr(base, "embeddings", None)]
+        self.rest = _copy_without(base, [part for part in left_out if part is not None])
+        self.config = self.rest.config
+        self.family = type(family)(self.rest)
+        self._sizes = _table_sizes(base)
         self._max_positions = family.shape(base.config).max_positions
-        # The last states of tokens that never enter the first layer, where a head reads them.
-        some_never_enter = bool(engine.token_pruner.pruner.vocabulary_threshold)
-        self._embeddings = Embeddings(modules, torch.float32) if some_never_enter and not engine._first_only else None
 
     def forward(
         self,
@@ -240,47 +283,33 @@ class _CompiledBase(nn.Module):
         self._check_options(input_ids, kwargs)
         assert input_ids is not None
         _check_ids("input_ids", input_ids, 2)
-        if attention_mask is None:
-            mask = torch.ones(input_ids.shape, dtype=torch.bool)
-        else:
+        given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        for name, value in given.items():
+            if value is not None:
+                _check_ids(name, value, 2)
+                _check_shape(name, value, input_ids.shape)
+        if attention_mask is not None:
             _check_shape("attention_mask", attention_mask, input_ids.shape)
-            mask = attention_mask.to("cpu", torch.bool)
-        layout = layout_from_mask(mask)
-        if position_ids is None:
-            position_ids = self._family.positions(input_ids, self.config)
-        tokens = PackedTokens(
-            ids=self._table_rows("input_ids", input_ids, layout, self._sizes["word"]),
-            positions=self._table_rows("position_ids", position_ids, layout, self._sizes["position"]),
-            token_types=None
-            if token_type_ids is None or self._sizes["token_type"] == 0
-            else self._table_rows("token_type_ids", token_type_ids, layout, self._sizes["token_type"]),
-            layout=layout,
-        )
+            attention_mask = attention_mask.to("cpu")
+        if self._sizes["token_type_ids"] is None:
+            given["token_type_ids"] = None
+        tokens = pack_inputs(self.family, input_ids=input_ids, attention_mask=attention_mask, **given)
+        for name, values in (
+            ("input_ids", tokens.ids), ("position_ids", tokens.positions), ("token_type_ids", tokens.token_types)
+        ):  # fmt: skip
+            if values is not None:
+                self._check_range(name, values)
         engine = self._engine
-        entering, kept, dropped = engine.token_pruner.enter(layout, input_ids)
-        entered = tokens if kept is None else tokens.of(kept, entering)
-        traces = [trace for pruner, trace in recording.get() if pruner is engine.token_pruner]
-        output = engine._encoder.run(entered, engine.token_pruner, first_only=engine._first_only, recorded=bool(traces))
-        for trace in traces:
-            trace.passes.append(
-                PassRecord(engine.token_pruner.pruner, mask, layout, entering, output.layers, engine._first_only)
-            )
-        states = output.states
-        if self._embeddings is not None and kept is not None and dropped is not None:
-            embedded = self._embeddings(tokens.of(dropped, layout))
-            states = states.new_empty(layout.total, states.shape[1])
-            states = states.index_copy(0, kept, output.states).index_copy(0, dropped, embedded)
-        return self._output(states, layout, packed, kwargs.get("return_dict"))
+        states = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only)
+        return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
-        if self._engine._first_only:
-            first, states = states, states[:, None]
-        else:
-            first = states.new_zeros(layout.batch_size, states.shape[1])
-            first[layout.lengths_tensor > 0] = states[layout.first_rows]
-            states = states[None] if packed else unpack(states, layout.indices, layout.batch_size, layout.width)
-        pooled = None if self.pooler is None else self.pooler(first[:, None])
-        output = self._output_class(last_hidden_state=states, **({} if pooled is None else {"pooler_output": pooled}))
+        first_only = self._engine._first_only
+        output = model_output(
+            self.family, states, layout, first_only=first_only, for_first_token_head=first_only, return_dict=True
+        )
+        if packed and not first_only:
+            output.last_hidden_state = states[None]
         return output.to_tuple() if return_dict is False else output
 
     def _check_options(self, input_ids: Tensor | None, options: dict[str, Any]) -> None:
@@ -295,24 +324,31 @@ class _CompiledBase(nn.Module):
             if options.get(name) is not None:
                 raise ConfigError(f"{name} is given; an engine takes input_ids only")
 
-    def _table_rows(self, name: str, values: Tensor, layout: Layout, size: int) -> Tensor:
-        """The valid tokens' values, ``[tokens]`` int32, all inside a table of ``size`` rows."""
-        _check_ids(name, values, 2)
-        if values.shape[0] != layout.batch_size or values.shape[1] != layout.width:
-            _check_shape(name, values, torch.Size((layout.batch_size, layout.width)))
-        rows = values.flatten()[layout.indices]
-        if rows.numel():
-            low, high = (int(x) for x in rows.aminmax())
-            if low < 0 or high >= size:
-                if name == "position_ids":
-                    raise ConfigError(
-                        f"position_ids reach {high if high >= size else low}; the model has positions for sequences of "
-                        f"at most {self._max_positions} tokens: truncate the input"
-                    )
+    def _check_range(self, name: str, values: Tensor) -> None:
+        """Raises ConfigError unless the valid tokens' values are all rows of the table they index."""
+        size = self._sizes[name]
+        if size is None or values.numel() == 0:
+            return
+        low, high = (int(x) for x in values.aminmax())
+        if low < 0 or high >= size:
+            wrong = high if high >= size else low
+            if name == "position_ids":
                 raise ConfigError(
-                    f"{name} holds {high if high >= size else low}; the model has ids from 0 to {size - 1}"
+                    f"position_ids reach {wrong}; the model has positions for sequences of at most "
+                    f"{self._max_positions} tokens: truncate the input"
                 )
-        return rows.to(torch.int32)
+            raise ConfigError(f"{name} holds {wrong}; the model has ids from 0 to {size - 1}")
+
+
+def _table_sizes(base: Any) -> dict[str, int | None]:
+    """Rows of the tables that inputs index; None where there is no table."""
+    embeddings = getattr(base, "embeddings", None)
+    tables = {
+        "input_ids": base.get_input_embeddings(),
+        "position_ids": getattr(embeddings, "position_embeddings", None),
+        "token_type_ids": getattr(embeddings, "token_type_embeddings", None),
+    }
+    return {name: getattr(table, "num_embeddings", None) for name, table in tables.items()}
 
 
 def _check_ids(name: str, ids: Any, dimensions: int) -> None:
@@ -349,9 +385,3 @@ def _replace_linears(module: nn.Module, encoder: Encoder, vocabulary: int) -> No
             setattr(module, name, encoder.head_linear(child, vocabulary))
         else:
             _replace_linears(child, encoder, vocabulary)
-
-
-def _output_class(model: Any) -> Any:
-    """The class a bare model returns."""
-    with torch.no_grad():
-        return type(model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), return_dict=True))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from token_pruning.checks import choice
-from token_pruning.engine.tokens import EncoderOutput, PackedTokens
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.families import EmbeddingModules, Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, segments_of
-from token_pruning.ragged.layout import Layout
-from token_pruning.runtime.state import LayerRecord, TokenPruner
+from token_pruning.ragged import Layout, PackedTokens
+from token_pruning.runtime.token_pruner import TokenPruner
+from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
 LEVELS = ("portable", "avx2", "avx512", "amx")
@@ -150,24 +150,34 @@ class NativeLinear(nn.Module):
 class NativeEncoder:
     """A post-LN encoder whose forward pass is one native call."""
 
-    def __init__(self, library: ctypes.CDLL, family: Family, base: Any, dtype: str, limit: int, threads: int) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        family: Family,
+        dtype: str,
+        limit: int,
+        threads: int,
+        embeddings: Family | None = None,
+    ) -> None:
         """Pack a base model's weights.
 
         Args:
             library: from :func:`load_library`.
-            family: the model's adapter.
-            base: the base model.
+            family: bound to the base model.
+            embeddings: bound to a float32 copy of the embeddings, for tokens that never enter the first layer; None
+                where their states are unused.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
             limit: the best kernel level allowed.
             threads: threads of one call.
         """
         self._library, self.dtype, self.threads = library, dtype, threads
-        self.shape = family.shape(base.config)
-        embeddings = family.embedding_modules(base)
-        layers = [family.layer_modules(layer) for layer in family.layers(family.encoder(base))]
-        self.level = self._choose_level(limit, embeddings)
+        self.shape = family.shape(family.config)
+        self._embeddings = embeddings
+        tables = family.embedding_modules()
+        layers = [family.layer_modules(layer) for layer in family.layers]
+        self.level = self._choose_level(limit, tables)
         self._limit = limit
-        shape, activation = self.shape, ACTIVATIONS[family.activation(base.config)]
+        shape, activation = self.shape, ACTIVATIONS[family.activation]
         self._handle = library.tp_encoder_new(
             self.level,
             DTYPES[dtype],
@@ -175,11 +185,11 @@ class NativeEncoder:
             shape.hidden_size,
             shape.num_heads,
             shape.intermediate_size,
-            embeddings.norm.eps,
+            tables.norm.eps,
             activation,
         )
         _check(library, not self._handle)
-        self._set_embeddings(embeddings)
+        self._set_embeddings(tables)
         for number, layer in enumerate(layers):
             self._set_layer(number, layer)
 
@@ -252,42 +262,66 @@ class NativeEncoder:
         return NativeLinear(self._library, linear, dtype, self._limit, self.threads)
 
     def run(
-        self,
-        tokens: PackedTokens,
-        pruner: TokenPruner,
-        *,
-        first_only: bool,
-        recorded: bool,
-        seconds: Tensor | None = None,
-    ) -> EncoderOutput:
-        """See :class:`token_pruning.engine.tokens.Encoder`.
+        self, tokens: PackedTokens, token_pruner: TokenPruner, *, first_only: bool, seconds: Tensor | None = None
+    ) -> Tensor:
+        """See :class:`token_pruning.engine.encoder.Encoder`.
 
         Args:
             tokens: see there.
-            pruner: see there.
+            token_pruner: see there.
             first_only: see there.
-            recorded: see there.
             seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
         """
+        entering, kept, dropped = token_pruner.enter(tokens)
+        traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
+        segments = None
+        if token_pruner.pruner.summary_tokens == "segment":
+            id_grid = tokens.id_grid()
+            assert id_grid is not None
+            segments = segments_of(id_grid, tokens.layout)[entering.indices].to(torch.uint8)
+        entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
+        states, layers = self._forward(
+            entered, token_pruner, segments, first_only=first_only, recorded=bool(traces), seconds=seconds
+        )
+        for trace in traces:
+            trace.passes.append(PassRecord(token_pruner.pruner, tokens.layout, entering, layers, first_only))
+        if first_only or kept is None or dropped is None:
+            return states
+        # What never entered keeps its embedding.
+        everything = states.new_empty(tokens.layout.total, states.shape[1]).index_copy(0, kept, states)
+        assert self._embeddings is not None
+        return everything.index_copy(0, dropped, self._embeddings.embed(tokens.of(dropped, tokens.layout)))
+
+    def _forward(
+        self,
+        tokens: PackedTokens,
+        token_pruner: TokenPruner,
+        segments: Tensor | None,
+        *,
+        first_only: bool,
+        recorded: bool,
+        seconds: Tensor | None,
+    ) -> tuple[Tensor, dict[int, LayerRecord]]:
+        """The native call: last states, and a record per layer (1-based) if they are asked for, else none."""
         layout, layers = tokens.layout, self.shape.num_layers
         cu_seqlens = layout.cu_seqlens
         filled = cu_seqlens.diff() > 0
         if not bool(filled.all()):  # the native side knows no empty sequences
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
-        out = torch.empty(cu_seqlens.numel() - 1 if first_only else layout.total, self.shape.hidden_size)
+        rows = cu_seqlens.numel() - 1 if first_only else layout.total
+        out = torch.empty(rows, self.shape.hidden_size, dtype=torch.float32)
         survived = torch.zeros(layout.total, dtype=torch.int32)
-        received = torch.full((layers, layout.total), torch.nan) if recorded else None
-        method = pruner.pruner
+        received = torch.full((layers, layout.total), torch.nan, dtype=torch.float32) if recorded else None
+        method = token_pruner.pruner
         absolute = type(method).keep is FixedThreshold.keep
-        hosts = segments = None
-        if method.summary_tokens != "none":
-            hosts = torch.zeros(layout.total, dtype=torch.uint8)
-            if method.summary_tokens == "segment":
-                segments = segments_of(tokens.id_grid(), layout)[layout.indices].to(torch.uint8)
+        hosts = torch.zeros(layout.total, dtype=torch.uint8) if method.summary_tokens != "none" else None
         prunes = bytes(
-            [method.prunes(layer, layers) for layer in range(1, layers + 1)] if recorded else pruner.dropping_layers()
+            [method.prunes(layer, layers) for layer in range(1, layers + 1)]
+            if recorded
+            else token_pruner.dropping_layers()
         )
-        decisions = None if absolute or not any(prunes) else _Decisions(tokens, pruner, survived, hosts)
+        decisions = None if absolute or not any(prunes) else _Decisions(tokens, token_pruner, survived, hosts)
+        assert tokens.ids is not None
         request = _Request(
             sequences=cu_seqlens.numel() - 1,
             cu_seqlens=cu_seqlens.data_ptr(),
@@ -295,7 +329,7 @@ class NativeEncoder:
             positions=tokens.positions.data_ptr(),
             token_types=_pointer(tokens.token_types),
             threads=self.threads,
-            thresholds=_pointer(pruner.thresholds) if absolute else None,
+            thresholds=_pointer(token_pruner.thresholds) if absolute else None,
             prunes=ctypes.cast(ctypes.c_char_p(prunes), c_void_p),
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             decide=_DECIDE(decisions) if decisions else _DECIDE(),
@@ -312,10 +346,10 @@ class NativeEncoder:
         if decisions and decisions.error:
             raise decisions.error
         _check(self._library, status < 0)
-        records = _records(tokens, pruner, survived, hosts, received) if received is not None else {}
+        records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
         if first_only and len(out) < layout.batch_size:
             out = out.new_zeros(layout.batch_size, out.shape[1]).index_copy_(0, filled.nonzero().squeeze(1), out)
-        return EncoderOutput(out, records)
+        return out, records
 
     def explain(self) -> list[str]:
         """The kernels and why they were chosen."""
@@ -391,7 +425,7 @@ class _Decisions:
                 (c_float * rows).from_address(ctypes.addressof(received.contents)), dtype=torch.float32
             )
             scores = importance_scores(total, layout, module.pruner.scoring_mode, module.pruner.max_seq_length)
-            decision = module.pruner.keep(
+            decision = module.pruner.checked_keep(
                 LayerTokens(
                     layer=layer + 1,
                     num_layers=module.num_layers,

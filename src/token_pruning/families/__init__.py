@@ -1,20 +1,31 @@
-"""One adapter per model family: the only place that knows layer names."""
+"""One file per model family: the only place that knows layers' names. Importing one registers it."""
 
-from token_pruning.families.base import EmbeddingModules, Family, LayerModules, ModelShape, reads_first_token_only
-from token_pruning.families.bert import BERT, ROBERTA
-from token_pruning.families.distilbert import DISTILBERT
-from token_pruning.families.registry import family_of, shape_of, supported_model_types
+from token_pruning.families import bert, distilbert, roberta
+from token_pruning.families.base import (
+    EmbeddingModules,
+    Family,
+    LayerModules,
+    ModelShape,
+    Reads,
+    family_of,
+    shape_of,
+    split_heads,
+    supported_model_types,
+    wanted,
+)
 
 __all__ = [
-    "BERT",
-    "DISTILBERT",
-    "ROBERTA",
     "EmbeddingModules",
     "Family",
     "LayerModules",
     "ModelShape",
+    "Reads",
+    "bert",
+    "distilbert",
     "family_of",
-    "reads_first_token_only",
+    "roberta",
     "shape_of",
+    "split_heads",
     "supported_model_types",
+    "wanted",
 ]

@@ -1,14 +1,26 @@
-"""What the package has to know about a model family."""
+"""What the package has to know about a model family: how its layers map rows to rows.
 
-from collections.abc import Callable, Sequence
+A family is a class with the parts of one layer's step, written with the model's own submodules, so that adapters,
+dropout, quantised layers and hooks on them keep working. Rows are ``[tokens, dim]``, packed, without padding; every
+part but attention works on each row by itself. Subclassing registers the family for its ``model_types``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+
+from token_pruning.errors import UnsupportedModelError
+from token_pruning.ragged import NO_TERMS, LogitTerms, PackedTokens
+
+Reads = Literal["first", "all"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The sizes that decide a model's arithmetic.
 
@@ -18,20 +30,38 @@ class ModelShape:
         num_heads: attention heads.
         intermediate_size: width of the feed-forward's inner layer.
         ffn_matrices: matrix products in the feed-forward, each ``hidden_size × intermediate_size``: 2, or 3 if gated.
-        max_positions: longest sequence the position embeddings allow, in tokens.
+        max_positions: longest sequence the position embeddings allow, in tokens; None where there is no limit.
+        head_dim: width of a head; ``hidden_size / num_heads`` unless given.
+        num_kv_heads: heads of keys and values; ``num_heads`` unless given.
+        windows: per layer, the greatest distance of tokens that attend to each other; None for any. Empty for none.
+        position_columns: columns of a product of every query (or key) with embeddings of relative positions.
     """
 
     num_layers: int
     hidden_size: int
     num_heads: int
     intermediate_size: int
-    ffn_matrices: int
-    max_positions: int
+    ffn_matrices: int = 2
+    max_positions: int | None = None
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    windows: tuple[int | None, ...] = ()
+    position_columns: int = 0
+
+    @property
+    def query_size(self) -> int:
+        """Width of all heads' queries together."""
+        return self.num_heads * (self.head_dim or self.hidden_size // self.num_heads)
+
+    @property
+    def key_size(self) -> int:
+        """Width of all heads' keys together, and of their values."""
+        return self.query_size // self.num_heads * (self.num_kv_heads or self.num_heads)
 
 
 @dataclass(frozen=True)
 class EmbeddingModules:
-    """The modules that turn ids into the first layer's input: ``norm(word + type + position)``, then the projection.
+    """The modules of ``projection(norm(word + type + position))``, for the native engine.
 
     Attributes:
         word: token embeddings.
@@ -50,7 +80,7 @@ class EmbeddingModules:
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The modules of one post-LN layer, in the order they run."""
+    """The modules of one post-LN layer, in the order they run, for the native engine."""
 
     query: nn.Linear
     key: nn.Linear
@@ -62,46 +92,215 @@ class LayerModules:
     output_norm: nn.LayerNorm
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where to attach to a post-LN encoder of the family.
+class Family(ABC):
+    """One family's layers, bound to a base model.
 
     Attributes:
         model_types: values of ``config.model_type``.
-        encoder: from the base model to the module whose first input (or ``hidden_states``) is the embedded batch and
-            whose output carries ``last_hidden_state``.
-        layers: from the encoder to its layers, first layer first.
-        attention: from a layer to the module that calls the attention function.
-        attention_output: from a layer to the module whose output enters the feed-forward; rows are dropped there.
-        shape: from the model's config to its sizes.
-        embedding_modules: from the base model to its embeddings.
-        layer_modules: from a layer to its parts.
-        activation: from the config to the name of the feed-forward's activation.
-        positions: from ``input_ids`` (``[batch, width]``, or one sequence without padding as ``[1, length]``) and the
-            config to the position ids the model gives them, int64 of the same shape.
+        output_class: what the base model returns.
+        first_token_heads: endings of the names of transformers' own classes whose outputs depend on the first token's
+            last state alone.
+        native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
+            ``activation`` are there.
     """
 
-    model_types: tuple[str, ...]
-    encoder: Callable[[Any], nn.Module]
-    layers: Callable[[Any], Sequence[nn.Module]]
-    attention: Callable[[Any], nn.Module]
-    attention_output: Callable[[Any], nn.Module]
-    shape: Callable[[Any], ModelShape]
-    embedding_modules: Callable[[Any], EmbeddingModules]
-    layer_modules: Callable[[Any], LayerModules]
-    activation: Callable[[Any], str]
-    positions: Callable[[Tensor, Any], Tensor]
+    model_types: ClassVar[tuple[str, ...]]
+    output_class: ClassVar[type[BaseModelOutput]] = BaseModelOutputWithPoolingAndCrossAttentions
+    first_token_heads: ClassVar[tuple[str, ...]] = (
+        "ForSequenceClassification",
+        "ForMultipleChoice",
+        "ForNextSentencePrediction",
+    )
+    native: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the family."""
+        super().__init_subclass__(**kwargs)
+        for model_type in cls.model_types:
+            _FAMILIES[model_type] = cls
+
+    def __init__(self, base: Any) -> None:
+        """Bind to ``base``, a Hugging Face base model (``model.base_model``)."""
+        self.base = base
+        self.config = base.config
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        """The sizes in a model's config."""
+        return ModelShape(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_positions=config.max_position_embeddings,
+        )
+
+    @classmethod
+    def unsupported(cls, config: Any) -> str | None:
+        """What a model's config has that cannot be pruned, such as ``"conv_kernel_size 3"``; None for nothing."""
+        return None
+
+    @classmethod
+    def reads(cls, model: nn.Module) -> Reads:
+        """Which last hidden states a model's outputs depend on.
+
+        That is known of the classes of transformers itself; one of another's may read what it likes.
+        """
+        name, home = type(model).__name__, type(model).__module__
+        known = home.startswith("transformers.models.") and name.endswith(cls.first_token_heads)
+        return "first" if known else "all"
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The layers in the order they run; a shared one stands there as often as it runs."""
+        layers: Sequence[nn.Module] = self.base.encoder.layer
+        return layers
+
+    def positions(self, input_ids: Tensor | None, mask: Tensor) -> Tensor:
+        """Position ids where the caller gives none: a sequence's first valid token is 0, wherever padding stands.
+
+        Args:
+            input_ids: ``[batch, width]`` integers, or None where embeddings were given.
+            mask: ``[batch, width]`` bool, True for a valid token.
+
+        Returns:
+            ``[batch, width]`` int64; without meaning where there is padding, but never negative.
+        """
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        return (columns - mask.int().argmax(1)[:, None]).clamp(min=0)
+
+    def embed(self, tokens: PackedTokens) -> Tensor:
+        """What enters the first layer: ``[tokens, dim]``."""
+        types = torch.zeros_like(tokens.positions) if tokens.token_types is None else tokens.token_types
+        embedded: Tensor = self.base.embeddings(
+            input_ids=None if tokens.ids is None else tokens.ids[None],
+            position_ids=tokens.positions[None],
+            token_type_ids=types[None],
+            inputs_embeds=None if tokens.embeds is None else tokens.embeds[None],
+        )
+        return embedded[0]
+
+    @abstractmethod
+    def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values.
+
+        Args:
+            layer: one of ``layers``.
+            rows: ``[tokens, dim]``.
+            positions: ``[tokens]`` int64, in the original text.
+            asking: the rows whose queries are wanted, int64; None for all.
+
+        Returns:
+            ``[asking, heads, head_dim]`` and twice ``[tokens, heads, head_dim]``.
+        """
+
+    def scale(self, layer: Any) -> float:
+        """What multiplies ``query · key``."""
+        shape = self.shape(self.config)
+        return float((shape.query_size // shape.num_heads) ** -0.5)
+
+    @abstractmethod
+    def dropout(self, layer: Any) -> float:
+        """Probability of zeroing an attention probability in training."""
+
+    def terms(self, layer: Any) -> LogitTerms:
+        """What is added to the attention logits."""
+        return NO_TERMS
+
+    @abstractmethod
+    def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
+        """The attention block's result: output projection, residual, and LayerNorm where that comes after.
+
+        Args:
+            layer: one of ``layers``.
+            context: ``[tokens, heads · head_dim]``.
+            rows: ``[tokens, dim]``, what entered the layer.
+        """
+
+    @abstractmethod
+    def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
+        """The layer's second half, ``[tokens, dim]`` to the same, residual and LayerNorm included."""
+
+    def finish(self, rows: Tensor) -> Tensor:
+        """What comes after the last layer: pre-LN models have a norm there."""
+        return rows
+
+    def pool(self, first: Tensor) -> Tensor | None:
+        """``pooler_output`` from first tokens' last states ``[batch, dim]``; None for a model without."""
+        pooler = getattr(self.base, "pooler", None)
+        return None if pooler is None else pooler(first[:, None])
+
+    def output(self, last_hidden_state: Tensor, first: Tensor, **fields: Any) -> BaseModelOutput:
+        """The base model's output.
+
+        Args:
+            last_hidden_state: ``[batch, width, dim]``.
+            first: ``[batch, dim]``, those of first tokens.
+            fields: hidden states and attentions, where they are asked for.
+        """
+        pooled = self.pool(first)
+        return self.output_class(
+            last_hidden_state=last_hidden_state, **({} if pooled is None else {"pooler_output": pooled}), **fields
+        )
+
+    # What the native engine packs; only where ``native``.
+
+    def embedding_modules(self) -> EmbeddingModules:
+        """The embeddings' parts."""
+        raise UnsupportedModelError(f"{type(self).__name__} has no native layers")
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        """A layer's parts."""
+        raise UnsupportedModelError(f"{type(self).__name__} has no native layers")
+
+    @property
+    def activation(self) -> str:
+        """The name of the feed-forward's activation."""
+        return str(self.config.hidden_act)
 
 
-def column_positions(input_ids: Tensor, config: Any) -> Tensor:
-    """Positions that count a padded batch's columns from 0."""
-    return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """``[tokens, heads · head_dim]`` to ``[tokens, heads, head_dim]``."""
+    return x.view(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
-def reads_first_token_only(model: nn.Module) -> bool:
-    """Whether the model's outputs depend on the last hidden state of each sequence's first token alone.
+def wanted(rows: Tensor, asking: Tensor | None) -> Tensor:
+    """The rows that are asked for; all for None."""
+    return rows if asking is None else rows[asking]
 
-    That is known of the classes of transformers itself; one of another's may read what it likes.
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def supported_model_types() -> list[str]:
+    """The values of ``config.model_type`` that can be pruned, sorted."""
+    return sorted(_FAMILIES)
+
+
+def family_of(config: Any) -> type[Family]:
+    """The family of a model's config.
+
+    Raises:
+        UnsupportedModelError: if there is none, the model is a decoder, or has a setting that cannot be pruned.
     """
-    cls = type(model)
-    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("ForSequenceClassification")
+    model_type = getattr(config, "model_type", None)
+    family = _FAMILIES.get(str(model_type))
+    if family is None:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported; supported are {', '.join(supported_model_types())}"
+        )
+    if getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(f"model type {model_type!r} as a decoder cannot be pruned; only encoders can")
+    unsupported = family.unsupported(config)
+    if unsupported:
+        raise UnsupportedModelError(f"model type {model_type!r} with {unsupported} cannot be pruned")
+    return family
+
+
+def shape_of(config: Any) -> ModelShape:
+    """A model's sizes from its config.
+
+    Raises:
+        UnsupportedModelError: see :func:`family_of`.
+    """
+    return family_of(config).shape(config)

@@ -1,79 +1,84 @@
-"""BERT and the models that share its encoder: ELECTRA, RoBERTa, XLM-R, CamemBERT."""
+"""BERT, and the models that share its layers and embeddings: ELECTRA, ERNIE."""
 
-from dataclasses import replace
-from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 
-from token_pruning.families.base import EmbeddingModules, Family, LayerModules, ModelShape, column_positions
-
-
-def _bert_shape(config: Any) -> ModelShape:
-    return ModelShape(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        ffn_matrices=2,
-        max_positions=config.max_position_embeddings,
-    )
+from token_pruning.families.base import EmbeddingModules, Family, LayerModules, split_heads, wanted
+from token_pruning.ragged import PackedTokens
 
 
-def _roberta_shape(config: Any) -> ModelShape:
-    # RoBERTa's positions start at pad_token_id + 1.
-    shape = _bert_shape(config)
-    return replace(shape, max_positions=shape.max_positions - config.pad_token_id - 1)
+class Bert(Family):
+    """Post-LN: ``norm(x + attention(x))``, then ``norm(x + feed_forward(x))``."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
+    native = True
+
+    def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
+        """Three linear layers."""
+        attention = layer.attention.self
+        size = attention.attention_head_size
+        return (
+            split_heads(attention.query(wanted(rows, asking)), size),
+            split_heads(attention.key(rows), size),
+            split_heads(attention.value(rows), size),
+        )
+
+    def dropout(self, layer: Any) -> float:
+        """See the base class."""
+        return float(layer.attention.self.dropout.p)
+
+    def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
+        """BertSelfOutput."""
+        joined: Tensor = layer.attention.output(context, rows)
+        return joined
+
+    def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
+        """BertIntermediate and BertOutput."""
+        result: Tensor = layer.output(layer.intermediate(rows), rows)
+        return result
+
+    def embedding_modules(self) -> EmbeddingModules:
+        """See the base class."""
+        embeddings = self.base.embeddings
+        return EmbeddingModules(
+            word=embeddings.word_embeddings,
+            position=embeddings.position_embeddings,
+            token_type=embeddings.token_type_embeddings,
+            norm=embeddings.LayerNorm,
+            projection=getattr(self.base, "embeddings_project", None),  # ELECTRA's
+        )
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        """See the base class."""
+        attention = layer.attention
+        return LayerModules(
+            query=attention.self.query,
+            key=attention.self.key,
+            value=attention.self.value,
+            attention_output=attention.output.dense,
+            attention_norm=attention.output.LayerNorm,
+            feed_forward_up=layer.intermediate.dense,
+            feed_forward_down=layer.output.dense,
+            output_norm=layer.output.LayerNorm,
+        )
 
 
-def _embedding_modules(base: Any) -> EmbeddingModules:
-    embeddings = base.embeddings
-    return EmbeddingModules(
-        word=embeddings.word_embeddings,
-        position=embeddings.position_embeddings,
-        token_type=embeddings.token_type_embeddings,
-        norm=embeddings.LayerNorm,
-        projection=getattr(base, "embeddings_project", None),  # ELECTRA's
-    )
+class Electra(Bert):
+    """BERT with narrower embeddings, and heads instead of a pooler."""
 
+    model_types = ("electra",)
+    output_class = BaseModelOutputWithCrossAttentions
 
-def _layer_modules(layer: Any) -> LayerModules:
-    attention = layer.attention
-    return LayerModules(
-        query=attention.self.query,
-        key=attention.self.key,
-        value=attention.self.value,
-        attention_output=attention.output.dense,
-        attention_norm=attention.output.LayerNorm,
-        feed_forward_up=layer.intermediate.dense,
-        feed_forward_down=layer.output.dense,
-        output_norm=layer.output.LayerNorm,
-    )
+    @classmethod
+    def reads(cls, model: Any) -> Any:
+        """Multiple choice reads what ``summary_type`` says."""
+        summarises = type(model).__name__.endswith("ForMultipleChoice")
+        return "all" if summarises and model.config.summary_type != "first" else super().reads(model)
 
-
-def _roberta_positions(input_ids: Tensor, config: Any) -> Tensor:
-    # RoBERTa counts tokens that are not the padding token, whatever the attention mask says.
-    present = input_ids.ne(config.pad_token_id).long()
-    padding: int = config.pad_token_id
-    return present.cumsum(1) * present + padding
-
-
-BERT = Family(
-    model_types=("bert", "electra"),
-    encoder=attrgetter("encoder"),
-    layers=attrgetter("layer"),
-    attention=attrgetter("attention.self"),
-    attention_output=attrgetter("attention"),
-    shape=_bert_shape,
-    embedding_modules=_embedding_modules,
-    layer_modules=_layer_modules,
-    activation=attrgetter("hidden_act"),
-    positions=column_positions,
-)
-
-ROBERTA = replace(
-    BERT,
-    model_types=("roberta", "xlm-roberta", "camembert"),
-    shape=_roberta_shape,
-    positions=_roberta_positions,
-)
+    def embed(self, tokens: PackedTokens) -> Tensor:
+        """Embeddings, then the projection to the hidden size if they have another."""
+        embedded = super().embed(tokens)
+        projection = getattr(self.base, "embeddings_project", None)
+        return embedded if projection is None else projection(embedded)

@@ -1,55 +1,93 @@
 """DistilBERT."""
 
-from operator import attrgetter
 from typing import Any
 
-from token_pruning.families.base import EmbeddingModules, Family, LayerModules, ModelShape, column_positions
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from token_pruning.families.base import EmbeddingModules, Family, LayerModules, ModelShape, split_heads, wanted
+from token_pruning.ragged import PackedTokens
 
 
-def _shape(config: Any) -> ModelShape:
-    return ModelShape(
-        num_layers=config.n_layers,
-        hidden_size=config.dim,
-        num_heads=config.n_heads,
-        intermediate_size=config.hidden_dim,
-        ffn_matrices=2,
-        max_positions=config.max_position_embeddings,
-    )
+class DistilBert(Family):
+    """Post-LN like BERT, under other names."""
 
+    model_types = ("distilbert",)
+    output_class = BaseModelOutput
+    native = True
 
-def _embedding_modules(base: Any) -> EmbeddingModules:
-    embeddings = base.embeddings
-    return EmbeddingModules(
-        word=embeddings.word_embeddings,
-        position=embeddings.position_embeddings,
-        token_type=None,
-        norm=embeddings.LayerNorm,
-        projection=None,
-    )
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        """See the base class."""
+        return ModelShape(
+            num_layers=config.n_layers,
+            hidden_size=config.dim,
+            num_heads=config.n_heads,
+            intermediate_size=config.hidden_dim,
+            max_positions=config.max_position_embeddings,
+        )
 
+    @property
+    def layers(self) -> Any:
+        """See the base class."""
+        return self.base.transformer.layer
 
-def _layer_modules(layer: Any) -> LayerModules:
-    return LayerModules(
-        query=layer.attention.q_lin,
-        key=layer.attention.k_lin,
-        value=layer.attention.v_lin,
-        attention_output=layer.attention.out_lin,
-        attention_norm=layer.sa_layer_norm,
-        feed_forward_up=layer.ffn.lin1,
-        feed_forward_down=layer.ffn.lin2,
-        output_norm=layer.output_layer_norm,
-    )
+    def embed(self, tokens: PackedTokens) -> Tensor:
+        """Without token types."""
+        ids = None if tokens.ids is None else tokens.ids[None]
+        embeds = None if tokens.embeds is None else tokens.embeds[None]
+        embedded: Tensor = self.base.embeddings(ids, embeds, tokens.positions[None])
+        return embedded[0]
 
+    def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
+        """Three linear layers."""
+        attention = layer.attention
+        size = attention.attention_head_size
+        return (
+            split_heads(attention.q_lin(wanted(rows, asking)), size),
+            split_heads(attention.k_lin(rows), size),
+            split_heads(attention.v_lin(rows), size),
+        )
 
-DISTILBERT = Family(
-    model_types=("distilbert",),
-    encoder=attrgetter("transformer"),
-    layers=attrgetter("layer"),
-    attention=attrgetter("attention"),
-    attention_output=attrgetter("sa_layer_norm"),
-    shape=_shape,
-    embedding_modules=_embedding_modules,
-    layer_modules=_layer_modules,
-    activation=attrgetter("activation"),
-    positions=column_positions,
-)
+    def dropout(self, layer: Any) -> float:
+        """See the base class."""
+        return float(layer.attention.dropout.p)
+
+    def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
+        """See the base class."""
+        joined: Tensor = layer.sa_layer_norm(layer.attention.out_lin(context) + rows)
+        return joined
+
+    def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
+        """See the base class."""
+        result: Tensor = layer.output_layer_norm(layer.ffn.ff_chunk(rows) + rows)
+        return result
+
+    def embedding_modules(self) -> EmbeddingModules:
+        """See the base class."""
+        embeddings = self.base.embeddings
+        return EmbeddingModules(
+            word=embeddings.word_embeddings,
+            position=embeddings.position_embeddings,
+            token_type=None,
+            norm=embeddings.LayerNorm,
+            projection=None,
+        )
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        """See the base class."""
+        return LayerModules(
+            query=layer.attention.q_lin,
+            key=layer.attention.k_lin,
+            value=layer.attention.v_lin,
+            attention_output=layer.attention.out_lin,
+            attention_norm=layer.sa_layer_norm,
+            feed_forward_up=layer.ffn.lin1,
+            feed_forward_down=layer.ffn.lin2,
+            output_norm=layer.output_layer_norm,
+        )
+
+    @property
+    def activation(self) -> str:
+        """See the base class."""
+        return str(self.config.activation)

@@ -16,7 +16,7 @@ from token_pruning.families import shape_of
 from token_pruning.lab.training.run_dir import write_json
 from token_pruning.runtime.flops import flops_from_lengths
 from token_pruning.runtime.prune import attachment_of, is_pruned, record
-from token_pruning.runtime.state import ComputedLengths
+from token_pruning.runtime.trace import ComputedLengths
 
 Features = Sequence[Mapping[str, Any]]
 Collate = Callable[[list[Any]], Mapping[str, torch.Tensor]]
@@ -163,7 +163,7 @@ def predict(
     if trace is None:
         ffn_lengths = torch.cat(lengths).expand(shape_of(model.config).num_layers, -1)
         summary_lengths = torch.zeros_like(ffn_lengths)
-        computed = ComputedLengths(*(ffn_lengths,) * 4)
+        computed = ComputedLengths.without_pruning(ffn_lengths)
     else:
         computed = ComputedLengths(*(lengths.cpu() for lengths in trace.computed_lengths))
         ffn_lengths, summary_lengths = trace.ffn_lengths.cpu(), trace.summary_lengths.cpu()

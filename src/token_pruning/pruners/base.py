@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from token_pruning.checks import choice, number, positive_integer
@@ -86,6 +87,20 @@ class Pruner(ABC):
     @abstractmethod
     def keep(self, tokens: LayerTokens) -> Tensor:
         """Which tokens stay after this layer's attention: ``[tokens.layout.total]`` bool."""
+
+    def checked_keep(self, tokens: LayerTokens) -> Tensor:
+        """:meth:`keep`, held to its contract.
+
+        Raises:
+            ValueError: if what it returns is not ``[tokens.layout.total]`` bool.
+        """
+        keep = self.keep(tokens)
+        if keep.shape != tokens.scores.shape or keep.dtype != torch.bool:
+            raise ValueError(
+                f"{type(self).__name__}.keep returned {keep.dtype} of shape {list(keep.shape)}; it must be torch.bool "
+                f"of shape {list(tokens.scores.shape)}, one for each token of the layer"
+            )
+        return keep
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Whether anything can be dropped at ``layer`` (1-based); where not, no importance is computed."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from token_pruning.ragged import triton as kernels
+from token_pruning.ragged import triton
 from token_pruning.ragged.layout import Layout
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -20,19 +20,26 @@ _MAX_HEAD_DIM = 256
 
 
 def can_fuse(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, dropout: float, *, differentiable_importance: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    dropout: float,
+    *,
+    differentiable_importance: bool,
+    window: int | None = None,
 ) -> bool:
     """Whether :func:`fused_attention` computes this, and its gradient where one is wanted.
 
     Dropout on probabilities is left to the plain path, as is importance with a gradient (the soft stage). In float32,
-    or without the library's kernels, nothing fused here has a gradient.
+    with a window, or without the library's kernels, nothing fused here has a gradient.
     """
-    if not kernels.usable(query.device) or query.shape[-1] > _MAX_HEAD_DIM or layout.total == 0:
+    if not triton.usable(query.device) or query.shape[-1] > _MAX_HEAD_DIM or layout.total == 0:
         return False
     if query.dtype not in (*_HALF, torch.float32) or dropout > 0:
         return False
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return not needs_gradient or (not differentiable_importance and _library_takes(query))
+    return not needs_gradient or (not differentiable_importance and window is None and _library_takes(query))
 
 
 def fused_attention(
@@ -44,6 +51,7 @@ def fused_attention(
     *,
     needs_importance: bool = True,
     window: int | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention within each sequence.
 
@@ -54,15 +62,18 @@ def fused_attention(
         layout: the tokens present.
         scaling: factor on ``query · key``.
         needs_importance: False where nothing will be pruned: then there is no second pass.
-        window: greatest distance between the original positions of a query and a key; None for none. Not
-            differentiable.
+        window: greatest distance between the positions of a query and a key; None for none. Not differentiable.
+        positions: ``[layout.total]`` integers or more, for the window; places in the padded batch unless given.
 
     Returns:
         context ``[layout.total, heads, head_dim]`` and received attention ``[layout.total]`` float32 without a gradient
         (None if not needed).
     """
     cu_seqlens, longest = layout.cu_seqlens, max(layout.lengths)
-    positions = None if window is None else layout.indices % layout.width
+    if window is None:
+        positions = None
+    elif positions is None:
+        positions = layout.indices % layout.width
     context, lse = _attend(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scaling, window=window, positions=positions
     )

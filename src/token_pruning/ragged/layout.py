@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from token_pruning.ragged import triton as kernels
+from token_pruning.ragged import triton
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Layout:
         starts = self.cu_seqlens[:-1].long()
         return starts[self.lengths_tensor > 0] if 0 in self.lengths else starts
 
+    def grid(self, values: Tensor) -> Tensor:
+        """``[tokens]`` values in their places of the padded batch, ``[batch, width]``; elsewhere zero."""
+        flat = values.new_zeros(self.batch_size * self.width)
+        return flat.index_copy(0, self.indices, values).view(self.batch_size, self.width)
+
 
 def layout_from_mask(mask: Tensor) -> Layout:
     """The layout of the valid tokens of a padded batch.
@@ -99,7 +104,7 @@ def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
     Returns:
         The layout of the kept tokens, and the rows (int64, into the old layout) that stay and that leave.
     """
-    if kernels.usable(keep.device):
+    if triton.usable(keep.device):
         from token_pruning.ragged.triton.compaction import compact
 
         kept, dropped, places, cu_seqlens, lengths = compact(keep, layout.indices, layout.cu_seqlens)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from token_pruning.ragged.fused import can_fuse, fused_attention, fused_first_token_attention
 from token_pruning.ragged.layout import Layout
+from token_pruning.ragged.logits import NO_TERMS, LogitTerms
 from token_pruning.ragged.received import received_attention
 
 _CACHED_PROBABILITIES = 400_000  # float32 numbers that stay in two cores' second-level caches
@@ -29,6 +30,8 @@ def packed_attention(
     *,
     needs_importance: bool = True,
     differentiable_importance: bool = True,
+    terms: LogitTerms = NO_TERMS,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention within each sequence.
 
@@ -41,31 +44,45 @@ def packed_attention(
         dropout: probability of zeroing an attention probability, after the importance was taken.
         needs_importance: False where nothing will be pruned: then no probabilities have to be kept.
         differentiable_importance: False where the received attention needs no gradient: then fused attention may train.
+        terms: what is added to the logits.
+        positions: ``[rows]`` integers, in the original text; needed by ``terms`` alone.
 
     Returns:
         context ``[rows, heads, head_dim]`` and received attention ``[layout.total]`` float32 (None if not needed).
     """
     differentiable_importance = needs_importance and differentiable_importance
-    if can_fuse(query, key, value, layout, dropout, differentiable_importance=differentiable_importance):
-        return fused_attention(query, key, value, layout, scaling, needs_importance=needs_importance)
+    if terms.bias is None and can_fuse(
+        query, key, value, layout, dropout, differentiable_importance=differentiable_importance, window=terms.window
+    ):
+        return fused_attention(
+            query, key, value, layout, scaling,
+            needs_importance=needs_importance, window=terms.window, positions=positions,
+        )  # fmt: skip
     rows, total = query.shape[0], layout.total
     query, key, value = query[:total] * scaling, key[:total], value[:total]
     lengths = layout.lengths
     if len(set(lengths)) == 1:  # a view, nothing to gather
         shape = (len(lengths), lengths[0], *query.shape[1:])
         q, k, v = (x.reshape(shape) for x in (query, key, value))
-        context, received = _block_attention(q, k, v, None, dropout, needs_importance)
+        where = positions[:total].view(shape[:2]) if terms and positions is not None else None
+        context, received = _block_attention(q, k, v, None, dropout, needs_importance, terms, where)
         return _with_zeros(context.flatten(0, 1), rows), None if received is None else received.flatten()
 
     blocks, places, slots = _blocks(layout, round_to=1 if query.dtype == torch.float32 else 8)
     sizes = [sequences * width for sequences, width in blocks]
     inputs = (torch.split(_rearrange(x, places, slots), sizes) for x in (query, key, value))
     present = torch.split(places < total, sizes)
+    wheres: Any = [None] * len(blocks)
+    if terms and positions is not None:
+        wheres = torch.split(positions[:total][places.clamp(max=total - 1)], sizes)
     contexts: list[Tensor] = []
     importances: list[Tensor] = []
-    for (sequences, width), q, k, v, mask in zip(blocks, *inputs, present, strict=True):
+    for (sequences, width), q, k, v, mask, where in zip(blocks, *inputs, present, wheres, strict=True):
         q, k, v = (x.view(sequences, width, *x.shape[1:]) for x in (q, k, v))
-        context, received = _block_attention(q, k, v, mask.view(sequences, width), dropout, needs_importance)
+        where = None if where is None else where.view(sequences, width)
+        context, received = _block_attention(
+            q, k, v, mask.view(sequences, width), dropout, needs_importance, terms, where
+        )
         contexts.append(context.flatten(0, 1))
         if received is not None:
             importances.append(received.flatten())
@@ -74,7 +91,15 @@ def packed_attention(
 
 
 def first_token_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    terms: LogitTerms = NO_TERMS,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each sequence's first token alone.
 
@@ -85,11 +110,14 @@ def first_token_attention(
         layout: the tokens present.
         scaling: factor on ``query · key``.
         dropout: probability of zeroing an attention probability.
+        terms: what is added to the logits.
+        positions: ``[rows]`` integers, in the original text; needed by ``terms`` alone.
 
     Returns:
         context ``[sequences, heads, head_dim]``.
     """
-    if can_fuse(query, key, value, layout, dropout, differentiable_importance=False) and 0 not in layout.lengths:
+    fuses = not terms and can_fuse(query, key, value, layout, dropout, differentiable_importance=False)
+    if fuses and 0 not in layout.lengths:
         return fused_first_token_attention(query, key, value, layout, scaling)
     starts = layout.first_rows
     lengths = layout.lengths_tensor
@@ -104,9 +132,13 @@ def first_token_attention(
         for x in (key, value)
     )
     q = (query * scaling).unsqueeze(2)
+    added = None
+    if terms and positions is not None:
+        where = positions[places.clamp(max=layout.total - 1)].view(present.shape)
+        added = terms.of(q, k, where[:, :1], where)
     if torch.is_grad_enabled():
-        return _softmax_attention(q, k, v, present, dropout, False)[0].squeeze(2)
-    mask = present[:, None, None, :]
+        return _softmax_attention(q, k, v, present, dropout, False, added)[0].squeeze(2)
+    mask = _sdpa_mask(present, added, q.dtype)
     return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).squeeze(2)
 
 
@@ -171,20 +203,36 @@ def _with_zeros(context: Tensor, rows: int) -> Tensor:
 
 
 def _block_attention(
-    query: Tensor, key: Tensor, value: Tensor, present: Tensor | None, dropout: float, needs_importance: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    present: Tensor | None,
+    dropout: float,
+    needs_importance: bool,
+    terms: LogitTerms,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in one block ``[sequences, width, heads, head_dim]``, the query scaled; returned in the same order."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if needs_importance and not torch.is_grad_enabled() and q.device.type == "cpu":
+        return _cached_attention(q, k, v, present, dropout, terms, positions)
+    added = None if positions is None else terms.of(q, k, positions, positions)
     if not needs_importance and not torch.is_grad_enabled():
-        mask = None if present is None else present[:, None, None, :]
+        mask = _sdpa_mask(present, added, q.dtype)
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).transpose(1, 2), None
-    if not torch.is_grad_enabled() and q.device.type == "cpu":
-        return _cached_attention(q, k, v, present, dropout)
-    context, received = _softmax_attention(q, k, v, present, dropout, needs_importance)
+    context, received = _softmax_attention(q, k, v, present, dropout, needs_importance, added)
     return context.transpose(1, 2), received
 
 
-def _cached_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+def _cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    present: Tensor | None,
+    dropout: float,
+    terms: LogitTerms,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Inference on a CPU: a few sequences at a time, so that their probabilities stay in the cache.
 
     Half-precision inputs are converted first: three narrow tensors cost less than the square ones there and back.
@@ -192,35 +240,59 @@ def _cached_attention(q: Tensor, k: Tensor, v: Tensor, present: Tensor | None, d
     sequences, heads, width, _ = q.shape
     step = max(1, _CACHED_PROBABILITIES // max(1, heads * width * width))
     context = torch.empty(sequences, width, heads, q.shape[-1], dtype=v.dtype)
-    received = torch.empty(sequences, width)
+    received = torch.empty(sequences, width, dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
         for start in range(0, sequences, step):
             part = slice(start, start + step)
             q32, k32, v32 = (x[part].to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
-            probabilities = _probabilities(q32, k32, None if present is None else present[part])
-            received[part] = received_attention(probabilities, None if present is None else present[part])
+            there = None if present is None else present[part]
+            where = None if positions is None else positions[part]
+            added = None if where is None else terms.of(q32, k32, where, where)
+            probabilities = _probabilities(q32, k32, there, added)
+            received[part] = received_attention(probabilities, there)
             context[part] = (_dropout(probabilities, dropout) @ v32).transpose(1, 2)
     return context, received
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, present: Tensor | None, dropout: float, needs_importance: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    present: Tensor | None,
+    dropout: float,
+    needs_importance: bool,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention that keeps its probabilities, ``[sequences, heads, width, head_dim]``.
 
     Training always takes this path: the plain backward is several times faster on a CPU than fused attention's.
     """
-    probabilities = _probabilities(q, k, present)
+    probabilities = _probabilities(q, k, present, added)
     received = received_attention(probabilities, present) if needs_importance else None
     return _dropout(probabilities.to(v.dtype), dropout) @ v, received
 
 
-def _probabilities(q: Tensor, k: Tensor, present: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, present: Tensor | None, added: Tensor | None) -> Tensor:
     """Softmax of ``q · k`` over the keys that are present, ``[sequences, heads, width, width]`` float32."""
     logits = (q @ k.transpose(-1, -2)).float()
     if present is not None:
-        logits += torch.where(present, 0.0, -torch.inf)[:, None, None, :]
+        logits += _absence(present)
+    if added is not None:
+        logits = logits + added
     return logits.softmax(-1)
+
+
+def _absence(present: Tensor) -> Tensor:
+    """What masks absent keys: ``[sequences, 1, 1, keys]`` float32, 0 or −∞."""
+    return torch.where(present, 0.0, -torch.inf).to(torch.float32)[:, None, None, :]
+
+
+def _sdpa_mask(present: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What PyTorch's own attention takes: a bool mask, or a floating-point one in the query's dtype."""
+    if added is None:
+        return None if present is None else present[:, None, None, :]
+    total = added if present is None else added + _absence(present)
+    return total.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def _dropout(x: Tensor, probability: float) -> Tensor:

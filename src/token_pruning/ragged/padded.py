@@ -6,11 +6,20 @@ It is what the packed path is held against, and the only execution that returns 
 import torch
 from torch import Tensor
 
+from token_pruning.ragged.logits import NO_TERMS, LogitTerms
 from token_pruning.ragged.received import received_attention
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, alive: Tensor, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alive: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    terms: LogitTerms = NO_TERMS,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention over a padded batch.
 
@@ -21,12 +30,16 @@ def masked_attention(
         alive: ``[batch, width]`` bool: the surviving tokens. Others are neither attended to nor counted as queries.
         scaling: factor on ``query · key``.
         dropout: probability of zeroing an attention probability, after the importance was taken.
+        terms: what is added to the logits.
+        positions: ``[batch, width]`` integers; needed by ``terms`` alone.
 
     Returns:
         context ``[batch, heads, width, head_dim]``, probabilities ``[batch, heads, width, width]`` in the value's
         dtype, received attention ``[batch, width]`` float32.
     """
     logits = (query @ key.transpose(-1, -2)).float() * scaling
+    if terms and positions is not None:
+        logits = logits + terms.of(query * scaling, key, positions, positions)
     # The lowest finite number, not -inf: a sequence without any valid token must not become NaN.
     logits = logits.masked_fill(~alive[:, None, None, :], torch.finfo(torch.float32).min)
     probabilities = logits.softmax(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from token_pruning.families import ModelShape, shape_of
-from token_pruning.runtime.state import ComputedLengths, Trace
+from token_pruning.runtime.trace import ComputedLengths, Trace
 
 
 @dataclass(frozen=True)
@@ -39,44 +39,67 @@ class Flops:
 
 
 def layer_flops(
-    shape: ModelShape, attention_lengths: Tensor, ffn_lengths: Tensor, query_lengths: Tensor | None = None
+    shape: ModelShape,
+    attention_lengths: Tensor,
+    ffn_lengths: Tensor,
+    query_lengths: Tensor | None = None,
+    projected_lengths: Tensor | None = None,
 ) -> Tensor:
     """FLOPs of single layers.
 
     Args:
         shape: the model's sizes.
-        attention_lengths: tokens in the layer's attention, any shape; whole numbers or, in the soft stage, fractions.
+        attention_lengths: tokens in the layer's attention: ``[layers, …]``, or any other shape for the mean of all
+            layers; whole numbers or, in the soft stage, fractions.
         ffn_lengths: tokens in its feed-forward, the same shape.
         query_lengths: tokens whose own attention is computed, the same shape; all unless given.
+        projected_lengths: tokens in attention's output projection, the same shape; as ``query_lengths`` unless given.
 
     Returns:
         float64, the same shape, differentiable.
     """
     attending, remaining = attention_lengths.double(), ffn_lengths.double()
     asking = attending if query_lengths is None else query_lengths.double()
-    projections = 2 * (attending + asking) * shape.hidden_size**2
-    attention = 2 * asking * attending * shape.hidden_size
+    joining = asking if projected_lengths is None else projected_lengths.double()
+    projections = (2 * attending * shape.key_size + (asking + joining) * shape.query_size) * shape.hidden_size
+    attention = asking * (2 * _reached(shape, attending) + shape.position_columns) * shape.query_size
     feed_forward = shape.ffn_matrices * remaining * shape.hidden_size * shape.intermediate_size
     return 2 * (projections + attention + feed_forward)
 
 
-def relative_flops(shape: ModelShape, input_lengths: Tensor, left: Tensor, *, first_only: bool) -> Tensor:
+def _reached(shape: ModelShape, lengths: Tensor) -> Tensor:
+    """Keys that a query meets: fewer than there are where a layer has a window."""
+    if all(window is None for window in shape.windows):
+        return lengths
+    inside = [lengths if window is None else lengths.clamp(max=2 * window + 1) for window in shape.windows]
+    if lengths.dim() == 2 and len(lengths) == shape.num_layers:
+        return torch.stack([keys[layer] for layer, keys in enumerate(inside)])
+    return torch.stack(inside).mean(0)  # of no layer in particular
+
+
+def relative_flops(
+    shape: ModelShape, input_lengths: Tensor, left: Tensor, *, first_only: bool, summaries: bool = False
+) -> Tensor:
     """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
 
     Args:
         shape: the model's sizes.
         input_lengths: valid tokens, ``[batch]``.
         left: tokens that enter the first layer, then those left after each layer, ``[layers + 1, batch]``.
-        first_only: whether the last layer computes first tokens only.
+        first_only: whether first tokens' last states alone are used.
+        summaries: whether there are summary tokens, which need the states of all that leave.
 
     Returns:
         A float64 scalar, differentiable.
     """
     keys, queries, feed_forward = left[:-1], left[:-1], left[1:]
+    projected = left[1:] if first_only and not summaries else left[:-1]
     if first_only:
-        queries, feed_forward = (torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, feed_forward))
+        queries, projected, feed_forward = (
+            torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, projected, feed_forward)
+        )
     dense = layer_flops(shape, input_lengths, input_lengths).sum() * shape.num_layers
-    return layer_flops(shape, keys, feed_forward, queries).sum() / dense
+    return layer_flops(shape, keys, feed_forward, queries, projected).sum() / dense
 
 
 def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_length: int) -> Flops:
@@ -90,8 +113,8 @@ def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_len
     valid = computed.dense
     padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
     totals = [
-        layer_flops(shape, keys, feed_forward, queries).sum(0).mean().item()
-        for keys, queries, feed_forward in ((padded,) * 3, (valid,) * 3, computed[1:])
+        layer_flops(shape, keys, feed_forward, queries, projected).sum(0).mean().item()
+        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, computed[1:])
     ]
     return Flops(*totals)
 

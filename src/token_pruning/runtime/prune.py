@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.families import family_of, supported_model_types
+from token_pruning.families import Reads, family_of, supported_model_types
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.runtime.hooks import Attachment, Execution, write_keys
-from token_pruning.runtime.state import Trace, recording
+from token_pruning.runtime.attachment import Attachment, Execution, write_keys
+from token_pruning.runtime.token_pruner import TokenPruner
+from token_pruning.runtime.trace import Trace, recording
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -26,6 +27,7 @@ def prune(
     *,
     execution: Execution = "packed",
     vocabulary_scores: Tensor | None = None,
+    reads: Reads | None = None,
 ) -> ModelT:
     """Make a Hugging Face encoder drop tokens, in place.
 
@@ -33,38 +35,40 @@ def prune(
     state dict the thresholds (``token_pruner.thresholds``) and vocabulary scores, so ``save_pretrained`` saves all.
 
     Args:
-        model: a BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA or DistilBERT model with any head, or without.
+        model: of a supported family, with any head or without; or a PEFT model around one.
         pruner: the method.
         execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
             gone: a slow reference with the same results, which can return attentions and hidden states.
         vocabulary_scores: ``[vocabulary]`` float, from :func:`token_pruning.vocabulary_scores`, for a pruner with a
             ``vocabulary_threshold``.
+        reads: which last hidden states are used: ``"first"``, only those of sequences' first tokens, so that the last
+            layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; or ``"all"``. As
+            the model's head is known to do unless given; an embedding model with CLS pooling may say ``"first"``.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: for a model without an adapter.
+        UnsupportedModelError: for a model of another family.
         ConfigError: if the model is pruned already, the thresholds do not fit its layers or the vocabulary scores its
             vocabulary, or there are none for a ``vocabulary_threshold``.
     """
     choice("execution", execution, get_args(Execution))
+    if reads is not None:
+        choice("reads", reads, get_args(Reads))
     if not isinstance(pruner, Pruner):
         raise ConfigError(f"pruner is {pruner!r}; it must be an instance of a pruner such as LearnedThreshold()")
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
-        )
-    if is_pruned(model):
-        raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
+    inner = hugging_face_model(model)
+    if is_pruned(inner):
+        raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
     if vocabulary_scores is not None:
-        embeddings: Any = model.get_input_embeddings()
+        embeddings: Any = inner.get_input_embeddings()
         if vocabulary_scores.shape != (embeddings.num_embeddings,):
             raise ConfigError(
                 f"vocabulary_scores has shape {list(vocabulary_scores.shape)}; the model's vocabulary has "
                 f"{embeddings.num_embeddings} entries"
             )
-    Attachment(model, pruner, execution, vocabulary_scores)
+    Attachment(inner, pruner, execution, vocabulary_scores, reads)
     return model
 
 
@@ -169,6 +173,30 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     write_keys(attachment.model.config, pruner)
 
 
+def reads_of(model: nn.Module) -> Reads:
+    """Which last hidden states of a model are used, pruned or not."""
+    attachment = _find_attachment(model)
+    if attachment is not None:
+        return attachment.reads
+    inner = hugging_face_model(model)
+    return family_of(inner.base_model.config).reads(inner)
+
+
+def hugging_face_model(model: Any) -> PreTrainedModel:
+    """The model itself, or the one inside a PEFT model.
+
+    Raises:
+        UnsupportedModelError: if it is none.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
+        )
+    return model
+
+
 def is_pruned(model: nn.Module) -> bool:
     """Whether a pruner is attached to the model, or to the model inside a wrapper."""
     return _find_attachment(model) is not None
@@ -188,8 +216,8 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def _find_attachment(model: nn.Module) -> Attachment | None:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Attachment):
-                return owner
+        owner = module if isinstance(module, TokenPruner) else module.__dict__.get("forward")
+        found = getattr(owner, "attachment", None)
+        if isinstance(found, Attachment):
+            return found
     return None

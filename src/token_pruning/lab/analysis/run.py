@@ -31,7 +31,7 @@ from token_pruning.lab.training.stages import collator, load_split
 from token_pruning.pruners import Pruner, Unpruned
 from token_pruning.runtime.flops import flops_from_lengths
 from token_pruning.runtime.prune import record
-from token_pruning.runtime.state import ComputedLengths
+from token_pruning.runtime.trace import ComputedLengths
 
 _THIRDS = ("smallest errors", "middle errors", "largest errors")
 
@@ -106,7 +106,7 @@ def analyze(
             found = predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)
         logits, computed, left = found.logits, found.computed, found.ffn_lengths - found.summary_lengths
         if isinstance(pruner, Unpruned):  # a dense model computes every token of the last layer too
-            computed = ComputedLengths(left, left, left, left)
+            computed = ComputedLengths.without_pruning(left)
         order = length_order(features)
         back = np.argsort(order)
         survived = dict(zip(order, trace.survived_layers, strict=True))

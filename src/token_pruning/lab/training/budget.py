@@ -26,7 +26,7 @@ from token_pruning.pruners import Pruner
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
 from token_pruning.runtime.flops import relative_flops
 from token_pruning.runtime.prune import attachment_of, set_thresholds
-from token_pruning.runtime.state import Trace
+from token_pruning.runtime.trace import Trace
 
 # Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
 FINAL_THRESHOLD = 1.28

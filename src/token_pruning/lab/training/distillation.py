@@ -157,7 +157,7 @@ def _compute(
 ) -> Tensor:
     model: Any = load_model(teacher, model_class=transformers.AutoModelForSequenceClassification)
     longest, positions = max(len(feature["input_ids"]) for feature in features), shape_of(model.config).max_positions
-    if longest > positions:
+    if positions is not None and longest > positions:
         raise ConfigError(
             f"the longest example has {longest} tokens; the teacher {teacher.path} has positions for at most "
             f"{positions}; give a smaller {flag('max_length')}"

@@ -332,7 +332,7 @@ def tokenize(tokenizer: Any, examples: Examples, model: Any, max_length: int) ->
         ConfigError: if ``max_length`` is more than the model's positions.
     """
     longest = shape_of(model.config).max_positions
-    if max_length > longest:
+    if longest is not None and max_length > longest:
         raise ConfigError(f"{flag('max_length')} is {max_length}; the model has positions for at most {longest} tokens")
     return _encode(tokenizer, examples, max_length)
 

@@ -17,7 +17,7 @@ from token_pruning.lab.training.distillation import Distillation
 from token_pruning.lab.training.run_dir import RunDir
 from token_pruning.pruners import Unpruned
 from token_pruning.runtime.prune import attachment_of, freeze_thresholds, is_pruned, record
-from token_pruning.runtime.state import Trace
+from token_pruning.runtime.trace import Trace
 
 KEPT_CHECKPOINTS = 3
 

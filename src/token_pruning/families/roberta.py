@@ -1,0 +1,30 @@
+"""RoBERTa, and the models that share its layers and embeddings: XLM-R, CamemBERT."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from token_pruning.families.base import ModelShape
+from token_pruning.families.bert import Bert
+
+
+class Roberta(Bert):
+    """BERT whose positions start at ``pad_token_id + 1``."""
+
+    model_types = ("roberta", "xlm-roberta", "camembert")
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        """Two rows of the position table, with the usual padding id, are never used."""
+        shape = super().shape(config)
+        return replace(shape, max_positions=config.max_position_embeddings - config.pad_token_id - 1)
+
+    def positions(self, input_ids: Tensor | None, mask: Tensor) -> Tensor:
+        """Tokens that are not the padding token are counted, whatever the mask says; given embeddings have no ids."""
+        padding: int = self.config.pad_token_id
+        if input_ids is None:
+            return super().positions(None, mask) + padding + 1
+        present = input_ids.ne(padding).to(torch.int64)
+        return present.cumsum(1) * present + padding

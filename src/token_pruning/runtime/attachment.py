@@ -1,0 +1,183 @@
+"""What ``prune`` puts on a model: the forward of its base, and of a head that reads first tokens only.
+
+Both are plain objects in place of the modules' ``forward``, so that copies and pickles of the model carry them along.
+"""
+
+import copy
+import functools
+import inspect
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from token_pruning.errors import UnsupportedModelError
+from token_pruning.families import Family, Reads, family_of
+from token_pruning.pruners import Pruner
+from token_pruning.runtime.inputs import model_output, pack_inputs
+from token_pruning.runtime.loop import PackedLoop, PaddedLoop
+from token_pruning.runtime.token_pruner import TokenPruner
+
+Execution = Literal["packed", "masked"]
+
+MODULE_NAME = "token_pruner"
+
+
+class Attachment:
+    """Pruning on one model. A deep copy of the model has one of its own."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pruner: Pruner,
+        execution: Execution,
+        vocabulary_scores: Tensor | None,
+        reads: Reads | None,
+    ) -> None:
+        """Attach; nothing is changed if that fails."""
+        base: Any = model.base_model
+        family = family_of(base.config)
+        self.family: Family = family(base)
+        self.shape = family.shape(base.config)
+        self.reads: Reads = family.reads(model) if reads is None else reads
+        self.packed = execution == "packed"
+        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device, vocabulary_scores)
+        self.token_pruner.train(model.training)
+        self.token_pruner.attachment = self
+        self.model, self.base = model, base
+        self.original_config = model.config
+        # Models built from one config object share it; what is written below must not reach the others.
+        config = copy.deepcopy(model.config)
+        _replace_config(model, model.config, config)
+        write_keys(config, pruner)
+        if reads is not None:
+            config.reads = reads
+        model.add_module(MODULE_NAME, self.token_pruner)
+        self.forwards: list[_Forward] = [_BaseForward(self)]
+        if model is not base and "first" in (self.reads, family.reads(model)):
+            self.forwards.append(_HeadForward(self))
+
+    def detach(self) -> None:
+        """Undo everything."""
+        for forward in self.forwards:
+            forward.remove()
+        delattr(self.model, MODULE_NAME)
+        _replace_config(self.model, self.model.config, self.original_config)
+
+    def run(self, options: dict[str, Any], *, by_head: bool) -> Any:
+        """The base model's forward.
+
+        Args:
+            options: the forward's arguments.
+            by_head: whether a head that reads first tokens only has called it. The base of such a head may be called by
+                itself for other tokens' states, too.
+
+        Returns:
+            The base model's output class.
+        """
+        first_only = self.reads == "first" and (by_head or self.base is self.model)
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        tokens = pack_inputs(self.family, **{name: options.get(name) for name in names})
+        wanted = {
+            name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
+            for name in ("output_attentions", "output_hidden_states")
+        }
+        return_dict = options.get("return_dict", getattr(self.base.config, "return_dict", True))
+        if self.packed:
+            for name in filter(wanted.get, wanted):
+                raise UnsupportedModelError(
+                    f"{name}=True is not possible in packed execution, where layers hold different tokens; "
+                    'use prune(model, pruner, execution="masked")'
+                )
+        loop = (PackedLoop if self.packed else PaddedLoop)(
+            self.family, self.token_pruner, tokens, first_only=first_only
+        )
+        states = loop.run()
+        fields: dict[str, Any] = {}
+        if isinstance(loop, PaddedLoop):
+            for name, kept in (("attentions", loop.probabilities), ("hidden_states", loop.hidden_states)):
+                if wanted[f"output_{name}"]:
+                    fields[name] = tuple(kept)
+        return model_output(
+            self.family, states, tokens.layout,
+            first_only=first_only, for_first_token_head=by_head, return_dict=return_dict, **fields,
+        )  # fmt: skip
+
+
+class _Forward:
+    """Stands in for a module's ``forward``, with its signature."""
+
+    def __init__(self, attachment: Attachment, module: nn.Module) -> None:
+        self.attachment, self.module = attachment, module
+        self.before = module.__dict__.get("forward")  # another library's, on this instance
+        module.forward = self  # type: ignore[assignment]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+
+class _BaseForward(_Forward):
+    """The base model's: the loop over its layers."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment, attachment.base)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.attachment.run(self.options(args, kwargs), by_head=False)
+
+
+class _HeadForward(_Forward):
+    """The forward of a model whose head reads first tokens only: its own, on a view whose base computes no others."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment, attachment.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.attachment.model
+        cls: Any = type(model)
+        view: Any = object.__new__(_view_class(cls, model.base_model_prefix))
+        object.__setattr__(view, "__dict__", model.__dict__)
+        return cls.forward(view, *args, **kwargs)
+
+
+@functools.cache
+def _view_class(cls: type[Any], prefix: str) -> type[nn.Module]:
+    """``cls`` with another base under the name its head calls it by; everything else of an instance is shared."""
+
+    def base(view: nn.Module) -> Any:
+        attachment: Attachment = getattr(view, MODULE_NAME).attachment
+        [base_forward, _] = attachment.forwards
+
+        def first_tokens(*args: Any, **kwargs: Any) -> Any:
+            return attachment.run(base_forward.options(args, kwargs), by_head=True)
+
+        return first_tokens
+
+    return type(cls.__name__, (cls,), {prefix: property(base), "__module__": cls.__module__})
+
+
+def write_keys(config: Any, pruner: Pruner) -> None:
+    """Describe the method in the model's config, and so in ``config.json``."""
+    for key, value in pruner.config().items():
+        if value is not None:
+            setattr(config, key, value)
+        elif hasattr(config, key):
+            delattr(config, key)
+
+
+def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new

@@ -1,0 +1,131 @@
+"""The decisions of one forward pass: which tokens enter each layer, and which leave after its attention."""
+
+import torch
+from torch import Tensor
+
+from token_pruning.pruners import LayerTokens, LearnedThreshold
+from token_pruning.pruners.importance import importance_scores
+from token_pruning.pruners.summary import Summaries, plan_merge, segments_of
+from token_pruning.ragged import Layout, PackedTokens, drop
+from token_pruning.runtime.token_pruner import TokenPruner
+from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
+
+
+class Decisions:
+    """Takes and keeps a pass's decisions, layer by layer.
+
+    Each is recorded once, so that gradient checkpointing can run a layer again.
+    """
+
+    def __init__(self, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+        """Start with the valid tokens.
+
+        Args:
+            token_pruner: the method and its thresholds.
+            tokens: the valid tokens; without ids a pair's sentences share a summary token, and there can be no
+                vocabulary threshold.
+            first_only: whether the last hidden states of other than first tokens are unused.
+        """
+        self.token_pruner = token_pruner
+        self.soft = token_pruner.soft
+        entering, self.entered_rows, self.never_entered_rows = token_pruner.enter(tokens)
+        self.record = PassRecord(token_pruner.pruner, tokens.layout, entering, first_only=first_only)
+        self.traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
+        self._dropping_layers = None if self.soft or self.traces else token_pruner.dropping_layers()
+        self.segments: Tensor | None = None
+        if token_pruner.pruner.summary_tokens == "segment" and (input_ids := tokens.id_grid()) is not None:
+            self.segments = segments_of(input_ids, tokens.layout)
+
+    def entering(self, layer: int) -> Layout:
+        """The tokens that take part in ``layer``'s attention (1-based)."""
+        return self.record.entering if layer == 1 else self.record.layers[layer - 1].leaving
+
+    def first_only(self, layer: int) -> bool:
+        """Whether ``layer`` is the last, and only its first tokens' results are used."""
+        return self.record.first_only and layer == self.token_pruner.num_layers
+
+    def prunes(self, layer: int) -> bool:
+        """Whether ``layer`` needs importance scores.
+
+        Where nothing can be dropped they are computed for a trace only: with a threshold of zero, or in a last layer
+        for first tokens only.
+        """
+        if self._dropping_layers is None:
+            return self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
+        return self._dropping_layers[layer - 1] and not self.first_only(layer)
+
+    @property
+    def differentiable_importance(self) -> bool:
+        """Whether importance passes a gradient on: to thresholds in the soft stage, through summaries' weights."""
+        return self.soft or self.token_pruner.pruner.summary_tokens != "none"
+
+    def decide(self, layer: int, received: Tensor | None) -> LayerRecord:
+        """Take the layer's decision from the attention its tokens received.
+
+        Args:
+            layer: 1-based.
+            received: ``[entering.total]`` float32, or None where nothing is pruned.
+        """
+        layers = self.record.layers
+        entering = self.entering(layer)
+        summaries = None if layer == 1 else layers[layer - 1].summaries
+        if received is None:
+            return layers.setdefault(layer, LayerRecord(entering, entering, summaries=summaries))
+        pruner = self.token_pruner.pruner
+        tokens = self._layer_tokens(layer, received, summaries)
+        if self.soft:
+            assert isinstance(pruner, LearnedThreshold)
+            # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
+            soft_mask = pruner.soft_mask(tokens)
+            record = LayerRecord(entering, entering, soft_mask=soft_mask, scores=tokens.scores)
+            layers.setdefault(layer, record)
+            return record
+        decided = layers.get(layer)  # when gradient checkpointing runs the layer again
+        if decided is not None and decided.merge is None:
+            return decided
+        keep = self._keep(tokens, decided)
+        merge, stays = None, keep
+        if pruner.summary_tokens != "none" and layer < self.token_pruner.num_layers:  # nobody reads the last's
+            # Planned again too, so that it saves the same tensors.
+            merge, summaries = plan_merge(self._groups(entering), ~keep, summaries, received)
+            stays = keep | summaries.present
+        leaving, kept, dropped = drop(entering, stays)
+        if summaries is not None:
+            summaries = Summaries(summaries.present[kept], summaries.weights[kept])
+            dropped = (~keep).nonzero().squeeze(-1)
+        scores = tokens.scores.detach()
+        record = LayerRecord(entering, leaving, kept, dropped, scores=scores, merge=merge, summaries=summaries)
+        layers.setdefault(layer, record)
+        return record
+
+    def finish(self) -> None:
+        """Give the pass to those who record."""
+        for trace in self.traces:
+            trace.passes.append(self.record)
+
+    def _layer_tokens(self, layer: int, received: Tensor, summaries: Summaries | None) -> LayerTokens:
+        module, entering = self.token_pruner, self.entering(layer)
+        pruner = module.pruner
+        return LayerTokens(
+            layer=layer,
+            num_layers=module.num_layers,
+            layout=entering,
+            scores=importance_scores(received, entering, pruner.scoring_mode, pruner.max_seq_length),
+            input_lengths=self.record.entering.lengths_tensor,
+            threshold=None if module.thresholds is None else module.thresholds[layer - 1],
+            summaries=None if summaries is None else summaries.present,
+        )
+
+    @torch.no_grad()
+    def _keep(self, tokens: LayerTokens, decided: LayerRecord | None) -> Tensor:
+        """Which tokens stay, as decided before if the layer runs again: ``[entering.total]`` bool."""
+        if decided is not None and decided.dropped_rows is not None:
+            return torch.ones_like(tokens.scores, dtype=torch.bool).index_fill(0, decided.dropped_rows, False)
+        keep = self.token_pruner.pruner.checked_keep(tokens).index_fill(0, tokens.layout.first_rows, True)
+        return keep if tokens.summaries is None else keep | tokens.summaries
+
+    def _groups(self, layout: Layout) -> Tensor:
+        """Which summary token each row would go to, ``[layout.total]`` int64."""
+        if self.segments is None:
+            return layout.sequence_ids
+        return 2 * layout.sequence_ids + self.segments[layout.indices]

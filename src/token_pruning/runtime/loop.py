@@ -1,0 +1,314 @@
+"""The loop over a model's layers, and the one place where a layer's step is written.
+
+:class:`PackedLoop` removes tokens. :class:`PaddedLoop` is the slow and obvious reference: the same step of the same
+family over every place of the padded batch, with a plain softmax, and masks instead of removal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from token_pruning.errors import ConfigError
+from token_pruning.families import Family
+from token_pruning.ragged import (
+    Layout,
+    PackedTokens,
+    first_token_attention,
+    masked_attention,
+    packed_attention,
+    row_bucket,
+)
+from token_pruning.runtime.decisions import Decisions
+from token_pruning.runtime.token_pruner import TokenPruner
+from token_pruning.runtime.trace import LayerRecord
+
+
+class PackedLoop:
+    """One forward pass over packed rows ``[tokens, dim]``; tokens that leave are gone."""
+
+    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+        """Decide what enters the first layer.
+
+        Args:
+            family: bound to the model.
+            token_pruner: the method and its thresholds.
+            tokens: the valid tokens.
+            first_only: whether the last states of first tokens alone are wanted.
+        """
+        self.family, self.tokens = family, tokens
+        self.decisions = Decisions(token_pruner, tokens, first_only=first_only)
+        self.departed: dict[int, tuple[Tensor, Tensor]] = {}
+        """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry."""
+
+    def run(self) -> Tensor:
+        """All layers.
+
+        Returns:
+            The last states: ``[batch, dim]`` of first tokens where only these are wanted (zeros for a sequence without
+            tokens), else ``[tokens, dim]`` of all.
+        """
+        rows = self.enter()
+        for number, layer in enumerate(self.family.layers, start=1):
+            rows = self._checkpointed(number, layer, rows)
+        states = self.leave(rows)
+        self.decisions.finish()
+        return states
+
+    def step(self, number: int, layer: nn.Module, rows: Tensor) -> Tensor:
+        """One layer.
+
+        Args:
+            number: 1 for the first.
+            layer: the module.
+            rows: what enters, ``[rows, dim]``.
+
+        Returns:
+            What enters the next layer.
+        """
+        positions = self.positions(number, rows)
+        asking = self.asking(number)
+        query, key, value = self.family.project(layer, rows, positions, asking)
+        context, received = self.attend(number, layer, query, key, value, positions, asking)
+        record = self.decisions.decide(number, received)
+        joined = self.join(number, layer, record, context.flatten(1), rows, asking)
+        return self.settle(number, record, self.family.feed_forward(layer, joined), joined, rows)
+
+    # What packed and padded rows have different ways of doing.
+
+    def enter(self) -> Tensor:
+        """The first layer's rows; padding is left behind, and tokens that the vocabulary threshold drops."""
+        decisions, record = self.decisions, self.decisions.record
+        if decisions.entered_rows is None or decisions.never_entered_rows is None:
+            return self._with_filler(self.family.embed(self.tokens))
+        if record.first_only:
+            return self._with_filler(self.family.embed(self.tokens.of(decisions.entered_rows, record.entering)))
+        embedded, gone = self.family.embed(self.tokens), decisions.never_entered_rows
+        self.departed[0] = (record.valid.indices[gone], embedded[gone])
+        return self._with_filler(embedded[decisions.entered_rows])
+
+    def positions(self, number: int, rows: Tensor) -> Tensor:
+        """Positions of the rows in the original text, ``[rows]`` int64; 0 for filler."""
+        layout = self.decisions.entering(number)
+        if layout is self.tokens.layout:
+            found = self.tokens.positions
+        else:
+            found = self._position_grid().index_select(0, layout.indices)
+        return pad(found, (0, rows.shape[0] - layout.total))
+
+    def asking(self, number: int) -> Tensor | None:
+        """The rows whose queries are wanted: first tokens in a last layer that computes nothing else; None for all."""
+        decisions = self.decisions
+        entering = decisions.entering(number)
+        narrow = decisions.first_only(number) and not decisions.prunes(number) and entering.total > 0
+        return entering.first_rows if narrow else None
+
+    def attend(
+        self,
+        number: int,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        asking: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
+        family, entering = self.family, self.decisions.entering(number)
+        scale, terms = family.scale(layer), family.terms(layer)
+        dropout = family.dropout(layer) if layer.training else 0.0
+        if asking is not None:
+            context = first_token_attention(
+                query, key, value, entering, scale, dropout, terms=terms, positions=positions
+            )
+            return context, None
+        return packed_attention(
+            query, key, value, entering, scale, dropout,
+            needs_importance=self.decisions.prunes(number),
+            differentiable_importance=self.decisions.differentiable_importance,
+            terms=terms, positions=positions,
+        )  # fmt: skip
+
+    def join(
+        self,
+        number: int,
+        layer: nn.Module,
+        record: LayerRecord,
+        context: Tensor,
+        rows: Tensor,
+        asking: Tensor | None,
+    ) -> Tensor:
+        """What enters the feed-forward.
+
+        Rows that leave are projected only where their states are wanted.
+        """
+        family, first_only = self.family, self.decisions.record.first_only
+        if asking is not None:
+            return self._with_filler(family.join(layer, context, rows[asking]))
+        stay = record.entering.first_rows if self.decisions.first_only(number) else record.kept_rows
+        if stay is None:
+            return family.join(layer, context, rows)
+        if record.merge is None and first_only:
+            return self._with_filler(family.join(layer, context[stay], rows[stay]))
+        joined = family.join(layer, context, rows)
+        if not first_only and record.dropped_rows is not None:
+            self.departed[number] = (record.entering.indices[record.dropped_rows], joined[record.dropped_rows])
+        if record.merge is not None:
+            joined = record.merge.apply(joined)
+        return self._with_filler(joined[stay])
+
+    def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
+        """What enters the next layer, from what the feed-forward gives; in the soft stage times the soft mask."""
+        if record.soft_mask is None or self.decisions.first_only(number):  # first tokens are never masked
+            return after
+        factor = pad(record.soft_mask, (0, after.shape[0] - record.entering.total), value=1.0)
+        return after * factor[:, None].to(after.dtype)
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """The last states, from the rows that the last layer gives."""
+        family, record = self.family, self.decisions.record
+        valid, last = record.valid, record.layers[len(record.layers)]
+        if record.first_only:
+            filled = (valid.lengths_tensor > 0).nonzero().squeeze(-1)
+            states = rows.new_zeros(valid.batch_size, rows.shape[1])
+            return states.index_copy(0, filled, family.finish(rows[: filled.numel()]))
+        places = [last.leaving.indices[last.token_rows], *(places for places, _ in self.departed.values())]
+        parts = [rows[last.token_rows], *(states for _, states in self.departed.values())]
+        flat = rows.new_zeros(valid.batch_size * valid.width, rows.shape[1])
+        states = flat.index_copy(0, torch.cat(places), torch.cat(parts)) if valid.total else flat
+        return family.finish(states.index_select(0, valid.indices))
+
+    def _position_grid(self) -> Tensor:
+        return self.tokens.layout.grid(self.tokens.positions).flatten()
+
+    @staticmethod
+    def _with_filler(rows: Tensor) -> Tensor:
+        """Rows with zeros appended up to a bucketed count, where half-precision CPU products would need that."""
+        count = rows.shape[0]
+        if rows.device.type == "cpu" and (rows.dtype != torch.float32 or torch.is_autocast_enabled("cpu")):
+            count = row_bucket(count)
+        count = max(1, count)  # nothing but padding: modules cannot reshape a batch of no rows
+        return rows if count == rows.shape[0] else pad(rows, (0, 0, 0, count - rows.shape[0]))
+
+    def _checkpointed(self, number: int, layer: Any, rows: Tensor) -> Tensor:
+        """The step, under gradient checkpointing where the model is set to it."""
+        if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+            return self.step(number, layer, rows)
+        with_grad = torch.is_grad_enabled()
+
+        def step(rows: Tensor) -> Tensor:
+            if with_grad and not torch.is_grad_enabled():
+                raise ConfigError(
+                    "a pruned model cannot train through re-entrant gradient checkpointing; "
+                    'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            return self.step(number, layer, rows)
+
+        after: Tensor = layer._gradient_checkpointing_func(step, rows)
+        return after
+
+
+class PaddedLoop(PackedLoop):
+    """The reference: rows are all places of the padded batch, ``[batch · width, dim]``, in every layer."""
+
+    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+        """See :class:`PackedLoop`; ``probabilities`` and ``hidden_states`` have one tensor per layer."""
+        super().__init__(family, token_pruner, tokens, first_only=first_only)
+        self.probabilities: list[Tensor] = []
+        self.hidden_states: list[Tensor] = []
+
+    def enter(self) -> Tensor:
+        """Zeros where there is padding."""
+        layout = self.tokens.layout
+        embedded = self.family.embed(self.tokens)
+        rows = embedded.new_zeros(layout.batch_size * layout.width, embedded.shape[1])
+        rows = rows.index_copy(0, layout.indices, embedded)
+        gone = self.decisions.never_entered_rows
+        if gone is not None:
+            places = layout.indices[gone]
+            self.departed[0] = (places, rows[places])
+        self.hidden_states.append(self._padded(rows))
+        return rows
+
+    def positions(self, number: int, rows: Tensor) -> Tensor:
+        """Of every place; 0 for padding."""
+        return self._position_grid()
+
+    def asking(self, number: int) -> Tensor | None:
+        """All."""
+        return None
+
+    def attend(
+        self,
+        number: int,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        asking: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One softmax over the whole batch, with all that is gone masked out."""
+        family, entering = self.family, self.decisions.entering(number)
+        q, k, v = (self._padded(x).transpose(1, 2) for x in (query, key, value))
+        alive = self._at(entering).view(entering.batch_size, entering.width)
+        context, probabilities, received = masked_attention(
+            q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
+            terms=family.terms(layer), positions=self._padded(positions),
+        )  # fmt: skip
+        self.probabilities.append(probabilities)
+        wanted = received.flatten()[entering.indices] if self.decisions.prunes(number) else None
+        return context.transpose(1, 2).flatten(0, 1), wanted
+
+    def join(
+        self,
+        number: int,
+        layer: nn.Module,
+        record: LayerRecord,
+        context: Tensor,
+        rows: Tensor,
+        asking: Tensor | None,
+    ) -> Tensor:
+        """Everything; a merge puts summaries into the places of some of the tokens dropped."""
+        joined = self.family.join(layer, context, rows)
+        if record.merge is not None and record.dropped_rows is not None:
+            places = record.entering.indices
+            gone = places[record.dropped_rows]
+            self.departed[number] = (gone, joined[gone])
+            joined = joined.index_copy(0, places, record.merge.apply(joined[places]))
+        return joined
+
+    def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
+        """Tokens that are gone keep their last state."""
+        if record.soft_mask is not None:
+            factor = torch.ones(after.shape[0], dtype=torch.float32, device=after.device)
+            factor = factor.index_copy(0, record.entering.indices, record.soft_mask)
+            after = after * factor[:, None].to(after.dtype)
+        else:
+            entered, stays = (self._at(layout)[:, None] for layout in (record.entering, record.leaving))
+            after = torch.where(stays, after, torch.where(entered, joined, rows))
+        self.hidden_states.append(self._padded(after))
+        return after
+
+    def leave(self, rows: Tensor) -> Tensor:
+        """The valid tokens' rows; some have carried summaries, whose tokens' own states come back."""
+        record = self.decisions.record
+        for places, states in self.departed.values():
+            rows = rows.index_copy(0, places, states)
+        valid = record.valid
+        states = self.family.finish(rows.index_select(0, valid.indices))
+        if not record.first_only:
+            return states
+        filled = (valid.lengths_tensor > 0).nonzero().squeeze(-1)
+        return states.new_zeros(valid.batch_size, states.shape[1]).index_copy(0, filled, states[valid.first_rows])
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """``[batch · width, …]`` as ``[batch, width, …]``."""
+        layout = self.tokens.layout
+        return rows.view(layout.batch_size, layout.width, *rows.shape[1:])
+
+    def _at(self, layout: Layout) -> Tensor:
+        """``[batch · width]`` bool, True at the layout's places."""
+        places = torch.zeros(layout.batch_size * layout.width, dtype=torch.bool, device=layout.indices.device)
+        return places.index_fill(0, layout.indices, True)

@@ -1,0 +1,107 @@
+"""What pruning adds to a model: the method, and the tensors it decides by."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from token_pruning.errors import ConfigError
+from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.ragged import Layout, PackedTokens, drop
+
+
+class TokenPruner(nn.Module):
+    """What :func:`token_pruning.prune` adds to a model as ``model.token_pruner``: the method and its thresholds.
+
+    Attributes:
+        pruner: the method.
+        thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer.
+        vocabulary_scores: ``[vocabulary]`` float32, or None: what ``pruner.vocabulary_threshold`` is compared with.
+        attachment: what pruning put on the model; None in an engine.
+
+    Both tensors stay float32 when the model is cast to half precision, since rounding them would change decisions.
+    """
+
+    thresholds: Tensor | None
+    vocabulary_scores: Tensor | None
+
+    def __init__(
+        self, pruner: Pruner, num_layers: int, device: torch.device, vocabulary_scores: Tensor | None = None
+    ) -> None:
+        """Start from the method's initial thresholds."""
+        super().__init__()
+        self.attachment: Any = None
+        if pruner.vocabulary_threshold and vocabulary_scores is None:
+            raise ConfigError(
+                f"vocabulary_threshold is {pruner.vocabulary_threshold:g}, but the model has no vocabulary scores to "
+                "compare with it: give prune() those of vocabulary_scores(model, examples)"
+            )
+        self.register_buffer(
+            "vocabulary_scores",
+            None if vocabulary_scores is None else vocabulary_scores.to(device, torch.float32, copy=True),
+        )
+        for layer in pruner.prune_layers or ():
+            if layer > num_layers:
+                raise ConfigError(f"prune_layers names layer {layer}; the model has {num_layers} layers")
+        self.pruner = pruner
+        self.num_layers = num_layers
+        initial = pruner.initial_thresholds(num_layers)
+        if initial is None:
+            self.thresholds = None
+            return
+        values = torch.tensor(initial, dtype=torch.float32, device=device)
+        if pruner.learned:
+            self.thresholds = nn.Parameter(values)
+        else:
+            self.register_buffer("thresholds", values, persistent=pruner.stores_thresholds)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the next forward pass masks softly instead of removing tokens."""
+        return self.training and self.pruner.learned
+
+    def dropping_layers(self) -> list[bool]:
+        """Where the method can drop anything with the thresholds there are now, first layer first.
+
+        Importance is never negative, so nothing is below a threshold of zero. One device synchronisation.
+        """
+        layers = range(1, self.num_layers + 1)
+        drops = [self.pruner.prunes(layer, self.num_layers) for layer in layers]
+        if self.thresholds is None or type(self.pruner).keep is not FixedThreshold.keep:
+            return drops
+        return [can and threshold > 0 for can, threshold in zip(drops, self.thresholds.tolist(), strict=True)]
+
+    def enter(self, tokens: PackedTokens) -> tuple[Layout, Tensor | None, Tensor | None]:
+        """Drop the tokens that the vocabulary threshold keeps out of the first layer.
+
+        Args:
+            tokens: the valid tokens.
+
+        Returns:
+            The tokens that enter, and the rows of ``tokens`` that do and that do not, int64; None for both where
+            nothing can be dropped.
+
+        Raises:
+            ConfigError: where ids are needed and missing.
+        """
+        threshold = self.pruner.vocabulary_threshold
+        if not threshold:
+            return tokens.layout, None, None
+        if tokens.ids is None:
+            raise ConfigError(
+                f"vocabulary_threshold is {threshold:g}, which needs input_ids; inputs_embeds will not do"
+            )
+        assert self.vocabulary_scores is not None
+        enters = self.vocabulary_scores[tokens.ids] >= threshold
+        return drop(tokens.layout, enters.index_fill(0, tokens.layout.first_rows, True))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return repr(self.pruner)

@@ -1,0 +1,235 @@
+"""What happened to the tokens of a forward pass, and how a user records it."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from token_pruning.pruners import Pruner
+from token_pruning.pruners.importance import normalizer
+from token_pruning.pruners.summary import Merge, Summaries
+from token_pruning.ragged import Layout
+from token_pruning.runtime.token_pruner import TokenPruner
+
+_EMPTY = "the trace is empty: no forward pass of this model was run under record()"
+
+
+@dataclass
+class LayerRecord:
+    """What happened in one layer.
+
+    Attributes:
+        entering: tokens that took part in the layer's attention.
+        leaving: tokens left after its pruning.
+        kept_rows: rows of ``entering`` that stay, int64; None where nothing was pruned.
+        dropped_rows: rows of ``entering`` whose tokens leave, int64; None where nothing was pruned. With summary tokens
+            a dropped token's row may stay, to carry the summary.
+        soft_mask: ``[entering.total]`` float32 in the soft stage, else None.
+        scores: ``[entering.total]`` float32 importance, or None where none was computed.
+        merge: how the dropped tokens become summary tokens, or None.
+        summaries: the summary tokens among the rows of ``leaving``, or None.
+    """
+
+    entering: Layout
+    leaving: Layout
+    kept_rows: Tensor | None = None
+    dropped_rows: Tensor | None = None
+    soft_mask: Tensor | None = None
+    scores: Tensor | None = None
+    merge: Merge | None = None
+    summaries: Summaries | None = None
+
+    @property
+    def token_rows(self) -> Tensor:
+        """Rows of ``leaving`` that hold tokens, not summaries, int64."""
+        if self.summaries is None:
+            return torch.arange(self.leaving.total, device=self.leaving.indices.device)
+        return (~self.summaries.present).nonzero().squeeze(-1)
+
+
+class ComputedLengths(NamedTuple):
+    """Rows that a model computes per layer and sequence, ``[layers, batch]`` int64.
+
+    Attributes:
+        dense: what a dense model computes: the valid tokens, in every layer.
+        keys: keys and values.
+        queries: queries, and so attention.
+        projected: rows of attention's output projection, which tokens that leave skip where nobody reads their states.
+        feed_forward: rows of the feed-forward.
+    """
+
+    dense: Tensor
+    keys: Tensor
+    queries: Tensor
+    projected: Tensor
+    feed_forward: Tensor
+
+    @classmethod
+    def without_pruning(cls, lengths: Tensor) -> "ComputedLengths":
+        """What a dense model computes, from the valid tokens ``[layers, batch]``."""
+        return cls(lengths, lengths, lengths, lengths, lengths)
+
+
+@dataclass
+class PassRecord:
+    """What happened in one forward pass.
+
+    Attributes:
+        pruner: the method.
+        valid: the valid tokens.
+        entering: those that enter the first layer: all that the vocabulary threshold lets through.
+        layers: a record per layer, 1-based.
+        first_only: whether the last layer computed first tokens only, since the head reads no others.
+    """
+
+    pruner: Pruner
+    valid: Layout
+    entering: Layout
+    layers: dict[int, LayerRecord] = field(default_factory=dict)
+    first_only: bool = False
+
+
+@dataclass
+class Trace:
+    """What happened to the tokens of every forward pass run under :func:`token_pruning.record`.
+
+    Batches of several forward passes follow one another along the ``batch`` axis.
+    """
+
+    max_seq_length: int = 128
+    passes: list[PassRecord] = field(default_factory=list)
+
+    def _per_layer(self, which: str) -> Tensor:
+        if not self.passes:
+            raise RuntimeError(_EMPTY)
+        return torch.cat(
+            [
+                torch.stack([getattr(done.layers[layer], which).lengths_tensor for layer in sorted(done.layers)])
+                for done in self.passes
+            ],
+            dim=1,
+        )
+
+    @property
+    def input_lengths(self) -> Tensor:
+        """Valid tokens of each sequence, whether they entered the first layer or not, ``[batch]`` int64."""
+        if not self.passes:
+            raise RuntimeError(_EMPTY)
+        return torch.cat([done.valid.lengths_tensor for done in self.passes])
+
+    @property
+    def attention_lengths(self) -> Tensor:
+        """Tokens that entered each layer's attention, summary tokens included, ``[layers, batch]`` int64."""
+        return self._per_layer("entering")
+
+    @property
+    def ffn_lengths(self) -> Tensor:
+        """Tokens left after each layer's pruning, summary tokens included, ``[layers, batch]`` int64.
+
+        In the soft stage nothing leaves. Where the head reads the first token only, the last layer's decision is
+        recorded though none of its other tokens are computed; see :attr:`computed_lengths`.
+        """
+        return self._per_layer("leaving")
+
+    @property
+    def summary_lengths(self) -> Tensor:
+        """Summary tokens among those left after each layer's pruning, ``[layers, batch]`` int64."""
+
+        def count(record: LayerRecord) -> Tensor:
+            layout = record.leaving
+            present = layout.indices.new_zeros(layout.total) if record.summaries is None else record.summaries.present
+            return layout.indices.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, present.long())
+
+        return torch.cat(
+            [torch.stack([count(done.layers[layer]) for layer in sorted(done.layers)]) for done in self.passes], dim=1
+        )
+
+    @property
+    def computed_lengths(self) -> ComputedLengths:
+        """The rows computed in each layer: what FLOPs are counted from."""
+        keys, feed_forward = self.attention_lengths, self.ffn_lengths.clone()
+        queries = keys.clone()
+        dense = self.input_lengths.expand_as(keys)
+        projected = torch.cat([_projected_lengths(done) for done in self.passes], 1)
+        narrow = torch.cat([torch.full((done.valid.batch_size,), done.first_only) for done in self.passes])
+        for lengths in (queries, projected, feed_forward):
+            lengths[-1] = torch.where(narrow.to(lengths.device), lengths[-1].clamp(max=1), lengths[-1])
+        return ComputedLengths(dense, keys, queries, projected, feed_forward)
+
+    @property
+    def soft_lengths(self) -> Tensor:
+        """``Σ_i m_i`` of each layer in the soft stage, ``[layers, batch]`` float32, differentiable.
+
+        Raises:
+            RuntimeError: when the model was not in the soft stage.
+        """
+        return self._soft_sums(normalized=False)
+
+    @property
+    def soft_rates(self) -> Tensor:
+        """``Σ_i m_i / N`` of each layer, ``[layers, batch]`` float32, differentiable: the regularizer's terms.
+
+        ``N`` is that of the scoring mode. Raises as :attr:`soft_lengths`.
+        """
+        return self._soft_sums(normalized=True)
+
+    @property
+    def soft_survival(self) -> Tensor:
+        """Tokens left after each layer if each mask were the probability to stay, ``[layers, batch]`` float32.
+
+        ``Σ_i Π_{k ≤ l} m_k,i``: what is dropped does not come back. Differentiable; raises as :attr:`soft_lengths`.
+        """
+        return self._soft_sums(normalized=False, cumulative=True)
+
+    def _soft_sums(self, *, normalized: bool, cumulative: bool = False) -> Tensor:
+        batches = []
+        for done in self.passes:
+            pruner = done.pruner
+            if all(record.soft_mask is None for record in done.layers.values()):
+                raise RuntimeError("nothing was masked softly: the soft stage needs LearnedThreshold and train()")
+            sums: list[Tensor] = []
+            survival: Tensor | float = 1.0
+            for layer in sorted(done.layers):
+                record = done.layers[layer]
+                layout = record.entering
+                soft_mask = record.soft_mask
+                if soft_mask is None:  # a layer that may drop nothing
+                    soft_mask = torch.ones(layout.total, dtype=torch.float32, device=layout.indices.device)
+                survival = soft_mask * survival if cumulative else soft_mask
+                total = survival.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, survival)
+                sums.append(
+                    total / normalizer(layout, pruner.scoring_mode, pruner.max_seq_length) if normalized else total
+                )
+            batches.append(torch.stack(sums))
+        if not batches:
+            raise RuntimeError(_EMPTY)
+        return torch.cat(batches, dim=1)
+
+    @property
+    def survived_layers(self) -> list[Tensor]:
+        """For every sequence, the number of layers after which each valid token was still there.
+
+        A list with one ``[valid tokens]`` int64 tensor per sequence; 0 means dropped in the first layer or before it,
+        the number of layers means never dropped. A token whose row carries a summary was dropped.
+        """
+        result: list[Tensor] = []
+        for done in self.passes:
+            valid = done.valid
+            survived = valid.indices.new_zeros(valid.batch_size * valid.width)
+            for record in done.layers.values():
+                survived[record.leaving.indices[record.token_rows]] += 1
+            result += torch.split(survived[valid.indices], valid.lengths)
+        return result
+
+
+def _projected_lengths(done: PassRecord) -> Tensor:
+    """Rows of each layer's output projection, ``[layers, batch]`` int64: all where dropped tokens' states are used."""
+    records = [done.layers[layer] for layer in sorted(done.layers)]
+    only_those_left = done.first_only and done.pruner.summary_tokens == "none"
+    return torch.stack([(each.leaving if only_those_left else each.entering).lengths_tensor for each in records])
+
+
+recording: ContextVar[tuple[tuple[TokenPruner, Trace], ...]] = ContextVar("token_pruning_recording", default=())
+"""The traces being recorded in this thread or task."""
