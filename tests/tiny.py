@@ -24,6 +24,8 @@ HEADS = {
     "masked_lm": hf.AutoModelForMaskedLM,
     "encoder": hf.AutoModel,
 }
+# What a tiny config of another family needs besides (or instead of) the sizes of `tiny_config`.
+SPECIAL: dict[str, dict[str, Any]] = {}
 POSITIONS = 80
 LONGEST = {family: POSITIONS - 2 if "roberta" in family or family == "camembert" else POSITIONS for family in FAMILIES}
 PAD = {family: 1 if "roberta" in family or family == "camembert" else 0 for family in FAMILIES}
@@ -44,7 +46,7 @@ def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:
         sizes |= {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
     if family == "electra":
         sizes["embedding_size"] = 16
-    return hf.AutoConfig.for_model(family, **{**sizes, **overrides})
+    return hf.AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {}), **overrides})
 
 
 def tiny_model(
