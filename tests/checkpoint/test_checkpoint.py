@@ -488,7 +488,7 @@ def test_no_prune_mode(plain: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"prune_mode": "random"}, ["prune_mode is 'random'", "absolute_threshold, topk, threshold, rising_threshold"]),
+        ({"prune_mode": "random"}, ["prune_mode is 'random'", "absolute_threshold, threshold, rising_threshold, topk"]),
         ({"prune_mode": 3}, ["prune_mode is 3", "absolute_threshold"]),
         ({"prune_mode": ["topk"]}, ["prune_mode is ['topk']", "absolute_threshold"]),
         ({"prune_mode": "topk", "token_keep_rate": 1.5}, ["token_keep_rate is 1.5", "<= 1"]),

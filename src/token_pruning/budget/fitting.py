@@ -228,7 +228,7 @@ def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Cut(Pruner):
+class _Cut(Pruner, registered=False):
     """Keeps the given fraction of a whole batch's tokens after each layer, and notes the thresholds that do so."""
 
     prune_mode: ClassVar[str] = "cut"

@@ -4,8 +4,7 @@ from token_pruning.checkpoint.loading import (
     Checkpoint,
     from_pretrained,
     load_model,
-    pruner_from_config,
     read_checkpoint,
 )
 
-__all__ = ["Checkpoint", "from_pretrained", "load_model", "pruner_from_config", "read_checkpoint"]
+__all__ = ["Checkpoint", "from_pretrained", "load_model", "read_checkpoint"]

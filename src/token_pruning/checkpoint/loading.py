@@ -4,10 +4,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -19,24 +18,16 @@ from torch import Tensor
 from token_pruning.checkpoint.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
 from token_pruning.checks import choice
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
-from token_pruning.families import supported_model_types
-from token_pruning.pruners import FixedThreshold, LearnedThreshold, Pruner, RelativeThreshold, RisingThreshold, TopK
+from token_pruning.families import Reads, supported_model_types
+from token_pruning.pruners import Pruner, method_keys, pruner_from_config
 from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
-PRUNERS: dict[str, type[Pruner]] = {
-    cls.prune_mode: cls for cls in (FixedThreshold, TopK, RelativeThreshold, RisingThreshold)
-}
-_METHODS: list[type[Pruner]] = [*PRUNERS.values(), LearnedThreshold]
-_PRUNING_KEYS = {"prune_mode", "masking_mode", "threshold_temperature"} | {
-    f.name for cls in _METHODS for f in fields(cls)
-}
 _THRESHOLDS = "token_pruner.thresholds"
 _VOCABULARY_SCORES = "token_pruner.vocabulary_scores"
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_REQUIRED = {"topk": "token_keep_rate", "threshold": "token_threshold"}
 
 
 @dataclass
@@ -79,7 +70,7 @@ class Checkpoint:
         Keys that name a pruning method do not count: with them edited it is the same dense model.
         """
         config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        dense = {key: value for key, value in config.items() if key not in _PRUNING_KEYS}
+        dense = {key: value for key, value in config.items() if key not in {"reads", *method_keys()}}
         digest = hashlib.sha256(json.dumps(dense, sort_keys=True).encode())
         for path in _weight_files(self.path):
             with path.open("rb") as file:
@@ -113,40 +104,13 @@ class Checkpoint:
             The same model.
 
         Raises:
-            ConfigError: see :meth:`pruner` and :func:`token_pruning.prune`.
+            ConfigError: see :meth:`pruner` and :func:`token_pruning.prune`; or for a wrong ``reads``.
         """
         method = self.pruner() if pruner is None else pruner
-        return prune(model, method, execution=execution, vocabulary_scores=self.vocabulary_scores)
-
-
-def pruner_from_config(
-    config: Mapping[str, Any],
-    thresholds: tuple[float, ...] | None = None,
-    *,
-    learned: bool = False,
-    temperature: float | None = None,
-) -> Pruner:
-    """A pruner from ``config.json``'s keys; see :meth:`Checkpoint.pruner`."""
-    config = {key: value for key, value in config.items() if value is not None}
-    if "prune_mode" not in config:
-        raise ConfigError(f"prune_mode is missing; it must be one of {', '.join(PRUNERS)}")
-    mode = choice("prune_mode", config["prune_mode"], PRUNERS)
-    choice("masking_mode", config.get("masking_mode", "hard"), ("soft", "hard"))
-    cls = PRUNERS[mode]
-    if cls is FixedThreshold and learned:
-        cls = LearnedThreshold
-    if (required := _REQUIRED.get(mode)) and required not in config:
-        raise ConfigError(f"{required} is missing; prune_mode {mode!r} needs it")
-    if mode in ("absolute_threshold", "rising_threshold") and not (
-        "final_token_threshold" in config or config.get("thresholds") or thresholds
-    ):
-        raise ConfigError(f"final_token_threshold is missing; prune_mode {mode!r} needs it")
-    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-    if issubclass(cls, FixedThreshold) and thresholds is not None:
-        values.setdefault("thresholds", thresholds)  # a list written into config.json wins
-    if cls is LearnedThreshold:
-        values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
-    return cls(**values)
+        reads = self.config.get("reads")
+        if reads is not None:
+            choice(f"{self.path / 'config.json'}: reads", reads, get_args(Reads))
+        return prune(model, method, execution=execution, vocabulary_scores=self.vocabulary_scores, reads=reads)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

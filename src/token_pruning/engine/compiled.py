@@ -381,7 +381,7 @@ def _mask_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
 def _replace_linears(module: nn.Module, encoder: Encoder, vocabulary: int) -> None:
     """Give a head the encoder's kind of linear layers."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
+        if type(child) is nn.Linear and not child._forward_hooks and not child._forward_pre_hooks:
             setattr(module, name, encoder.head_linear(child, vocabulary))
         else:
             _replace_linears(child, encoder, vocabulary)

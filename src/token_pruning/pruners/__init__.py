@@ -1,7 +1,7 @@
-"""Pruning methods, one short file each; a pruner is its own configuration."""
+"""Pruning methods, one short file each; a pruner is its own configuration. Importing a method registers it."""
 
 from token_pruning.pruners.absolute import FixedThreshold, LearnedThreshold
-from token_pruning.pruners.base import LayerTokens, Pruner
+from token_pruning.pruners.base import LayerTokens, Pruner, method_keys, methods, pruner_from_config
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
 from token_pruning.pruners.unpruned import Unpruned
@@ -15,4 +15,7 @@ __all__ = [
     "RisingThreshold",
     "TopK",
     "Unpruned",
+    "method_keys",
+    "methods",
+    "pruner_from_config",
 ]

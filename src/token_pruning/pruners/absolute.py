@@ -27,6 +27,7 @@ class FixedThreshold(Pruner):
     """
 
     prune_mode: ClassVar[str] = "absolute_threshold"
+    required: ClassVar[tuple[str, ...]] = ("final_token_threshold", "thresholds")
 
     final_token_threshold: float = 0.01
     thresholds: Sequence[float] | None = None

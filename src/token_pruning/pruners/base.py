@@ -1,7 +1,7 @@
 """What every pruning method is: a frozen configuration with one decision per layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -44,7 +44,8 @@ class Pruner(ABC):
     """The base of every method.
 
     A method is a dataclass whose fields are its configuration (and its keys in ``config.json``), with a
-    ``prune_mode``, and :meth:`keep`. The first token of a sequence is kept whatever :meth:`keep` says: heads read it.
+    ``prune_mode``, and :meth:`keep`. Subclassing registers it under its ``prune_mode``, by which checkpoints and the
+    command line know it. The first token of a sequence is kept whatever :meth:`keep` says: heads read it.
 
     Args:
         scoring_mode: what divides received attention, see :func:`token_pruning.pruners.importance.normalizer`.
@@ -64,12 +65,20 @@ class Pruner(ABC):
     prune_mode: ClassVar[str]
     learned: ClassVar[bool] = False
     """Whether thresholds are trained: if so, a model in training mode masks softly and removes nothing."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Keys of which ``config.json`` must have one, since no default is right for all."""
 
     scoring_mode: ScoringMode = "mean"
     max_seq_length: int = 128
     summary_tokens: SummaryTokens = "none"
     prune_layers: Sequence[int] | None = None
     vocabulary_threshold: float | None = None
+
+    def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
+        """Register the method, unless it is not for checkpoints."""
+        super().__init_subclass__(**kwargs)
+        if registered:
+            (_LEARNED if cls.learned else _METHODS)[cls.prune_mode] = cls
 
     def __post_init__(self) -> None:
         """Check the configuration."""
@@ -123,3 +132,59 @@ class Pruner(ABC):
         if self.prune_layers is not None:
             values["prune_layers"] = list(self.prune_layers)
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}
+
+
+_METHODS: dict[str, type[Pruner]] = {}
+_LEARNED: dict[str, type[Pruner]] = {}
+
+
+def methods() -> dict[str, type[Pruner]]:
+    """The methods there are by their ``prune_mode``, those of other packages included once these are imported."""
+    return dict(_METHODS)
+
+
+def learned_method(prune_mode: str) -> type[Pruner] | None:
+    """The method that trains this one's thresholds, or None."""
+    return _LEARNED.get(prune_mode)
+
+
+def method_keys() -> set[str]:
+    """Every key of ``config.json`` that belongs to a method."""
+    names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)}
+    return {"prune_mode", "masking_mode", "threshold_temperature", *names}
+
+
+def pruner_from_config(
+    config: Mapping[str, Any],
+    thresholds: tuple[float, ...] | None = None,
+    *,
+    learned: bool = False,
+    temperature: float | None = None,
+) -> Pruner:
+    """The method that ``config.json``'s keys name.
+
+    Args:
+        config: the keys; others are ignored, as are those with a value of None.
+        thresholds: those found beside the weights; a list in the config wins.
+        learned: the method that trains the thresholds, where there is one.
+        temperature: its temperature, instead of the config's.
+
+    Raises:
+        ConfigError: for a missing or unknown ``prune_mode``, or a key that is missing or has a value that is not
+            allowed.
+    """
+    config = {key: value for key, value in config.items() if value is not None}
+    if "prune_mode" not in config:
+        raise ConfigError(f"prune_mode is missing; it must be one of {', '.join(_METHODS)}")
+    mode = choice("prune_mode", config["prune_mode"], _METHODS)
+    choice("masking_mode", config.get("masking_mode", "hard"), ("soft", "hard"))
+    cls = (_LEARNED.get(mode) if learned else None) or _METHODS[mode]
+    names = [f.name for f in fields(cls)]
+    values = {name: config[name] for name in names if name in config}
+    if thresholds is not None and "thresholds" in names:
+        values.setdefault("thresholds", thresholds)
+    if cls.required and not any(values.get(key) not in (None, [], ()) for key in cls.required):
+        raise ConfigError(f"{cls.required[0]} is missing; prune_mode {mode!r} needs it")
+    if cls.learned:
+        values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
+    return cls(**values)

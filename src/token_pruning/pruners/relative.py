@@ -29,6 +29,7 @@ class RelativeThreshold(Pruner):
     """
 
     prune_mode: ClassVar[str] = "threshold"
+    required: ClassVar[tuple[str, ...]] = ("token_threshold",)
 
     token_threshold: float = 0.1
 
@@ -59,6 +60,7 @@ class RisingThreshold(Pruner):
     """
 
     prune_mode: ClassVar[str] = "rising_threshold"
+    required: ClassVar[tuple[str, ...]] = ("final_token_threshold",)
 
     final_token_threshold: float = 0.1
 

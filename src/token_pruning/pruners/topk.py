@@ -28,6 +28,7 @@ class TopK(Pruner):
     """
 
     prune_mode: ClassVar[str] = "topk"
+    required: ClassVar[tuple[str, ...]] = ("token_keep_rate",)
 
     token_keep_rate: float = 0.5
     keep_all_layers: int = 3

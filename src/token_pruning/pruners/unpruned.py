@@ -10,7 +10,7 @@ from token_pruning.pruners.base import LayerTokens, Pruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unpruned(Pruner):
+class Unpruned(Pruner, registered=False):
     """Keep every token. What is saved is the padding, which packed execution never computes.
 
     It writes nothing into ``config.json``: a model saved with it is a plain dense model.

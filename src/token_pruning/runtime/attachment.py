@@ -4,7 +4,6 @@ Both are plain objects in place of the modules' ``forward``, so that copies and 
 """
 
 import copy
-import functools
 import inspect
 from typing import Any, Literal
 
@@ -143,29 +142,35 @@ class _HeadForward(_Forward):
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment, attachment.model)
+        _view_class(type(attachment.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.attachment.model
         cls: Any = type(model)
-        view: Any = object.__new__(_view_class(cls, model.base_model_prefix))
+        view: Any = object.__new__(_view_class(cls))
         object.__setattr__(view, "__dict__", model.__dict__)
         return cls.forward(view, *args, **kwargs)
 
 
-@functools.cache
-def _view_class(cls: type[Any], prefix: str) -> type[nn.Module]:
+_VIEW_CLASSES: dict[type, type] = {}
+
+
+def _view_class(cls: Any) -> type:
     """``cls`` with another base under the name its head calls it by; everything else of an instance is shared."""
 
     def base(view: nn.Module) -> Any:
         attachment: Attachment = getattr(view, MODULE_NAME).attachment
-        [base_forward, _] = attachment.forwards
+        base_forward = attachment.forwards[0]
 
         def first_tokens(*args: Any, **kwargs: Any) -> Any:
             return attachment.run(base_forward.options(args, kwargs), by_head=True)
 
         return first_tokens
 
-    return type(cls.__name__, (cls,), {prefix: property(base), "__module__": cls.__module__})
+    if cls not in _VIEW_CLASSES:
+        members = {cls.base_model_prefix: property(base), "__module__": cls.__module__}
+        _VIEW_CLASSES[cls] = type(cls.__name__, (cls,), members)
+    return _VIEW_CLASSES[cls]
 
 
 def write_keys(config: Any, pruner: Pruner) -> None:
