@@ -8,7 +8,7 @@ with tp.record(model) as trace:
 
 from token_pruning.budget.calibration import Calibration, calibrate
 from token_pruning.budget.schedules import Schedule
-from token_pruning.budget.vocabulary import vocabulary_scores, vocabulary_threshold
+from token_pruning.budget.vocabulary import vocabulary_gate
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine import Engine, compile
 from token_pruning.errors import (
@@ -26,6 +26,7 @@ from token_pruning.pruners import (
     RisingThreshold,
     TopK,
     Unpruned,
+    VocabularyGate,
 )
 from token_pruning.pruners.importance import convert_scores
 from token_pruning.runtime.flops import Flops, count_flops
@@ -52,6 +53,7 @@ __all__ = [
     "Trace",
     "Unpruned",
     "UnsupportedModelError",
+    "VocabularyGate",
     "calibrate",
     "compile",
     "convert_scores",
@@ -62,6 +64,5 @@ __all__ = [
     "record",
     "set_thresholds",
     "unprune",
-    "vocabulary_scores",
-    "vocabulary_threshold",
+    "vocabulary_gate",
 ]

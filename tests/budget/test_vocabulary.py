@@ -24,6 +24,7 @@ from tests.tiny import (
 )
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2
 from token_pruning.budget.examples import as_batch
+from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.errors import ConfigError
@@ -34,11 +35,15 @@ from token_pruning.runtime.inputs import pack_inputs
 
 SCORES = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0))
 LENGTHS = [30, 12, 1, 17]
-SOME: dict[str, Any] = {"scoring_mode": "relative", "thresholds": [0.5, 0.9, 1.0, 1.0], "vocabulary_threshold": 0.5}
+SOME: dict[str, Any] = {
+    "scoring_mode": "relative",
+    "thresholds": [0.5, 0.9, 1.0, 1.0],
+    "vocabulary": tp.VocabularyGate(SCORES, 0.5),
+}
 
 
 def attach(model: Any, pruner: tp.Pruner, **options: Any) -> Any:
-    return tp.prune(model, pruner, vocabulary_scores=SCORES, **options)
+    return tp.prune(model, pruner, **options)
 
 
 def entering_by_hand(ids: list[int], mask: list[int]) -> list[int]:
@@ -63,7 +68,8 @@ def examples(count: int = 40) -> list[dict[str, Any]]:
 
 def test_scores_are_the_means_of_a_plain_loop() -> None:
     model, some = tiny_model(), examples()
-    found = tp.vocabulary_scores(model, some)
+    gate = tp.vocabulary_gate(model, some)
+    found = gate.scores
     model.set_attn_implementation("eager")
     received: dict[int, list[float]] = {}
     for example in some:
@@ -77,28 +83,29 @@ def test_scores_are_the_means_of_a_plain_loop() -> None:
         expected = torch.inf if token in (2, 3) else (sum(values) + 5) / (len(values) + 5)
         assert found[token].item() == pytest.approx(expected, abs=1e-5)
     assert found.dtype == torch.float32
-    assert torch.equal(found, tp.vocabulary_scores(tiny_model(), some[::-1]))
-    assert_close(tp.vocabulary_scores(tiny_model(), as_batch(some, 0))[5:], found[5:], 1e-5)
-    assert tp.vocabulary_threshold(found, as_batch(some, 0), 0.7) == tp.vocabulary_threshold(found, some, 0.7)
+    assert gate.threshold == 0
+    assert torch.equal(found, tp.vocabulary_gate(tiny_model(), some[::-1]).scores)
+    assert_close(tp.vocabulary_gate(tiny_model(), as_batch(some, 0)).scores[5:], found[5:], 1e-5)
+    expected = gate.keeping(token_ids(some), 0.7)
+    assert gate.keeping(token_ids(as_batch(some, 0)), 0.7).threshold == expected.threshold
+    assert tp.vocabulary_gate(tiny_model(), some, 0.7).threshold == expected.threshold > 0
 
 
 def test_an_example_without_tokens_is_named() -> None:
     some = [*examples(3), {"input_ids": []}]
     with pytest.raises(ConfigError, match=r"examples\[3\] has no tokens"):
-        tp.vocabulary_scores(tiny_model(), some)
-    with pytest.raises(ConfigError, match=r"examples\[3\] has no tokens"):
-        tp.vocabulary_threshold(SCORES, some, 0.5)
+        tp.vocabulary_gate(tiny_model(), some)
 
 
 def test_scores_do_not_change_the_model() -> None:
     model = tiny_model().train()
-    tp.vocabulary_scores(model, examples(4))
+    tp.vocabulary_gate(model, examples(4))
     assert model.training
     assert not any(hasattr(module, "token_pruner") for module in model.modules())
     with pytest.raises(ConfigError, match="no examples were given"):
-        tp.vocabulary_scores(model, [])
+        tp.vocabulary_gate(model, [])
     with pytest.raises(ConfigError, match="pruned already"):
-        tp.vocabulary_scores(tp.prune(model, tp.Unpruned()), examples(4))
+        tp.vocabulary_gate(tp.prune(model, tp.Unpruned()), examples(4))
 
 
 @given(
@@ -111,7 +118,7 @@ def test_a_threshold_drops_as_much_as_it_may_and_never_more(
 ) -> None:
     some = [{"input_ids": [token % len(worth) for token in example]} for example in ids]
     found = [worth[token] for example in some for token in example["input_ids"]]
-    threshold = tp.vocabulary_threshold(torch.tensor(worth), some, keep_rate)
+    threshold = tp.VocabularyGate(torch.tensor(worth)).keeping(token_ids(some), keep_rate).threshold
     kept = sum(value >= threshold for value in found)
     assert kept >= keep_rate * len(found) - 1e-6
     lowest = min((value for value in found if value >= threshold), default=torch.inf)
@@ -120,12 +127,13 @@ def test_a_threshold_drops_as_much_as_it_may_and_never_more(
 
 
 def test_a_keep_rate_of_one_drops_nothing() -> None:
-    assert tp.vocabulary_threshold(SCORES, examples(), 1.0) == 0
+    gate, ids = tp.VocabularyGate(SCORES), token_ids(examples())
+    assert gate.keeping(ids, 1.0).threshold == 0
     for wrong in (0.0, 1.1):
         with pytest.raises(ConfigError, match="keep_rate"):
-            tp.vocabulary_threshold(SCORES, examples(), wrong)
+            gate.keeping(ids, wrong)
     with pytest.raises(ConfigError, match="no examples were given"):
-        tp.vocabulary_threshold(SCORES, [], 0.5)
+        gate.keeping(ids[:0], 0.5)
 
 
 # Execution
@@ -204,13 +212,13 @@ def test_thresholds_that_keep_everything_change_nothing() -> None:
     batch = ragged_batch(LENGTHS)
     with torch.no_grad():
         plain = tp.prune(tiny_model(), tp.Unpruned())(**batch).logits
-        for value in (None, 0.0):
-            assert torch.equal(attach(tiny_model(), tp.Unpruned(vocabulary_threshold=value))(**batch).logits, plain)
+        gated = attach(tiny_model(), tp.Unpruned(vocabulary=tp.VocabularyGate(SCORES)))
+        assert torch.equal(gated(**batch).logits, plain)
 
 
 def test_flops_are_relative_to_all_valid_tokens() -> None:
     model, batch = tiny_model(head="token"), ragged_batch(LENGTHS)
-    attach(model, tp.Unpruned(vocabulary_threshold=0.5))
+    attach(model, tp.Unpruned(vocabulary=SOME["vocabulary"]))
     with torch.no_grad(), tp.record(model) as trace:
         model(**batch)
     enter = torch.tensor(
@@ -223,7 +231,7 @@ def test_flops_are_relative_to_all_valid_tokens() -> None:
 
 def test_topk_counts_what_entered() -> None:
     model, batch = tiny_model(), ragged_batch([40])
-    attach(model, tp.TopK(token_keep_rate=0.5, keep_all_layers=3, vocabulary_threshold=0.5))
+    attach(model, tp.TopK(token_keep_rate=0.5, keep_all_layers=3, vocabulary=SOME["vocabulary"]))
     with torch.no_grad(), tp.record(model) as trace:
         model(**batch)
     entered = int(trace.attention_lengths[0])
@@ -270,15 +278,17 @@ def test_scores_are_saved_loaded_copied_and_never_rounded(tmp_path: Path) -> Non
 
 
 def test_what_is_missing_or_does_not_fit_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"vocabulary_threshold is 0\.5, but the model has no vocabulary scores"):
-        tp.prune(tiny_model(), tp.FixedThreshold(**SOME))
     model = tiny_model()
-    with pytest.raises(ConfigError, match=r"vocabulary_scores has shape \[7\]; the model's vocabulary has 200 entries"):
-        tp.prune(model, tp.FixedThreshold(**SOME), vocabulary_scores=torch.ones(7))
+    with pytest.raises(ConfigError, match=r"the vocabulary gate has 7 scores; the model's vocabulary has 200 entries"):
+        tp.prune(model, tp.Unpruned(vocabulary=tp.VocabularyGate(torch.ones(7), 0.5)))
+    with pytest.raises(ConfigError, match=r"vocabulary scores are \[2, 3\]"):
+        tp.VocabularyGate(torch.ones(2, 3))
+    with pytest.raises(ConfigError, match=r"vocabulary is 0\.5; it must be a VocabularyGate"):
+        tp.Unpruned(vocabulary=0.5)  # type: ignore[arg-type]
     with torch.no_grad():
         model(**ragged_batch(LENGTHS))  # nothing is left behind
     with pytest.raises(ConfigError, match=r"vocabulary_threshold is -1"):
-        tp.FixedThreshold(vocabulary_threshold=-1)
+        tp.VocabularyGate(SCORES, -1)
     attach(model, tp.FixedThreshold(**SOME))
     embedded = model.bert.embeddings.word_embeddings(ragged_batch(LENGTHS)["input_ids"])
     with pytest.raises(ConfigError, match="needs input_ids; inputs_embeds will not do"):
@@ -400,10 +410,10 @@ def frequent_and_rare(count: int = 80) -> list[dict[str, Any]]:
 def test_calibration_tries_the_vocabulary_too() -> None:
     some = frequent_and_rare()
     model = tiny_model()
-    scores = tp.vocabulary_scores(model, some)
-    scores[5:8] = torch.tensor([0.1, 0.2, 0.3])  # what makes up half of every text is worth nothing
+    gate = tp.vocabulary_gate(model, some)
+    gate.scores[5:8] = torch.tensor([0.1, 0.2, 0.3])  # what makes up half of every text is worth nothing
     model.bert.embeddings.word_embeddings.weight.data[5:8] *= 1e-3
-    result = tp.calibrate(model, some, 0.5, vocabulary_scores=scores)
+    result = tp.calibrate(model, some, 0.5, vocabulary=gate)
     with_, without = ([fit for fit in result.candidates if (fit.vocabulary_threshold is None) == none]
                       for none in (False, True))  # fmt: skip
     assert len(with_) > 3 and len(without) > 3
@@ -413,7 +423,7 @@ def test_calibration_tries_the_vocabulary_too() -> None:
     assert result.chosen.divergence == min(fit.divergence for fit in result.candidates if fit.divergence is not None)
     again = tiny_model()
     again.bert.embeddings.word_embeddings.weight.data[5:8] *= 1e-3
-    assert tp.calibrate(again, some, 0.5, vocabulary_scores=scores).chosen == result.chosen
+    assert tp.calibrate(again, some, 0.5, vocabulary=gate).chosen == result.chosen
     with torch.no_grad(), tp.record(model) as trace:
         for example in some:
             model(torch.tensor([example["input_ids"]]))

@@ -27,10 +27,11 @@ from token_pruning.budget.fitting import (
     using,
 )
 from token_pruning.budget.schedules import Schedule, neighbours, schedules
-from token_pruning.budget.vocabulary import vocabulary_threshold
+from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.pruners import FixedThreshold, Unpruned
+from token_pruning.families import Reads
+from token_pruning.pruners import FixedThreshold, Pruner, Unpruned, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops
 from token_pruning.runtime.prune import attachment_of, is_pruned, prunable, prune, record
@@ -73,7 +74,8 @@ def calibrate(
     metric: Metric | None = None,
     summary_tokens: SummaryTokens = "none",
     prune_layers: Sequence[int] | None = None,
-    vocabulary_scores: Tensor | None = None,
+    vocabulary: VocabularyGate | None = None,
+    reads: Reads | None = None,
     seed: int = 0,
     search: Sequence[Schedule] | None = None,
 ) -> Calibration:
@@ -93,8 +95,9 @@ def calibrate(
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
         prune_layers: see :class:`token_pruning.Pruner`; other layers get thresholds of zero.
-        vocabulary_scores: from :func:`token_pruning.vocabulary_scores`: everything is then tried twice, with all tokens
-            entering the first layer, and with half of what must be saved kept out of it.
+        vocabulary: from :func:`token_pruning.vocabulary_gate`, whose threshold is looked for anew: everything is then
+            tried twice, with all tokens entering the first layer, and with half of what must be saved kept out of it.
+        reads: see :func:`token_pruning.prune`.
         seed: of the division into halves. The same seed gives the same thresholds bit for bit.
         search: the schedules to try, with weights in ``prune_layers`` only; :func:`schedules` by default.
 
@@ -142,7 +145,7 @@ def calibrate(
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
-    with prunable(model, summary_tokens, vocabulary_scores):
+    with prunable(model, summary_tokens, None if vocabulary is None else vocabulary.at(0.0), reads):
         tried = list(search or schedules(layers, None if prune_layers is None else allowed))
         bench = _Bench(model, fitting, held_out, tried, allowed)
         if target_flops is not None:
@@ -152,8 +155,7 @@ def calibrate(
         else:
             assert max_drop is not None
             result = bench.cheapest(max_drop, metric or _default_metric)
-    wanted = vocabulary_scores if result.pruner.vocabulary_threshold else None
-    prune(model, result.pruner, vocabulary_scores=wanted)
+    prune(model, result.pruner, reads=reads)
     return result
 
 
@@ -190,17 +192,19 @@ class _Bench:
 
     def _vocabulary_thresholds(self, target: float) -> list[float | None]:
         """Those to try."""
-        scores = attachment_of(self.model).token_pruner.vocabulary_scores
-        if scores is None:
+        gate = attachment_of(self.model).token_pruner.pruner.vocabulary
+        if gate is None:
             return [None]
-        threshold = vocabulary_threshold(scores, self.fitting, default_keep_rate(self.model, self.fitting, target))
+        keep_rate = default_keep_rate(self.model, self.fitting, target)
+        threshold = gate.keeping(token_ids(self.fitting), keep_rate).threshold
         return [None, threshold] if threshold else [None]
 
     def fit(
         self, schedule: Schedule, target: float, threshold: float | None, tolerance: float = CLOSE_ENOUGH
     ) -> Fit | None:
         """A schedule's thresholds for a budget and their divergence, or None where it cannot reach the budget."""
-        method = replace(attachment_of(self.model).token_pruner.pruner, vocabulary_threshold=threshold)
+        method = attachment_of(self.model).token_pruner.pruner
+        method = replace(method, vocabulary=_gate(method, threshold))
         with using(self.model, method):
             fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
         if fit is None:
@@ -250,8 +254,13 @@ def _pruner(fit: Fit, model: nn.Module) -> FixedThreshold:
         scoring_mode="relative",
         summary_tokens=method.summary_tokens,
         max_seq_length=method.max_seq_length,
-        vocabulary_threshold=fit.vocabulary_threshold,
+        vocabulary=_gate(method, fit.vocabulary_threshold),
     )
+
+
+def _gate(method: Pruner, threshold: float | None) -> VocabularyGate | None:
+    """The method's gate with a threshold; None for none."""
+    return None if threshold is None or method.vocabulary is None else method.vocabulary.at(threshold)
 
 
 def _distance(dense: Tensor, pruned: Tensor) -> float:

@@ -96,7 +96,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
         scoring_mode="relative",
         profile=(*profile, *([1.0] * (layers - len(profile)))),
         summary_tokens=_summaries(model),
-        vocabulary_threshold=attachment_of(model).token_pruner.pruner.vocabulary_threshold,
+        vocabulary=attachment_of(model).token_pruner.pruner.vocabulary,
     )
     with using(model, cut), record(model) as trace:
         outputs_of(model, batch)

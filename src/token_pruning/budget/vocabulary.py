@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from token_pruning.budget.examples import Examples, as_batch, as_rows
-from token_pruning.checks import number
 from token_pruning.errors import ConfigError
+from token_pruning.pruners import VocabularyGate
 from token_pruning.runtime.prune import is_pruned, prunable, record
 
 EXAMPLES = 5000  # enough to know a vocabulary by
@@ -23,7 +23,7 @@ _PRIOR_EXAMPLES = 5.0
 _PRIOR_SCORE = 1.0  # the mean of all scores, by their definition
 
 
-def vocabulary_scores(model: Any, examples: Examples) -> Tensor:
+def vocabulary_gate(model: Any, examples: Examples, keep_rate: float = 1.0) -> VocabularyGate:
     """What each vocabulary entry is worth: its tokens' mean importance in the upper half of a model's layers.
 
     Scores are those of scoring mode ``"relative"``, whose mean over a sequence is 1. An entry's mean counts five more
@@ -32,13 +32,14 @@ def vocabulary_scores(model: Any, examples: Examples) -> Tensor:
 
     Args:
         model: a supported model that is not pruned, with any head.
-        examples: tokenized texts, as for :func:`token_pruning.calibrate`.
+        examples: tokenized texts, as for :func:`token_pruning.calibrate`; the more the better, up to some thousands.
+        keep_rate: the fraction of the examples' tokens that the gate lets into the first layer; above 0, at most 1.
 
     Returns:
-        ``[vocabulary]`` float32, on the CPU.
+        The gate: a setting of every method, and an argument of :func:`token_pruning.calibrate`.
 
     Raises:
-        ConfigError: for no examples, or a model that is pruned.
+        ConfigError: for no examples, a keep rate outside its range, or a model that is pruned.
     """
     if is_pruned(model):
         raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
@@ -68,45 +69,21 @@ def vocabulary_scores(model: Any, examples: Examples) -> Tensor:
             special.update(tokens[ends[:-1]].tolist(), tokens[ends[1:] - 1].tolist())
     scores = (sums + _PRIOR_EXAMPLES * _PRIOR_SCORE) / (counts + _PRIOR_EXAMPLES)
     scores[sorted(special)] = torch.inf
-    return scores.float()
+    return VocabularyGate(scores.float()).keeping(token_ids(rows), keep_rate)
 
 
-def vocabulary_threshold(scores: Tensor, examples: Examples, keep_rate: float) -> float:
-    """The threshold that lets a fraction of the examples' tokens into the first layer.
-
-    Args:
-        scores: from :func:`vocabulary_scores`.
-        examples: as for :func:`token_pruning.calibrate`.
-        keep_rate: the fraction, of all tokens; above 0, at most 1. Entries are kept or dropped as a whole and special
-            tokens are always kept, so that more tokens may be let in, but never fewer.
-
-    Returns:
-        In the units of the scores; 0 drops nothing.
-
-    Raises:
-        ConfigError: for a keep rate outside its range, or no examples.
-    """
-    number("keep_rate", keep_rate, above=0, high=1)
+def token_ids(examples: Examples) -> Tensor:
+    """All tokens of examples, ``[tokens]`` int64, padding left out."""
     batch = as_batch(examples, 0)
-    if not len(batch["input_ids"]):
-        raise ConfigError("no examples were given; a keep rate is a fraction of examples' tokens")
-    found = scores.cpu()[batch["input_ids"][batch["attention_mask"].bool()]]
-    values, counts = torch.unique(found, return_counts=True)
-    allowed = round((1 - keep_rate) * len(found), 6)
-    drops = int((counts[values.isfinite()].cumsum(0) <= allowed).sum())
-    if drops == 0:
-        return 0.0
-    above = values[drops] if drops < len(values) and values[drops].isfinite() else values[drops - 1] + 1
-    return float((values[drops - 1] + above) / 2)  # between two entries' scores, so that rounding decides nothing
+    return batch["input_ids"][batch["attention_mask"].bool()]
 
 
-def describe(scores: Tensor, threshold: float, examples: Examples, tokenizer: Any) -> str:
+def describe(gate: VocabularyGate, examples: Examples, tokenizer: Any) -> str:
     """One line: how many of the examples' tokens enter the first layer, and which of the others there are most of."""
-    batch = as_batch(examples, 0)
-    ids = batch["input_ids"][batch["attention_mask"].bool()]
-    left_out, counts = torch.unique(ids[scores[ids] < threshold], return_counts=True)
+    ids = token_ids(examples)
+    left_out, counts = torch.unique(ids[gate.scores[ids] < gate.threshold], return_counts=True)
     most = tokenizer.convert_ids_to_tokens(left_out[counts.argsort(descending=True)[:10]].tolist())
     return (
         f"{1 - int(counts.sum()) / len(ids):.1%} of the tokens enter the first layer: vocabulary "
-        f"threshold {threshold:.4f}; most frequent of the others: {' '.join(most)}"
+        f"threshold {gate.threshold:.4f}; most frequent of the others: {' '.join(most)}"
     )

@@ -88,12 +88,14 @@ class Checkpoint:
             ConfigError: for a missing or unknown ``prune_mode``, or a key with a value that is not allowed.
         """
         try:
-            return pruner_from_config(self.config, self.thresholds, learned=learned, temperature=temperature)
+            return pruner_from_config(
+                self.config, self.thresholds, self.vocabulary_scores, learned=learned, temperature=temperature
+            )
         except ConfigError as error:
             raise ConfigError(f"{self.path / 'config.json'}: {error}") from None
 
     def prune(self, model: ModelT, pruner: Pruner | None = None, *, execution: Execution = "packed") -> ModelT:
-        """Prune a model of this checkpoint in place, with the vocabulary scores found in the weights.
+        """Prune a model of this checkpoint in place.
 
         Args:
             model: from :func:`load_model`.
@@ -110,7 +112,7 @@ class Checkpoint:
         reads = self.config.get("reads")
         if reads is not None:
             choice(f"{self.path / 'config.json'}: reads", reads, get_args(Reads))
-        return prune(model, method, execution=execution, vocabulary_scores=self.vocabulary_scores, reads=reads)
+        return prune(model, method, execution=execution, reads=reads)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -5,6 +5,7 @@ from token_pruning.pruners.base import LayerTokens, Pruner, method_keys, methods
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
 from token_pruning.pruners.unpruned import Unpruned
+from token_pruning.pruners.vocabulary import VocabularyGate
 
 __all__ = [
     "FixedThreshold",
@@ -15,6 +16,7 @@ __all__ = [
     "RisingThreshold",
     "TopK",
     "Unpruned",
+    "VocabularyGate",
     "method_keys",
     "methods",
     "pruner_from_config",

@@ -91,10 +91,7 @@ class LearnedThreshold(FixedThreshold):
         return True
 
     def config(self) -> dict[str, Any]:
-        """Without ``thresholds``: the trained ones are saved with the weights.
-
-        The temperature goes by another name, because transformers takes ``temperature`` for a generation setting.
-        """
+        """Without ``thresholds``: the trained ones are saved with the weights."""
         values = super().config()
         values["threshold_temperature"] = values.pop("temperature")
         return {**values, "thresholds": None}

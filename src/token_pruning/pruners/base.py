@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from token_pruning.checks import choice, number, positive_integer
+from token_pruning.checks import choice, positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.pruners.importance import SCORING_MODES, ScoringMode
 from token_pruning.pruners.summary import SUMMARY_TOKENS, SummaryTokens
+from token_pruning.pruners.vocabulary import VocabularyGate
 from token_pruning.ragged.layout import Layout
 
 
@@ -55,8 +56,8 @@ class Pruner(ABC):
             stage drops nothing, so it has none.
         prune_layers: the layers (1-based) at which tokens may leave; None for all that the method has. Where the
             arithmetic saved is small, as for a single sequence on a GPU, each pruning layer costs more than it saves.
-        vocabulary_threshold: tokens whose vocabulary entry has a score below it never enter the first layer
-            (:mod:`token_pruning.budget.vocabulary`); None for none. The model must have vocabulary scores.
+        vocabulary: which tokens never enter the first layer (``vocabulary_threshold`` in ``config.json``, the scores
+            beside the weights); None for none.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -72,7 +73,7 @@ class Pruner(ABC):
     max_seq_length: int = 128
     summary_tokens: SummaryTokens = "none"
     prune_layers: Sequence[int] | None = None
-    vocabulary_threshold: float | None = None
+    vocabulary: VocabularyGate | None = None
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Register the method, unless it is not for checkpoints."""
@@ -85,8 +86,8 @@ class Pruner(ABC):
         choice("scoring_mode", self.scoring_mode, SCORING_MODES)
         positive_integer("max_seq_length", self.max_seq_length)
         choice("summary_tokens", self.summary_tokens, SUMMARY_TOKENS)
-        if self.vocabulary_threshold is not None:
-            number("vocabulary_threshold", self.vocabulary_threshold, low=0)
+        if self.vocabulary is not None and not isinstance(self.vocabulary, VocabularyGate):
+            raise ConfigError(f"vocabulary is {self.vocabulary!r}; it must be a VocabularyGate")
         if self.prune_layers is not None:
             if isinstance(self.prune_layers, str) or not isinstance(self.prune_layers, Sequence):
                 raise ConfigError(f"prune_layers is {self.prune_layers!r}; it must be a list of layers, the first is 1")
@@ -124,9 +125,15 @@ class Pruner(ABC):
         """Whether thresholds must be saved as a tensor, because the configuration does not determine them."""
         return self.learned
 
+    @property
+    def vocabulary_threshold(self) -> float | None:
+        """The score below which tokens never enter the first layer; None if all enter."""
+        return None if self.vocabulary is None else self.vocabulary.threshold or None
+
     def config(self) -> dict[str, Any]:
         """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vocabulary"}
+        values["vocabulary_threshold"] = self.vocabulary_threshold
         if self.summary_tokens == "none":
             values["summary_tokens"] = None
         if self.prune_layers is not None:
@@ -134,6 +141,8 @@ class Pruner(ABC):
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}
 
 
+# Fields that go by another name in config.json; transformers would take "temperature" for a generation setting.
+_OTHER_KEYS = {"temperature": "threshold_temperature", "vocabulary": "vocabulary_threshold"}
 _METHODS: dict[str, type[Pruner]] = {}
 _LEARNED: dict[str, type[Pruner]] = {}
 
@@ -151,12 +160,13 @@ def learned_method(prune_mode: str) -> type[Pruner] | None:
 def method_keys() -> set[str]:
     """Every key of ``config.json`` that belongs to a method."""
     names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)}
-    return {"prune_mode", "masking_mode", "threshold_temperature", *names}
+    return {"prune_mode", "masking_mode", *(_OTHER_KEYS.get(name, name) for name in names)}
 
 
 def pruner_from_config(
     config: Mapping[str, Any],
     thresholds: tuple[float, ...] | None = None,
+    vocabulary_scores: Tensor | None = None,
     *,
     learned: bool = False,
     temperature: float | None = None,
@@ -166,6 +176,7 @@ def pruner_from_config(
     Args:
         config: the keys; others are ignored, as are those with a value of None.
         thresholds: those found beside the weights; a list in the config wins.
+        vocabulary_scores: ``[vocabulary]`` found beside the weights.
         learned: the method that trains the thresholds, where there is one.
         temperature: its temperature, instead of the config's.
 
@@ -179,12 +190,19 @@ def pruner_from_config(
     mode = choice("prune_mode", config["prune_mode"], _METHODS)
     choice("masking_mode", config.get("masking_mode", "hard"), ("soft", "hard"))
     cls = (_LEARNED.get(mode) if learned else None) or _METHODS[mode]
-    names = [f.name for f in fields(cls)]
+    names = [f.name for f in fields(cls) if f.name != "vocabulary"]
     values = {name: config[name] for name in names if name in config}
     if thresholds is not None and "thresholds" in names:
         values.setdefault("thresholds", thresholds)
     if cls.required and not any(values.get(key) not in (None, [], ()) for key in cls.required):
         raise ConfigError(f"{cls.required[0]} is missing; prune_mode {mode!r} needs it")
+    if vocabulary_scores is not None:
+        values["vocabulary"] = VocabularyGate(vocabulary_scores, config.get("vocabulary_threshold", 0.0))
+    elif config.get("vocabulary_threshold"):
+        raise ConfigError(
+            f"vocabulary_threshold is {config['vocabulary_threshold']!r}, but the model has no vocabulary scores to "
+            "compare with it: make them with vocabulary_gate(model, examples)"
+        )
     if cls.learned:
         values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
     return cls(**values)

@@ -7,7 +7,7 @@ import copy
 import inspect
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from token_pruning.errors import UnsupportedModelError
@@ -30,7 +30,6 @@ class Attachment:
         model: PreTrainedModel,
         pruner: Pruner,
         execution: Execution,
-        vocabulary_scores: Tensor | None,
         reads: Reads | None,
     ) -> None:
         """Attach; nothing is changed if that fails."""
@@ -40,7 +39,7 @@ class Attachment:
         self.shape = family.shape(base.config)
         self.reads: Reads = family.reads(model) if reads is None else reads
         self.packed = execution == "packed"
-        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device, vocabulary_scores)
+        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
         self.token_pruner.attachment = self
         self.model, self.base = model, base

@@ -6,13 +6,13 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.families import Reads, family_of, supported_model_types
-from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.families import Reads, family_of, shape_of, supported_model_types
+from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.attachment import Attachment, Execution, write_keys
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -26,7 +26,6 @@ def prune(
     pruner: Pruner,
     *,
     execution: Execution = "packed",
-    vocabulary_scores: Tensor | None = None,
     reads: Reads | None = None,
 ) -> ModelT:
     """Make a Hugging Face encoder drop tokens, in place.
@@ -39,8 +38,6 @@ def prune(
         pruner: the method.
         execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
             gone: a slow reference with the same results, which can return attentions and hidden states.
-        vocabulary_scores: ``[vocabulary]`` float, from :func:`token_pruning.vocabulary_scores`, for a pruner with a
-            ``vocabulary_threshold``.
         reads: which last hidden states are used: ``"first"``, only those of sequences' first tokens, so that the last
             layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; or ``"all"``. As
             the model's head is known to do unless given; an embedding model with CLS pooling may say ``"first"``.
@@ -50,8 +47,8 @@ def prune(
 
     Raises:
         UnsupportedModelError: for a model of another family.
-        ConfigError: if the model is pruned already, the thresholds do not fit its layers or the vocabulary scores its
-            vocabulary, or there are none for a ``vocabulary_threshold``.
+        ConfigError: if the model is pruned already, or the thresholds do not fit its layers or the vocabulary scores
+            its vocabulary.
     """
     choice("execution", execution, get_args(Execution))
     if reads is not None:
@@ -61,14 +58,15 @@ def prune(
     inner = hugging_face_model(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
-    if vocabulary_scores is not None:
+    if pruner.vocabulary is not None:
         embeddings: Any = inner.get_input_embeddings()
-        if vocabulary_scores.shape != (embeddings.num_embeddings,):
+        entries = len(pruner.vocabulary.scores)
+        if entries != embeddings.num_embeddings:
             raise ConfigError(
-                f"vocabulary_scores has shape {list(vocabulary_scores.shape)}; the model's vocabulary has "
-                f"{embeddings.num_embeddings} entries"
+                f"the vocabulary gate has {entries} scores; the model's vocabulary has {embeddings.num_embeddings} "
+                "entries"
             )
-    Attachment(inner, pruner, execution, vocabulary_scores, reads)
+    Attachment(inner, pruner, execution, reads)
     return model
 
 
@@ -90,13 +88,18 @@ def unprune(model: ModelT) -> ModelT:
 
 @contextmanager
 def prunable(
-    model: Any, summary_tokens: SummaryTokens = "none", vocabulary_scores: Tensor | None = None
+    model: Any,
+    summary_tokens: SummaryTokens = "none",
+    vocabulary: VocabularyGate | None = None,
+    reads: Reads | None = None,
 ) -> Iterator[None]:
     """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
-    layers = family_of(model.base_model.config).shape(model.base_model.config).num_layers
+    layers = shape_of(hugging_face_model(model).base_model.config).num_layers
     training = model.training
-    pruner = FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens)
-    prune(model, pruner, vocabulary_scores=vocabulary_scores).eval()
+    pruner = FixedThreshold(
+        thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens, vocabulary=vocabulary
+    )
+    prune(model, pruner, reads=reads).eval()
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ class TokenPruner(nn.Module):
     Attributes:
         pruner: the method.
         thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer.
-        vocabulary_scores: ``[vocabulary]`` float32, or None: what ``pruner.vocabulary_threshold`` is compared with.
+        vocabulary_scores: ``[vocabulary]`` float32, or None: what the vocabulary threshold is compared with.
         attachment: what pruning put on the model; None in an engine.
 
     Both tensors stay float32 when the model is cast to half precision, since rounding them would change decisions.
@@ -25,21 +25,13 @@ class TokenPruner(nn.Module):
     thresholds: Tensor | None
     vocabulary_scores: Tensor | None
 
-    def __init__(
-        self, pruner: Pruner, num_layers: int, device: torch.device, vocabulary_scores: Tensor | None = None
-    ) -> None:
+    def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
         """Start from the method's initial thresholds."""
         super().__init__()
         self.attachment: Any = None
-        if pruner.vocabulary_threshold and vocabulary_scores is None:
-            raise ConfigError(
-                f"vocabulary_threshold is {pruner.vocabulary_threshold:g}, but the model has no vocabulary scores to "
-                "compare with it: give prune() those of vocabulary_scores(model, examples)"
-            )
-        self.register_buffer(
-            "vocabulary_scores",
-            None if vocabulary_scores is None else vocabulary_scores.to(device, torch.float32, copy=True),
-        )
+        gate = pruner.vocabulary
+        scores = None if gate is None else gate.scores.to(device, torch.float32, copy=True)
+        self.register_buffer("vocabulary_scores", scores)
         for layer in pruner.prune_layers or ():
             if layer > num_layers:
                 raise ConfigError(f"prune_layers names layer {layer}; the model has {num_layers} layers")

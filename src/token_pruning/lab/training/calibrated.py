@@ -11,7 +11,7 @@ from torch import Tensor
 from token_pruning.budget.calibration import Calibration, calibrate
 from token_pruning.budget.fitting import Fit
 from token_pruning.budget.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
-from token_pruning.budget.vocabulary import vocabulary_scores
+from token_pruning.budget.vocabulary import vocabulary_gate
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.checks import positive_integer
 from token_pruning.errors import ConfigError
@@ -98,7 +98,7 @@ def calibrate_checkpoint(
         metric=None if data is None else _metric(data),
         summary_tokens=summary_tokens,
         prune_layers=prune_layers,
-        vocabulary_scores=vocabulary_scores(model, features[:VOCABULARY_EXAMPLES]) if vocabulary else None,
+        vocabulary=vocabulary_gate(model, features[:VOCABULARY_EXAMPLES]) if vocabulary else None,
         seed=options.seed,
     )
     print(format_calibration(result))

@@ -43,7 +43,7 @@ from token_pruning.lab.training.trainer import (
     HardSecondHalf,
     PruningTrainer,
 )
-from token_pruning.lab.training.vocabulary import with_vocabulary_threshold
+from token_pruning.lab.training.vocabulary import with_vocabulary_gate
 from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
 from token_pruning.runtime.prune import freeze_thresholds, is_pruned, prune, unprune
 
@@ -105,10 +105,8 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
         model.to(arguments.device)
         if options.budget_input is not None:
             texts = _budget_texts(tokenizer, model, options)
-        pruner, vocabulary = with_vocabulary_threshold(
-            pruner, checkpoint, model, tokenizer, features, texts, options, say=first_process
-        )
-        prune(model, pruner, vocabulary_scores=vocabulary)
+        pruner = with_vocabulary_gate(pruner, checkpoint, model, tokenizer, features, texts, options, say=first_process)
+        prune(model, pruner)
     elif arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
 

@@ -4,11 +4,9 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import default_keep_rate
-from token_pruning.budget.vocabulary import EXAMPLES, describe, vocabulary_scores, vocabulary_threshold
+from token_pruning.budget.vocabulary import EXAMPLES, describe, token_ids, vocabulary_gate
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.lab.training.budget import HELD_OUT_EXAMPLES
 from token_pruning.lab.training.options import TrainOptions
@@ -16,7 +14,7 @@ from token_pruning.pruners import Pruner
 from token_pruning.runtime.prune import prunable
 
 
-def with_vocabulary_threshold(
+def with_vocabulary_gate(
     pruner: Pruner,
     checkpoint: Checkpoint,
     model: Any,
@@ -26,8 +24,8 @@ def with_vocabulary_threshold(
     options: TrainOptions,
     *,
     say: bool,
-) -> tuple[Pruner, Tensor | None]:
-    """The method with its vocabulary threshold, and the scores that this is compared with.
+) -> Pruner:
+    """The method with its vocabulary gate.
 
     Args:
         pruner: the method, with the threshold of the checkpoint if that has one.
@@ -40,11 +38,11 @@ def with_vocabulary_threshold(
         say: whether to print how many tokens enter.
 
     Returns:
-        The method, without a threshold where all tokens enter; and ``[vocabulary]`` float32 scores, or None.
+        The method, without a threshold where all tokens enter.
     """
-    keep_rate, scores = options.vocabulary_keep_rate, checkpoint.vocabulary_scores
+    keep_rate = options.vocabulary_keep_rate
     if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
-        return pruner, scores
+        return pruner
     some = random.Random(options.seed).sample(features, min(len(features), EXAMPLES))
     if keep_rate is None:
         assert options.target_flops is not None
@@ -52,10 +50,9 @@ def with_vocabulary_threshold(
             batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
             keep_rate = default_keep_rate(model, batch, options.target_flops)
     if keep_rate == 1:
-        return replace(pruner, vocabulary_threshold=None), scores
-    if scores is None:
-        scores = vocabulary_scores(model, some)
-    threshold = vocabulary_threshold(scores, texts or some, keep_rate)
-    if say and threshold:
-        print(describe(scores, threshold, texts or some, tokenizer))
-    return replace(pruner, vocabulary_threshold=threshold or None), scores
+        gate = None if pruner.vocabulary is None else pruner.vocabulary.at(0.0)
+        return replace(pruner, vocabulary=gate)
+    gate = (pruner.vocabulary or vocabulary_gate(model, some)).keeping(token_ids(texts or some), keep_rate)
+    if say and gate.threshold:
+        print(describe(gate, texts or some, tokenizer))
+    return replace(pruner, vocabulary=gate)
