@@ -4,6 +4,7 @@ from token_pruning.lab.data.docstrings import load_docstrings
 from token_pruning.lab.data.files import load_files, load_unlabelled
 from token_pruning.lab.data.glue import load_glue_folder, load_glue_hub
 from token_pruning.lab.data.minilm import find_minilm
+from token_pruning.lab.data.mpnet import find_mpnet
 from token_pruning.lab.data.tasks import GLUE_TASKS, Examples, Task, TaskData, glue_task
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Task",
     "TaskData",
     "find_minilm",
+    "find_mpnet",
     "glue_task",
     "load_docstrings",
     "load_files",
