@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.workspace import edit_config, write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
-from token_pruning.lab.data import Examples, TaskData, glue_task
+from token_pruning.lab.data import TaskData, TextExamples, glue_task
 from token_pruning.lab.sweep import study as sweep_study
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.report import Row, TaskResults, pareto_plot
@@ -333,7 +333,7 @@ def test_the_rule_waits_for_the_middle_and_spares_the_last_evaluation() -> None:
 
 def test_the_held_out_slice() -> None:
     texts = [f"text {number}" for number in range(53)]
-    data = TaskData(glue_task("SST2"), Examples(texts, None, [number % 2 for number in range(53)]), {})
+    data = TaskData(glue_task("SST2"), TextExamples(texts, None, [number % 2 for number in range(53)]), {})
     first, again, other = (hold_out(data, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert first.train is not None

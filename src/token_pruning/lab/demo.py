@@ -13,10 +13,12 @@ from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.lab.data import TaskData, find_minilm, load_docstrings
 from token_pruning.lab.evaluation import predict
+from token_pruning.lab.files import write_json
 from token_pruning.lab.report import write_report
+from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.lab.training.run_dir import RunDir, write_json
-from token_pruning.lab.training.stages import collator, tokenize, train
+from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.train import train
 from token_pruning.runtime.prune import record
 
 _METRIC = "accuracy"

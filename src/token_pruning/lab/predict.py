@@ -11,7 +11,8 @@ from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import write_text
-from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.lab.training.features import collator, tokenize
+from token_pruning.lab.training.load import load_tokenizer, other_architecture
 
 
 def predict_file(
@@ -39,11 +40,8 @@ def predict_file(
         TokenPruningError: for a bad checkpoint, file or value.
     """
     checkpoint = read_checkpoint(restore)
-    architecture = (checkpoint.config.get("architectures") or ["no model"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ConfigError(
-            f"{restore} is {architecture}; only sequence-classification and regression models can predict"
-        )
+    if (other := other_architecture(checkpoint)) is not None:
+        raise ConfigError(f"{restore} is {other}; only sequence-classification and regression models can predict")
     pruner = None if dense else checkpoint.pruner()
     examples = load_unlabelled(source)
     tokenizer = load_tokenizer(checkpoint)

@@ -27,7 +27,8 @@ from token_pruning.lab.evaluation import length_order, predict
 from token_pruning.lab.files import write_files
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.report.page import load_template
-from token_pruning.lab.training.stages import collator, load_split
+from token_pruning.lab.training.features import collator
+from token_pruning.lab.training.load import load_split, other_architecture
 from token_pruning.pruners import Pruner, Unpruned
 from token_pruning.runtime.flops import flops_from_lengths
 from token_pruning.runtime.prune import record
@@ -259,10 +260,9 @@ def _shown(
 
 
 def _pruner(checkpoint: Checkpoint) -> Pruner:
-    architecture = (checkpoint.config.get("architectures") or ["no model"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
+    if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
-            f"--restore {checkpoint.path} is {architecture}; it must be a sequence-classification or regression model"
+            f"--restore {checkpoint.path} is {other}; it must be a sequence-classification or regression model"
         )
     return Unpruned() if checkpoint.config.get("prune_mode") is None else checkpoint.pruner()
 

@@ -374,7 +374,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     options = _options(arguments, lr=_learning_rate(arguments), **{name: getattr(arguments, name) for name in names})
 
-    from token_pruning.lab.training.stages import train
+    from token_pruning.lab.training.train import train
 
     train(options, partial(_load_data, arguments, True))
 
@@ -419,7 +419,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     options = _options(arguments)
 
-    from token_pruning.lab.training.stages import evaluate_checkpoint
+    from token_pruning.lab.training.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(options, partial(_load_data, arguments, False))
 

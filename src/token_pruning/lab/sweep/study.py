@@ -37,9 +37,12 @@ from token_pruning.lab.sweep.methods import METHODS, CalibrateOptions, Space
 from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_report
 from token_pruning.lab.sweep.rules import Point, hopeless
 from token_pruning.lab.training.calibrated import EXAMPLES, calibrate_checkpoint
+from token_pruning.lab.training.evaluate import evaluate_checkpoint
+from token_pruning.lab.training.load import load_split
 from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.plan import DataSource
 from token_pruning.lab.training.run_dir import RUN_FILE, RunDir
-from token_pruning.lab.training.stages import DataSource, evaluate_checkpoint, load_split, train
+from token_pruning.lab.training.train import train
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 from token_pruning.runtime.prune import prunable
 

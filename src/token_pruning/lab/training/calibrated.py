@@ -16,17 +16,14 @@ from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.checks import positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.lab.data import TaskData, load_unlabelled
+from token_pruning.lab.files import write_json
 from token_pruning.lab.metrics import compute_metrics
+from token_pruning.lab.training.evaluate import make_evaluator
+from token_pruning.lab.training.features import labelled_features, tokenize
+from token_pruning.lab.training.load import load_classifier, load_tokenizer
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.lab.training.run_dir import RunDir, write_json
-from token_pruning.lab.training.stages import (
-    DataSource,
-    labelled_features,
-    load_classifier,
-    load_tokenizer,
-    make_evaluator,
-    tokenize,
-)
+from token_pruning.lab.training.plan import DataSource
+from token_pruning.lab.training.run_dir import RunDir
 from token_pruning.pruners.summary import SummaryTokens
 
 REPORT = "calibration.json"

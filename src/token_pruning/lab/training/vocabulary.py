@@ -9,40 +9,37 @@ from torch import Tensor
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import default_keep_rate
 from token_pruning.budget.vocabulary import EXAMPLES, describe, vocabulary_scores, vocabulary_threshold
-from token_pruning.checkpoint import Checkpoint
 from token_pruning.lab.training.budget import HELD_OUT_EXAMPLES
-from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.plan import TrainPlan
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.prune import prunable
 
 
 def with_vocabulary_threshold(
     pruner: Pruner,
-    checkpoint: Checkpoint,
+    plan: TrainPlan,
     model: Any,
     tokenizer: Any,
     features: list[dict[str, Any]],
     texts: list[dict[str, Any]] | None,
-    options: TrainOptions,
-    *,
-    say: bool,
 ) -> tuple[Pruner, Tensor | None]:
     """The method with its vocabulary threshold, and the scores that this is compared with.
 
+    How many tokens enter is printed.
+
     Args:
-        pruner: the method, with the threshold of the checkpoint if that has one.
-        checkpoint: where training starts; scores found in it are kept.
+        pruner: the plan's, with the threshold of the checkpoint if that has one.
+        plan: the keep rate, or the budget that it follows from; scores found in its checkpoint are kept.
         model: the checkpoint's, not pruned.
         tokenizer: for the line that is printed.
         features: the training examples, tokenized.
         texts: those whose cost is held to the budget, where they are not training examples.
-        options: the keep rate, or the budget that it follows from.
-        say: whether to print how many tokens enter.
 
     Returns:
         The method, without a threshold where all tokens enter; and ``[vocabulary]`` float32 scores, or None.
     """
-    keep_rate, scores = options.vocabulary_keep_rate, checkpoint.vocabulary_scores
+    options = plan.options
+    keep_rate, scores = options.vocabulary_keep_rate, plan.start.vocabulary_scores
     if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
         return pruner, scores
     some = random.Random(options.seed).sample(features, min(len(features), EXAMPLES))
@@ -56,6 +53,6 @@ def with_vocabulary_threshold(
     if scores is None:
         scores = vocabulary_scores(model, some)
     threshold = vocabulary_threshold(scores, texts or some, keep_rate)
-    if say and threshold:
+    if plan.first_process and threshold:
         print(describe(scores, threshold, texts or some, tokenizer))
     return replace(pruner, vocabulary_threshold=threshold or None), scores
