@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.workspace import write_checkpoint
-from token_pruning.lab import demo
 from token_pruning.lab.cli import main
 from token_pruning.lab.data import Task, TaskData, TextExamples
+from token_pruning.lab.demo import run as demo
 
 
 def few_texts() -> TaskData:

@@ -35,6 +35,7 @@ class TrainPlan:
         teacher: the dense model that is learned from, or None.
         distillation: how; None without a teacher.
         data: the task and its examples.
+        examples: those to train on.
         budget_texts: texts whose cost is held to the budget; None for held-out training examples.
         run_dir: where everything goes.
         resume: whether an unfinished run is there, to be continued.
@@ -48,16 +49,11 @@ class TrainPlan:
     teacher: Checkpoint | None
     distillation: Distillation | None
     data: TaskData
+    examples: TextExamples
     budget_texts: TextExamples | None
     run_dir: RunDir
     resume: bool
     arguments: TrainingArguments
-
-    @property
-    def train_examples(self) -> TextExamples:
-        """The examples to train on."""
-        assert self.data.train is not None
-        return self.data.train
 
     @property
     def first_process(self) -> bool:
@@ -84,14 +80,13 @@ def plan_training(options: TrainOptions, load_data: DataSource) -> TrainPlan:
     found = read_checkpoint(options.restore)
     start, pruner = _start(found, options)
     run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(start.config))
-    _refuse_same_folder(run_dir, found, "--restore")
+    refuse_same_folder(run_dir, found, "--restore")
     teacher = _teacher(found, options)
     if teacher is not None:
-        _refuse_same_folder(run_dir, teacher, "--teacher")
+        refuse_same_folder(run_dir, teacher, "--teacher")
     resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     data = load_data(start)
-    if data.train is None:
-        raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
+    examples = training_examples(data)
     distillation = None if teacher is None else _distillation(teacher, data.task, options)
     arguments = _training_arguments(options, run_dir, data.task)
     if options.batch_size % arguments.world_size:
@@ -106,6 +101,7 @@ def plan_training(options: TrainOptions, load_data: DataSource) -> TrainPlan:
         teacher=teacher,
         distillation=distillation,
         data=data,
+        examples=examples,
         budget_texts=_budget_texts(options),
         run_dir=run_dir,
         resume=resume,
@@ -133,6 +129,27 @@ def pruner_of(checkpoint: Checkpoint, options: TrainOptions) -> Pruner:
     return pruner
 
 
+def refuse_same_folder(run_dir: RunDir, checkpoint: Checkpoint, flag: str) -> None:
+    """A run may not write over what it reads.
+
+    Raises:
+        ConfigError: if its folder is the checkpoint's.
+    """
+    if run_dir.path.resolve() == checkpoint.path.resolve():
+        raise ConfigError(f"output directory {run_dir.path} is the {flag} folder; give another --output-dir")
+
+
+def training_examples(data: TaskData) -> TextExamples:
+    """The task's training examples.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    if data.train is None:
+        raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
+    return data.train
+
+
 def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner | None]:
     """The checkpoint as this run takes it, and the method to start with."""
     start = with_keys(found, options.pruning)
@@ -146,11 +163,6 @@ def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner
     assert isinstance(pruner, FixedThreshold)
     layers = start.config.get("num_hidden_layers") or start.config["n_layers"]
     return start, replace(pruner, thresholds=tuple(pruner.initial_thresholds(layers)))
-
-
-def _refuse_same_folder(run_dir: RunDir, checkpoint: Checkpoint, flag: str) -> None:
-    if run_dir.path.resolve() == checkpoint.path.resolve():
-        raise ConfigError(f"output directory {run_dir.path} is the {flag} folder; give another --output-dir")
 
 
 def _teacher(found: Checkpoint, options: TrainOptions) -> Checkpoint | None:

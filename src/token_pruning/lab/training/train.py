@@ -109,7 +109,7 @@ def _build(plan: TrainPlan) -> _Built:
     tokenizer = load_tokenizer(plan.start)
     model = load_classifier(plan.start, plan.data.task, new_head=plan.pruner is None)
     schedule = None if options.target_flops is None else budget_schedule(model, options, plan.start_is_learned)
-    features = labelled_features(tokenizer, plan.train_examples, plan.data.task, model, options.max_length)
+    features = labelled_features(tokenizer, plan.examples, plan.data.task, model, options.max_length)
     texts: list[dict[str, Any]] | None = None
     if plan.pruner is not None:
         model.to(plan.arguments.device)
@@ -135,7 +135,7 @@ def _add_teacher_logits(plan: TrainPlan, built: _Built, teacher: Checkpoint) -> 
     tokenizer = load_tokenizer(teacher)  # its own: a larger model of another family may teach
     logits = teacher_logits(
         teacher,
-        encode(tokenizer, plan.train_examples, options.max_length),
+        encode(tokenizer, plan.examples, options.max_length),
         collator(tokenizer, options.bf16),
         fallback=plan.run_dir.path,
         batch_size=options.batch_size,
