@@ -21,7 +21,7 @@ from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.training.budget import (
     BudgetController,
     BudgetHolder,
-    hold_out,
+    fitting_examples,
     soft_relative_flops,
     with_relative_scores,
 )
@@ -147,13 +147,13 @@ def test_a_schedule_that_cannot_reach_the_budget_gives_way_to_the_one_that_can()
 
 def test_examples_are_held_out() -> None:
     features = [{"number": number} for number in range(1000)]
-    rest, held = hold_out(features, seed=1)
+    rest, held = fitting_examples(features, seed=1)
     assert (len(rest), len(held)) == (900, 100)
     assert sorted(row["number"] for row in rest + held) == list(range(1000))
-    assert held == hold_out(features, seed=1)[1] != hold_out(features, seed=2)[1]
-    assert len(hold_out(features[:64], seed=1)[1]) == 32
+    assert held == fitting_examples(features, seed=1)[1] != fitting_examples(features, seed=2)[1]
+    assert len(fitting_examples(features[:64], seed=1)[1]) == 32
     with pytest.raises(ConfigError, match="63 training examples; a budget needs at least 64"):
-        hold_out(features[:63], seed=1)
+        fitting_examples(features[:63], seed=1)
 
 
 def test_schedules_by_name_and_by_parts() -> None:

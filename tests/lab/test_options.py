@@ -53,7 +53,7 @@ def test_types_come_from_the_fields() -> None:
 
 
 def test_checks_name_the_flag() -> None:
-    with pytest.raises(ConfigError, match="--rate is -1.0; it must be a finite number >= 0"):
+    with pytest.raises(ConfigError, match=r"--rate is -1\.0; it must be a finite number >= 0"):
         build(parse("--must x --speed -1"), Options)
 
 

@@ -33,10 +33,11 @@ from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.lab.data import TaskData
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.options import SweepOptions
-from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_report
+from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_results
 from token_pruning.lab.sweep.rules import Point, hopeless
 from token_pruning.lab.training.calibrated import calibrate_checkpoint
 from token_pruning.lab.training.evaluate import evaluate_checkpoint
+from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.load import load_split
 from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
 from token_pruning.lab.training.plan import DataSource, training_examples
@@ -78,13 +79,13 @@ def run_sweep(options: SweepOptions, load_data: DataSource) -> Path:
     data = load_data(checkpoint)
     training_examples(data)
     if options.validate_on == "train":
-        data = hold_out(data, options.base.seed)
+        data = validate_on_training_set(data, options.base.seed)
     sweep = _Sweep(options, checkpoint, data, _open_study(options))
     sweep.run()
     return options.output_dir / "pareto.md"
 
 
-def hold_out(data: TaskData, seed: int) -> TaskData:
+def validate_on_training_set(data: TaskData, seed: int) -> TaskData:
     """The task with its validation set replaced by a slice of the training set, which loses it.
 
     Args:
@@ -94,14 +95,12 @@ def hold_out(data: TaskData, seed: int) -> TaskData:
     Raises:
         ConfigError: for fewer than five training examples.
     """
-    assert data.train is not None
-    total = len(data.train)
-    count = min(1000, total // 5)
+    examples = training_examples(data)
+    count = min(1000, len(examples) // 5)
     if count < 1:
-        raise ConfigError(f"there are {total} training examples; give 5 or more, or --validate-on dev")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    rest, chosen = data.train.select(sorted(order[count:])), data.train.select(sorted(order[:count]))
-    return TaskData(data.task, rest, {"held_out": chosen})
+        raise ConfigError(f"there are {len(examples)} training examples; give 5 or more, or --validate-on dev")
+    rest, chosen = hold_out(len(examples), count, seed)
+    return TaskData(data.task, examples.select(rest), {"held_out": examples.select(chosen)})
 
 
 class _Superfluous(Exception):
@@ -344,7 +343,7 @@ class _Sweep:
         latest = {trial.user_attrs.get("folder"): trial.number for trial in trials}
         rows = [_row(trial, latest[trial.user_attrs.get("folder")]) for trial in trials]
         note = f"{self.metric} in percent on {measured}."
-        write_report(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
+        write_results(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
 
 
 _STATES = {COMPLETE: "complete", PRUNED: "pruned", TrialState.FAIL: "failed"}

@@ -22,6 +22,7 @@ from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
 from token_pruning.families import ModelShape
+from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.pruners import Pruner
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
@@ -147,7 +148,7 @@ class BudgetHolder(TrainerCallback):  # type: ignore[misc]
         return fit
 
 
-def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def fitting_examples(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training examples without those that thresholds are fitted to, and these.
 
     Raises:
@@ -159,10 +160,8 @@ def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, 
             f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
             f"{FEWEST_EXAMPLES} of them to fit thresholds to"
         )
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    rest = [feature for number, feature in enumerate(features) if number not in chosen]
-    return rest, [features[number] for number in sorted(chosen)]
+    rest, chosen = hold_out(len(features), count, seed)
+    return [features[place] for place in rest], [features[place] for place in chosen]
 
 
 def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedule | None:

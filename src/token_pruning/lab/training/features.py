@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import DataCollatorWithPadding
 
 from token_pruning.errors import ConfigError
@@ -73,6 +74,12 @@ def shorter(features: list[dict[str, Any]], quantile: float | None, *, say: bool
     if say:
         print(f"training on {len(chosen)} of {len(features)} examples; the longest has {longest} tokens")
     return chosen
+
+
+def hold_out(total: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The places of ``total`` examples without ``count`` of them, and these, each in ascending order."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[count:]), sorted(order[:count])
 
 
 def collator(tokenizer: Any, bf16: bool) -> DataCollatorWithPadding:

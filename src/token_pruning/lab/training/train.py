@@ -17,7 +17,7 @@ from token_pruning.lab.training.budget import (
     BudgetHolder,
     budget_holder,
     budget_schedule,
-    hold_out,
+    fitting_examples,
 )
 from token_pruning.lab.training.distillation import teacher_logits
 from token_pruning.lab.training.evaluate import EvaluateSplits, make_evaluator
@@ -124,7 +124,7 @@ def _build(plan: TrainPlan) -> _Built:
     holder, trained_on = None, features
     if options.target_flops is not None:
         if texts is None:
-            trained_on, texts = hold_out(features, options.seed)
+            trained_on, texts = fitting_examples(features, options.seed)
         holder = budget_holder(model, texts, options.target_flops, schedule, bf16=options.bf16)
     return _Built(model, tokenizer, features, trained_on, holder)
 
