@@ -17,7 +17,6 @@ from tests.tiny import (
     FAMILIES,
     HEADS,
     LONGEST,
-    PAD,
     BertByTheBook,
     assert_close,
     decision_margin,
@@ -666,8 +665,3 @@ def test_a_deep_copy_and_a_masked_twin_agree(lengths: list[int], strength: float
     assert same_survivors(one, two)
     assert_close(first.start_logits, second.start_logits)
     assert_close(first.end_logits, second.end_logits)
-
-
-def test_pad_ids_in_the_tiny_batches_are_the_models_own() -> None:
-    for family in FAMILIES:
-        assert tiny_config(family).pad_token_id == PAD[family]

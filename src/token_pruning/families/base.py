@@ -102,6 +102,8 @@ class Family(ABC):
             last state alone.
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
+        terms_by_column: whether ``terms`` counts columns of the padded batch, whatever position ids there are.
+        refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -112,6 +114,8 @@ class Family(ABC):
         "ForNextSentencePrediction",
     )
     native: ClassVar[bool] = False
+    terms_by_column: ClassVar[bool] = False
+    refused_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family."""

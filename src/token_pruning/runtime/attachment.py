@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from token_pruning.errors import UnsupportedModelError
+from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.inputs import model_output, pack_inputs
@@ -75,6 +75,9 @@ class Attachment:
         Returns:
             The base model's output class.
         """
+        for name in self.family.refused_inputs:
+            if options.get(name) is not None:
+                raise ConfigError(f"{name} is given; a pruned {type(self.base).__name__} cannot take it")
         first_only = self.reads == "first" and (by_head or self.base is self.model)
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
         tokens = pack_inputs(self.family, **{name: options.get(name) for name in names})
