@@ -25,8 +25,8 @@ HEADS = {
     "question": hf.AutoModelForQuestionAnswering,
     "masked_lm": hf.AutoModelForMaskedLM,
     "encoder": hf.AutoModel,
-    "multiple_choice": hf.AutoModelForMultipleChoice,
 }
+MORE_HEADS = {**HEADS, "multiple_choice": hf.AutoModelForMultipleChoice}  # this one takes batches of another shape
 # What a tiny config of another family needs besides (or instead of) the sizes of `tiny_config`.
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -36,7 +36,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **_RELATIVE, "position_buckets": 16, "max_relative_positions": 40, "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "position_biased_input": False,
     },
+    "deit": {"image_size": 32, "patch_size": 4},
     "ernie": {"use_task_id": True},
+    "vit": {"image_size": 32, "patch_size": 4},
 }  # fmt: skip
 POSITIONS = 80
 VOCABULARY = 200
@@ -80,7 +82,7 @@ def tiny_model(
     overrides = {**{"regression": {"num_labels": 1}, "question": {"num_labels": 2}}.get(head, {}), **overrides}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return HEADS[head].from_config(tiny_config(family, layers=layers, **overrides)).eval()
+        return MORE_HEADS[head].from_config(tiny_config(family, layers=layers, **overrides)).eval()
 
 
 @cache

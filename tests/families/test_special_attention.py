@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import token_pruning as tp
 from tests.tiny import (
-    HEADS,
     LONGEST,
+    MORE_HEADS,
     SPECIAL_ATTENTION,
     assert_close,
     outputs,
@@ -26,8 +26,8 @@ from token_pruning.runtime.prune import reads_of
 FAMILY_HEADS = [
     (family, head)
     for family in SPECIAL_ATTENTION
-    for head in HEADS
-    if head != "regression" and type(tiny_config(family)) in HEADS[head]._model_mapping
+    for head in MORE_HEADS
+    if head != "regression" and type(tiny_config(family)) in MORE_HEADS[head]._model_mapping
 ]
 NO_DROPOUT = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "classifier_dropout_prob": 0}
 PRUNERS: dict[str, tp.Pruner] = {

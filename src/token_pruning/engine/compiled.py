@@ -59,6 +59,8 @@ def compile(
     choice("dtype", dtype, get_args(EngineDtype))
     threads = torch.get_num_threads() if threads is None else positive_integer("threads", threads)
     inner = hugging_face_model(model)
+    if inner.main_input_name != "input_ids":
+        raise UnsupportedModelError(f"{type(inner).__name__} takes {inner.main_input_name}; an engine takes input_ids")
     if reads is not None:
         choice("reads", reads, get_args(Reads))
         if is_pruned(inner):

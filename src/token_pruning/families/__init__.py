@@ -1,6 +1,6 @@
 """One file per model family: the only place that knows layers' names. Importing one registers it."""
 
-from token_pruning.families import albert, bert, deberta, deberta_v2, distilbert, ernie, mpnet, roberta
+from token_pruning.families import albert, bert, deberta, deberta_v2, distilbert, ernie, mpnet, roberta, vit
 from token_pruning.families.base import (
     EmbeddingModules,
     Family,
@@ -32,5 +32,6 @@ __all__ = [
     "shape_of",
     "split_heads",
     "supported_model_types",
+    "vit",
     "wanted",
 ]

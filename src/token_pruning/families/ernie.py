@@ -24,4 +24,4 @@ class Ernie(Bert):
             if type(table) is not nn.Embedding or table._forward_hooks or table._forward_pre_hooks:
                 return replace(modules, position=table)  # the engine says what it has against it
         summed = modules.position.weight.detach().float() + task.weight.detach()[0].float()
-        return replace(modules, position=nn.Embedding(*summed.shape, _weight=summed))
+        return replace(modules, position=nn.Embedding(summed.shape[0], summed.shape[1], _weight=summed))

@@ -79,8 +79,7 @@ class Attachment:
             if options.get(name) is not None:
                 raise ConfigError(f"{name} is given; a pruned {type(self.base).__name__} cannot take it")
         first_only = self.reads == "first" and (by_head or self.base is self.model)
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-        tokens = pack_inputs(self.family, **{name: options.get(name) for name in names})
+        tokens = pack_inputs(self.family, **self.family.inputs(options))
         wanted = {
             name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
             for name in ("output_attentions", "output_hidden_states")

@@ -63,10 +63,10 @@ def prune(
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
     if vocabulary_scores is not None:
         embeddings: Any = inner.get_input_embeddings()
-        if vocabulary_scores.shape != (embeddings.num_embeddings,):
+        if vocabulary_scores.shape != (getattr(embeddings, "num_embeddings", 0),):
             raise ConfigError(
                 f"vocabulary_scores has shape {list(vocabulary_scores.shape)}; the model's vocabulary has "
-                f"{embeddings.num_embeddings} entries"
+                f"{getattr(embeddings, 'num_embeddings', 0)} entries"
             )
     Attachment(inner, pruner, execution, vocabulary_scores, reads)
     return model
