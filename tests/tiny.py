@@ -16,6 +16,9 @@ from torch import Tensor
 import token_pruning as tp
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+ROTARY_AND_PRE_LN = (
+    "modernbert", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "xlm-roberta-xl", "megatron-bert"
+)  # fmt: skip
 HEADS = {
     "sequence": hf.AutoModelForSequenceClassification,
     "regression": hf.AutoModelForSequenceClassification,
@@ -24,11 +27,18 @@ HEADS = {
     "masked_lm": hf.AutoModelForMaskedLM,
     "encoder": hf.AutoModel,
 }
+SMALL_IDS = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep", "mask"))}
 # What a tiny config of another family needs besides (or instead of) the sizes of `tiny_config`.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "eurobert": {"num_key_value_heads": 2, "head_dim": 12, **SMALL_IDS},
+    "gte": {"type_vocab_size": 2},
+    "jina_embeddings_v3": {"type_vocab_size": 2},
+    "megatron-bert": {},
+    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, **SMALL_IDS},
+    "nomic_bert": {},
+    "xlm-roberta-xl": {"type_vocab_size": 2},
+}
 POSITIONS = 80
-LONGEST = {family: POSITIONS - 2 if "roberta" in family or family == "camembert" else POSITIONS for family in FAMILIES}
-PAD = {family: 1 if "roberta" in family or family == "camembert" else 0 for family in FAMILIES}
 VOCABULARY = 200
 
 
@@ -47,6 +57,11 @@ def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:
     if family == "electra":
         sizes["embedding_size"] = 16
     return hf.AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {}), **overrides})
+
+
+PAD: dict[str, int] = {family: tiny_config(family).pad_token_id for family in {*FAMILIES, *SPECIAL}}
+# RoBERTa's positions start behind the padding token's; other padding ids of 1 say nothing about positions.
+LONGEST = {family: POSITIONS - 2 if "roberta" in family or family == "camembert" else POSITIONS for family in PAD}
 
 
 def tiny_model(

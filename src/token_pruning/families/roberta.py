@@ -1,7 +1,7 @@
 """RoBERTa, and the models that share its layers and embeddings: XLM-R, CamemBERT."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from token_pruning.families.bert import Bert
 class Roberta(Bert):
     """BERT whose positions start at ``pad_token_id + 1``."""
 
-    model_types = ("roberta", "xlm-roberta", "camembert")
+    model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
