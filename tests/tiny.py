@@ -18,6 +18,9 @@ from token_pruning.families import shape_of
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 SPECIAL_ATTENTION = ("albert", "data2vec-text", "deberta", "deberta-v2", "ernie", "mpnet")
+ROTARY_AND_PRE_LN = (
+    "modernbert", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "xlm-roberta-xl", "megatron-bert"
+)  # fmt: skip
 HEADS = {
     "sequence": hf.AutoModelForSequenceClassification,
     "regression": hf.AutoModelForSequenceClassification,
@@ -28,6 +31,7 @@ HEADS = {
 }
 MORE_HEADS = {**HEADS, "multiple_choice": hf.AutoModelForMultipleChoice}  # this one takes batches of another shape
 # What a tiny config of another family needs besides (or instead of) the sizes of `tiny_config`.
+SMALL_IDS = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep", "mask"))}
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16, "num_hidden_groups": 2},
@@ -39,6 +43,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deit": {"image_size": 32, "patch_size": 4},
     "ernie": {"use_task_id": True},
     "vit": {"image_size": 32, "patch_size": 4},
+    "eurobert": {"num_key_value_heads": 2, "head_dim": 12, **SMALL_IDS},
+    "gte": {"type_vocab_size": 2},
+    "jina_embeddings_v3": {"type_vocab_size": 2},
+    "megatron-bert": {},
+    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, **SMALL_IDS},
+    "nomic_bert": {},
+    "xlm-roberta-xl": {"type_vocab_size": 2},
 }  # fmt: skip
 POSITIONS = 80
 VOCABULARY = 200
@@ -55,7 +66,7 @@ class _OfFamily(dict[str, int]):
 
 
 LONGEST = _OfFamily(lambda config: shape_of(config).max_positions or POSITIONS)
-PAD = _OfFamily(lambda config: config.pad_token_id)
+PAD = _OfFamily(lambda config: getattr(config, "pad_token_id", None) or 0)
 
 
 def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:

@@ -120,6 +120,6 @@ def test_what_images_have_no_use_for_is_refused() -> None:
     with pytest.raises(tp.UnsupportedModelError, match="takes pixel_values"):
         tp.compile(model)
     with pytest.raises(tp.ConfigError, match="vocabulary has 0 entries"):
-        tp.prune(model, tp.TopK(vocabulary_threshold=0.1), vocabulary_scores=torch.ones(9))
+        tp.prune(model, tp.TopK(vocabulary=tp.VocabularyGate(torch.ones(9))))
     with pytest.raises(tp.ConfigError, match="pixel_values is missing"):
         tp.prune(model, tp.Unpruned())()

@@ -16,7 +16,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.lab.cli.parser import add_keys, add_options, build, command_line, given_keys
 from token_pruning.lab.options import check_options, option
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.pruners import methods
+from token_pruning.pruners import base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +76,19 @@ def test_a_commands_own_words_win() -> None:
     assert "[--restore CKPT]" in text and "few" in text and "--lr" not in text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Nth(tp.Pruner):
-    prune_mode: ClassVar[str] = "nth"
-
-    every: int = 2
-    temperature: float = 1.0  # an option of training, which wins
-
-    def keep(self, tokens: tp.pruners.LayerTokens) -> Tensor:
-        return tokens.scores >= 0
-
-
 def test_a_registered_methods_keys_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(methods(), "nth", Nth)
+    monkeypatch.setitem(base._METHODS, "nth", tp.TopK)  # gone again after the test
+
+    @dataclass(frozen=True, kw_only=True)
+    class Nth(tp.Pruner):
+        prune_mode: ClassVar[str] = "nth"
+
+        every: int = 2
+        temperature: float = 1.0  # an option of training, which wins
+
+        def keep(self, tokens: tp.pruners.LayerTokens) -> Tensor:
+            return tokens.scores >= 0
+
     parser = argparse.ArgumentParser()
     add_keys(parser)
     line = "--prune-mode nth --every 3 --prune-layers 2 4 --summary-tokens shared --token-keep-rate -0.5"

@@ -296,6 +296,7 @@ class PaddedLoop(PackedLoop):
     def leave(self, rows: Tensor) -> Tensor:
         """The valid tokens' rows; some have carried summaries, whose tokens' own states come back."""
         record = self.decisions.record
+        self.hidden_states[-1] = self.family.finish(self.hidden_states[-1])  # as transformers' own are
         for places, states in self.departed.values():
             rows = rows.index_copy(0, places, states)
         valid = record.valid
