@@ -10,16 +10,9 @@ import transformers as hf
 import token_pruning as tp
 from tests.pages import blocks
 from tests.tiny import POSITIONS, VOCABULARY, assert_close, outputs, ragged_batch, tiny_model
-from token_pruning.families import base as families
-from token_pruning.pruners import base as pruners
 
 LENGTHS = [12, 30, 7, 21]
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-    monkeypatch.setattr(pruners, "_METHODS", dict(pruners._METHODS))
+pytestmark = pytest.mark.usefixtures("nothing_stays_registered")
 
 
 def defined_by(page: str, longest: int) -> dict[str, Any]:

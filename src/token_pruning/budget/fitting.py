@@ -291,5 +291,6 @@ def outputs_of(model: Any, batch: Batch) -> Tensor:
     elif "start_logits" in output:
         logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
     else:
-        logits = output.last_hidden_state[valid].reshape(-1, 1)
+        states = output.last_hidden_state
+        logits = (states if reads_of(model) == "first" else states[valid]).reshape(-1, 1)
     return logits.float().cpu()
