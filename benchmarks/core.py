@@ -24,7 +24,8 @@ from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.lab.data import glue_task, load_docstrings, load_glue_folder
 from token_pruning.lab.evaluation import predict
-from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.lab.training.features import collator, tokenize
+from token_pruning.lab.training.load import load_tokenizer
 
 DTYPES = ("float32", "bfloat16 autocast", "bfloat16")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.lab.data import glue_task, load_glue_folder
-from token_pruning.lab.training.stages import load_tokenizer, tokenize
+from token_pruning.lab.training.features import tokenize
+from token_pruning.lab.training.load import load_tokenizer
 
 LENGTHS = {
     "GLUE-like": (8, 128, "log-normal (σ 0.4), mean about 50 tokens, from 8 to 128"),

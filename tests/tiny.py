@@ -3,7 +3,7 @@
 The rules are a second writing of the paper's, for one sequence at a time: nothing here calls the package's own rules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -14,8 +14,13 @@ import transformers as hf
 from torch import Tensor
 
 import token_pruning as tp
+from token_pruning.families import shape_of
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+SPECIAL_ATTENTION = ("albert", "data2vec-text", "deberta", "deberta-v2", "ernie", "mpnet")
+ROTARY_AND_PRE_LN = (
+    "modernbert", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "xlm-roberta-xl", "megatron-bert"
+)  # fmt: skip
 HEADS = {
     "sequence": hf.AutoModelForSequenceClassification,
     "regression": hf.AutoModelForSequenceClassification,
@@ -24,12 +29,44 @@ HEADS = {
     "masked_lm": hf.AutoModelForMaskedLM,
     "encoder": hf.AutoModel,
 }
+MORE_HEADS = {**HEADS, "multiple_choice": hf.AutoModelForMultipleChoice}  # this one takes batches of another shape
 # What a tiny config of another family needs besides (or instead of) the sizes of `tiny_config`.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SMALL_IDS = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos", "cls", "sep", "mask"))}
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 16, "num_hidden_groups": 2},
+    "deberta": {**_RELATIVE, "max_relative_positions": 16, "type_vocab_size": 2},
+    "deberta-v2": {
+        **_RELATIVE, "position_buckets": 16, "max_relative_positions": 40, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+    },
+    "deit": {"image_size": 32, "patch_size": 4},
+    "ernie": {"use_task_id": True},
+    "vit": {"image_size": 32, "patch_size": 4},
+    "eurobert": {"num_key_value_heads": 2, "head_dim": 12, **SMALL_IDS},
+    "gte": {"type_vocab_size": 2},
+    "jina_embeddings_v3": {"type_vocab_size": 2},
+    "megatron-bert": {},
+    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, **SMALL_IDS},
+    "nomic_bert": {},
+    "xlm-roberta-xl": {"type_vocab_size": 2},
+}  # fmt: skip
 POSITIONS = 80
-LONGEST = {family: POSITIONS - 2 if "roberta" in family or family == "camembert" else POSITIONS for family in FAMILIES}
-PAD = {family: 1 if "roberta" in family or family == "camembert" else 0 for family in FAMILIES}
 VOCABULARY = 200
+
+
+class _OfFamily(dict[str, int]):
+    """A number per family, read off its tiny config when it is asked for."""
+
+    def __init__(self, read: Callable[[Any], int]) -> None:
+        self.read = read
+
+    def __missing__(self, family: str) -> int:
+        return self.setdefault(family, self.read(tiny_config(family)))
+
+
+LONGEST = _OfFamily(lambda config: shape_of(config).max_positions or POSITIONS)
+PAD = _OfFamily(lambda config: getattr(config, "pad_token_id", None) or 0)
 
 
 def tiny_config(family: str, *, layers: int = 4, **overrides: Any) -> Any:
@@ -56,7 +93,7 @@ def tiny_model(
     overrides = {**{"regression": {"num_labels": 1}, "question": {"num_labels": 2}}.get(head, {}), **overrides}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return HEADS[head].from_config(tiny_config(family, layers=layers, **overrides)).eval()
+        return MORE_HEADS[head].from_config(tiny_config(family, layers=layers, **overrides)).eval()
 
 
 @cache

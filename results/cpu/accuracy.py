@@ -20,7 +20,8 @@ from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.metrics import compute_metrics
-from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.lab.training.features import collator, tokenize
+from token_pruning.lab.training.load import load_tokenizer
 
 HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB", "SST2")

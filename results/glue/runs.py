@@ -24,7 +24,8 @@ from token_pruning.budget.fitting import using
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.lab.cli import main
 from token_pruning.lab.data import find_minilm, glue_task, load_glue_folder, load_unlabelled
-from token_pruning.lab.training.stages import load_tokenizer, tokenize
+from token_pruning.lab.training.features import tokenize
+from token_pruning.lab.training.load import load_tokenizer
 
 TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's
 BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since thresholds are fitted to training data

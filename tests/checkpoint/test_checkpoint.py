@@ -553,7 +553,7 @@ def test_learned_thresholds_for_another_number_of_layers(tmp_path: Path) -> None
     refused(tmp_path, tp.ConfigError, "thresholds has 6 values", "4 layers")
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "deberta-v2", "nonsense", None, 7])
+@pytest.mark.parametrize("model_type", ["gpt2", "fnet", "nonsense", None, 7])
 def test_an_unsupported_model_type(model_type: Any, plain: Path) -> None:
     edit(plain, prune_mode="topk", token_keep_rate=0.5, model_type=model_type)
     supported = ["bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta", "ibert"]

@@ -480,6 +480,7 @@ def test_a_level_the_processor_lacks(monkeypatch: Any, model: Any) -> None:
 
 
 def test_without_the_library_pytorch_is_used_and_says_so_once(monkeypatch: Any, model: Any) -> None:
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     monkeypatch.setattr(compiling, "load_library", lambda: None)
     compiling._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="native kernels were not built"):

@@ -18,14 +18,14 @@ from token_pruning.lab.analysis.page import markdown, trajectories
 from token_pruning.lab.analysis.quantities import (
     correlation,
     kept_fractions,
-    length_quantile,
     quantile_groups,
     spread,
     spread_over_lengths,
 )
 from token_pruning.lab.cli import main
 from token_pruning.lab.files import write_files
-from token_pruning.lab.training import stages
+from token_pruning.lab.training import train
+from token_pruning.lab.training.features import length_quantile
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -388,12 +388,12 @@ def test_training_on_short_inputs_only(
 ) -> None:
     seen: list[int] = []
 
-    class Spy(stages.PruningTrainer):
+    class Spy(train.PruningTrainer):
         def training_step(self, model: Any, inputs: Any, *more: Any) -> Any:
             seen.extend(inputs["attention_mask"].sum(1).tolist())
             return super().training_step(model, inputs, *more)
 
-    monkeypatch.setattr(stages, "PruningTrainer", Spy)
+    monkeypatch.setattr(train, "PruningTrainer", Spy)
     lines = (folder / "glue/SST-2/train.tsv").read_text().splitlines()[1:]
     lengths = sorted(len(line.split("\t")[0].split()) + 2 for line in lines)
     limit = lengths[len(lengths) // 2 - 1]

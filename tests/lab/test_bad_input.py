@@ -39,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture[str], line: str, *words: str, command: s
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"prune_mode": "topp"}, ["prune_mode", "topp", "absolute_threshold, topk, threshold, rising_threshold"]),
+        ({"prune_mode": "topp"}, ["prune_mode", "topp", "absolute_threshold, threshold, rising_threshold, topk"]),
         ({"prune_mode": 3}, ["prune_mode", "3"]),
         ({"prune_mode": "topk", "token_keep_rate": 1.5}, ["token_keep_rate", "1.5", "<= 1"]),
         ({"prune_mode": "topk"}, ["token_keep_rate is missing"]),

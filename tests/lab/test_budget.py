@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main, paper_main
+from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.training.budget import (
     BudgetController,
     BudgetHolder,
-    hold_out,
+    fitting_examples,
     soft_relative_flops,
-    use_relative_scores,
+    with_relative_scores,
 )
 from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.plan import plan_training
 from token_pruning.runtime.prune import attachment_of
 
 STATE, CONTROL = TrainerState(), TrainerControl()
@@ -144,13 +147,13 @@ def test_a_schedule_that_cannot_reach_the_budget_gives_way_to_the_one_that_can()
 
 def test_examples_are_held_out() -> None:
     features = [{"number": number} for number in range(1000)]
-    rest, held = hold_out(features, seed=1)
+    rest, held = fitting_examples(features, seed=1)
     assert (len(rest), len(held)) == (900, 100)
     assert sorted(row["number"] for row in rest + held) == list(range(1000))
-    assert held == hold_out(features, seed=1)[1] != hold_out(features, seed=2)[1]
-    assert len(hold_out(features[:64], seed=1)[1]) == 32
+    assert held == fitting_examples(features, seed=1)[1] != fitting_examples(features, seed=2)[1]
+    assert len(fitting_examples(features[:64], seed=1)[1]) == 32
     with pytest.raises(ConfigError, match="63 training examples; a budget needs at least 64"):
-        hold_out(features[:63], seed=1)
+        fitting_examples(features[:63], seed=1)
 
 
 def test_schedules_by_name_and_by_parts() -> None:
@@ -173,8 +176,8 @@ def test_schedules_by_name_and_by_parts() -> None:
 )
 def test_thresholds_are_converted(tmp_path: Path, keys: dict[str, Any], thresholds: tuple[float, float]) -> None:
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "CKPT", **keys))
-    use_relative_scores(checkpoint)
-    pruner = checkpoint.pruner()
+    pruner = with_relative_scores(checkpoint).pruner()
+    assert checkpoint == read_checkpoint(tmp_path / "CKPT")
     assert pruner.scoring_mode == "relative"
     assert pruner.initial_thresholds(2) == pytest.approx(thresholds)
 
@@ -219,12 +222,53 @@ def test_a_run_ends_at_its_budget(folder: Path, mode: str, capsys: pytest.Captur
 
 def test_soft_then_hard_in_two_runs_has_the_same_teacher(folder: Path) -> None:
     assert run("--task SST2 --restore CKPT --masking_mode soft --target_flops 0.6") == 0
-    line = "--task SST2 --restore out --masking_mode hard --target_flops 0.6 --output_dir out2"
-    assert paper_main(f"{LINE.replace('--output_dir out', '')} {line}".split()) == 0
+    line = "--restore out --masking_mode hard --target_flops 0.6 --output_dir out2"
+    assert paper_main(other_line(line)) == 0
     assert not (folder / "out" / "teacher_logits").exists()
     assert results(folder, "out2")["relative_flops"] == pytest.approx(0.6, abs=0.06)
     (folder / "out" / "run.json").unlink()
-    assert paper_main(f"{LINE.replace('--output_dir out', '')} {line}3".split()) == 2
+    assert paper_main(other_line(f"{line}3")) == 2
+
+
+def other_line(line: str) -> list[str]:
+    return f"{LINE.replace('--output_dir out', '')} --task SST2 {line}".split()
+
+
+def test_the_teacher_is_the_dense_checkpoint_whatever_was_edited(folder: Path) -> None:
+    keys = "--prune_mode absolute_threshold --final_token_threshold 0.01 --scoring_mode mean_norm"
+    assert run(f"--task SST2 --restore CKPT --masking_mode soft --lambda 0.1 {keys}") == 0
+    assert read_checkpoint(folder / "out").thresholds is not None
+    # Thresholds in mean_norm cannot be converted to the budget's mode, and are left out of what this run starts with.
+    assert paper_main(other_line("--restore out --masking_mode hard --target_flops 0.6 --output_dir out2")) == 0
+    assert not (folder / "out" / "teacher_logits").exists()
+    assert list((folder / "CKPT" / "teacher_logits").glob("*.safetensors"))
+    edit_config(folder / "out2", scoring_mode="mean_norm")
+    shutil.rmtree(folder / "CKPT" / "teacher_logits")  # a pruned one that came from a pruned one
+    assert paper_main(other_line("--restore out2 --masking_mode hard --target_flops 0.6 --output_dir out3")) == 0
+    assert list((folder / "CKPT" / "teacher_logits").glob("*.safetensors"))
+
+
+def test_folders_that_name_each_other_have_no_teacher(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        write_checkpoint(folder / name)
+        run_file = {"options": {"restore": other, "masking_mode": "hard"}, "finished": True}
+        (folder / name / "run.json").write_text(json.dumps(run_file), encoding="utf-8")
+    assert paper_main(other_line("--restore a --masking_mode hard --target_flops 0.6 --output_dir out")) == 2
+    assert "a is pruned already and does not say by which dense model" in capsys.readouterr().err
+
+
+def test_a_plan_leaves_the_checkpoint_alone_and_writes_nothing(folder: Path) -> None:
+    checkpoint = write_checkpoint(folder / "PRUNED", prune_mode="topk", token_keep_rate=0.5)
+    before = {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    options = TrainOptions(
+        restore=str(checkpoint), task="SST2", masking_mode="hard", target_flops=0.6, output_dir="out",
+        pruning={"prune_mode": "absolute_threshold"},
+    )  # fmt: skip
+    plan = plan_training(options, lambda _: load_glue_folder(glue_task("SST2"), folder / "glue"))
+    assert plan.start.config["scoring_mode"] == "relative"
+    assert isinstance(plan.pruner, tp.FixedThreshold) and plan.pruner.thresholds is not None
+    assert plan.teacher is not None and plan.teacher.path == checkpoint
+    assert {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()} == before
 
 
 def test_summary_tokens_and_a_schedule_from_the_command_line(folder: Path) -> None:

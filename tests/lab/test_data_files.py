@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from token_pruning.errors import DataError
 from token_pruning.lab.data.files import load_files, load_unlabelled
-from token_pruning.lab.data.tasks import Examples
+from token_pruning.lab.data.tasks import TextExamples
 
 Writer = Callable[..., Path]
 
@@ -59,7 +59,7 @@ def test_formats(tmp_path: Path, suffix: str, mark: str) -> None:
     assert data.task.labels == ("no", "yes")
     assert data.task.best_metric == "accuracy"
     assert data.train is None
-    expected = Examples(['He said "no",\nthen left.', "Größe"], ["A\tb", ""], [1, 0])
+    expected = TextExamples(['He said "no",\nthen left.', "Größe"], ["A\tb", ""], [1, 0])
     assert data.validation == {"validation": expected}
     unlabelled = load_unlabelled(path)
     assert (unlabelled.first, unlabelled.second, unlabelled.labels) == (expected.first, expected.second, None)
@@ -76,7 +76,7 @@ def test_csv_and_json_hold_any_text(tmp_path_factory: pytest.TempPathFactory, ro
         csv.writer(file).writerows([("text", "label"), *rows])
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     (folder / "dev.jsonl").write_text("\n".join(lines))
-    expected = Examples([text for text, _ in rows], None, ["ab".index(label) for _, label in rows])
+    expected = TextExamples([text for text, _ in rows], None, ["ab".index(label) for _, label in rows])
     for name in ("dev.csv", "dev.jsonl"):
         assert load_files(None, folder / name).validation["validation"] == expected
 
@@ -176,7 +176,7 @@ def test_classes_come_from_the_training_file(write: Writer) -> None:
     assert failure(train, dev) == f"{dev}, line 3: unknown label 'd'; allowed: a, b, c"
     dev = write("dev.json", '[{"text": "t", "label": "c"}]')
     data = load_files(train, dev)
-    assert data.train == Examples(["x", "y", "z"], None, [2, 0, 1])
+    assert data.train == TextExamples(["x", "y", "z"], None, [2, 0, 1])
     assert data.validation["validation"].labels == [2]
 
 
@@ -316,15 +316,15 @@ def test_malformed_files(write: Writer, name: str, content: bytes, message: str)
 
 def test_unlabelled_text(write: Writer) -> None:
     path = write("a.txt", '\ufeffone\r\n\r\nthree, "x"\ttab\u2028same\n\n\n')
-    assert load_unlabelled(path) == Examples(["one", "", 'three, "x"\ttab\u2028same'], None, None)
-    assert load_unlabelled(write("b.txt", "one")) == Examples(["one"], None, None)
+    assert load_unlabelled(path) == TextExamples(["one", "", 'three, "x"\ttab\u2028same'], None, None)
+    assert load_unlabelled(write("b.txt", "one")) == TextExamples(["one"], None, None)
 
 
 def test_unlabelled_ignores_labels(write: Writer) -> None:
     path = write("a.csv", "premise,label,hypothesis\na,,b\nc,?,d\n")
-    assert load_unlabelled(path) == Examples(["a", "c"], ["b", "d"], None)
+    assert load_unlabelled(path) == TextExamples(["a", "c"], ["b", "d"], None)
     path = write("a.jsonl", '{"text": "x", "label": null}\n{"text": "y"}\n')
-    assert load_unlabelled(path) == Examples(["x", "y"], None, None)
+    assert load_unlabelled(path) == TextExamples(["x", "y"], None, None)
 
 
 def test_unlabelled_failures(tmp_path: Path, write: Writer) -> None:

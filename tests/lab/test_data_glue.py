@@ -9,7 +9,7 @@ import pytest
 
 from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data.glue import load_glue_folder, load_glue_hub
-from token_pruning.lab.data.tasks import GLUE_TASKS, Examples, Task, glue_task
+from token_pruning.lab.data.tasks import GLUE_TASKS, Task, TextExamples, glue_task
 
 MNLI_TEXTS = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
 STSB_HEADER = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
@@ -54,25 +54,25 @@ MNLI_DEV = (
     "0|p|q|slate|x|x|x|x|E|F|neutral|neutral|entailment|entailment|entailment|entailment",
     "0|p|q|verbatim|x|x|x|x|G|H|neutral|contradiction|contradiction|neutral|neutral|neutral",
 )
-EXPECTED: dict[str, tuple[Examples, list[Examples]]] = {
+EXPECTED: dict[str, tuple[TextExamples, list[TextExamples]]] = {
     "RTE": (
-        Examples(["A b.", "E"], ["C d.", "F"], [1, 0]),
-        [Examples(["G"], ["H"], [0])],
+        TextExamples(["A b.", "E"], ["C d.", "F"], [1, 0]),
+        [TextExamples(["G"], ["H"], [0])],
     ),
     "MRPC": (
-        Examples(['He said "yes".', "E"], ['"Yes, he said.', "F"], [1, 0]),
-        [Examples(["G"], ["H"], [0])],
+        TextExamples(['He said "yes".', "E"], ['"Yes, he said.', "F"], [1, 0]),
+        [TextExamples(["G"], ["H"], [0])],
     ),
-    "STSB": (Examples(["A", "C"], ["B", "D"], [5.0, 3.8]), [Examples(["E"], ["F"], [0.0])]),
+    "STSB": (TextExamples(["A", "C"], ["B", "D"], [5.0, 3.8]), [TextExamples(["E"], ["F"], [0.0])]),
     "SST2": (
-        Examples(["hide new secretions ", "it 's charming "], None, [0, 1]),
-        [Examples(["bleak "], None, [0])],
+        TextExamples(["hide new secretions ", "it 's charming "], None, [0, 1]),
+        [TextExamples(["bleak "], None, [0])],
     ),
-    "QNLI": (Examples(["Who?", "Why?"], ["Me.", "No."], [0, 1]), [Examples(["How?"], ["So."], [1])]),
-    "QQP": (Examples(["Why?", "Who?"], ["How?", "Who is it?"], [0, 1]), [Examples(["Where?"], ["When?"], [1])]),
+    "QNLI": (TextExamples(["Who?", "Why?"], ["Me.", "No."], [0, 1]), [TextExamples(["How?"], ["So."], [1])]),
+    "QQP": (TextExamples(["Why?", "Who?"], ["How?", "Who is it?"], [0, 1]), [TextExamples(["Where?"], ["When?"], [1])]),
     "MNLI": (
-        Examples(["A", "C"], ["B", "D"], [1, 2]),
-        [Examples(["E"], ["F"], [0]), Examples(["G"], ["H"], [1])],
+        TextExamples(["A", "C"], ["B", "D"], [1, 2]),
+        [TextExamples(["E"], ["F"], [0]), TextExamples(["G"], ["H"], [1])],
     ),
 }
 
@@ -138,12 +138,12 @@ def test_glue_task_lists_what_is_allowed() -> None:
 
 
 def test_examples_select_and_lengths() -> None:
-    examples = Examples(["a", "b", "c"], ["x", "y", "z"], [0, 1, 2])
+    examples = TextExamples(["a", "b", "c"], ["x", "y", "z"], [0, 1, 2])
     assert len(examples) == 3
-    assert examples.select([2, 0]) == Examples(["c", "a"], ["z", "x"], [2, 0])
-    assert Examples(["a", "b"], None, None).select(range(1)) == Examples(["a"], None, None)
+    assert examples.select([2, 0]) == TextExamples(["c", "a"], ["z", "x"], [2, 0])
+    assert TextExamples(["a", "b"], None, None).select(range(1)) == TextExamples(["a"], None, None)
     with pytest.raises(DataError, match="labels has 1 entries, first has 2"):
-        Examples(["a", "b"], None, [1])
+        TextExamples(["a", "b"], None, [1])
 
 
 # Official folders
@@ -320,7 +320,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert list(data.validation) == names
     columns = task.hub_text_columns
     second = [f"{columns[1]} 0", f"{columns[1]} 1"] if len(columns) == 2 else None
-    expected = Examples([f"{columns[0]} 0", f"{columns[0]} 1"], second, labels)
+    expected = TextExamples([f"{columns[0]} 0", f"{columns[0]} 1"], second, labels)
     assert data.train == expected
     assert all(split == expected for split in data.validation.values())
 

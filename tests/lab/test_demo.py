@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.workspace import write_checkpoint
-from token_pruning.lab import demo
 from token_pruning.lab.cli import main
-from token_pruning.lab.data import Examples, Task, TaskData
+from token_pruning.lab.data import Task, TaskData, TextExamples
+from token_pruning.lab.demo import run as demo
 
 
 def few_texts() -> TaskData:
     task = Task(name="docstrings", folder="", hub_name="", labels=("cat", "dog"), best_metric="accuracy")
     texts = [" ".join(["good", "cat" if n % 2 else "dog", *["sat on the mat"] * (1 + n % 7)]) for n in range(48)]
     labels = [1 - n % 2 for n in range(48)]
-    train, held_out = Examples(texts[:32], None, labels[:32]), Examples(texts[32:], None, labels[32:])
+    train, held_out = TextExamples(texts[:32], None, labels[:32]), TextExamples(texts[32:], None, labels[32:])
     return TaskData(task=task, train=train, validation={"validation": held_out})
 
 

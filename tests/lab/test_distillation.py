@@ -20,7 +20,7 @@ from tests.tiny import ragged_batch, tiny_model
 from tests.workspace import edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main, paper_main
-from token_pruning.lab.training import distillation, stages
+from token_pruning.lab.training import distillation, train
 from token_pruning.lab.training.distillation import Distillation, distillation_loss
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.run_dir import RunDir
@@ -408,7 +408,7 @@ def test_the_teachers_outputs_take_the_students_order(
         features.extend(train_dataset)
         raise Seen
 
-    monkeypatch.setattr(stages, "PruningTrainer", stop)
+    monkeypatch.setattr(train, "PruningTrainer", stop)
     with pytest.raises(Seen):
         run("hard", "out")
     given = np.array([feature["teacher_logits"] for feature in features], dtype=np.float32)

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from tests.workspace import edit_config, write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
-from token_pruning.lab.data import Examples, TaskData, glue_task
+from token_pruning.lab.data import TaskData, TextExamples, glue_task
 from token_pruning.lab.sweep import study as sweep_study
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.report import Row, TaskResults, pareto_plot
 from token_pruning.lab.sweep.rules import hopeless, pareto_front
-from token_pruning.lab.sweep.study import hold_out
+from token_pruning.lab.sweep.study import validate_on_training_set
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.run_dir import RunDir
 
@@ -333,8 +333,8 @@ def test_the_rule_waits_for_the_middle_and_spares_the_last_evaluation() -> None:
 
 def test_the_held_out_slice() -> None:
     texts = [f"text {number}" for number in range(53)]
-    data = TaskData(glue_task("SST2"), Examples(texts, None, [number % 2 for number in range(53)]), {})
-    first, again, other = (hold_out(data, seed) for seed in (1, 1, 2))
+    data = TaskData(glue_task("SST2"), TextExamples(texts, None, [number % 2 for number in range(53)]), {})
+    first, again, other = (validate_on_training_set(data, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert first.train is not None
     held = first.validation["held_out"]
@@ -342,7 +342,7 @@ def test_the_held_out_slice() -> None:
     assert sorted(first.train.first + held.first) == sorted(texts)
     few = TaskData(data.task, data.train.select(range(4)) if data.train else None, {})
     with pytest.raises(ConfigError, match="4 training examples"):
-        hold_out(few, 0)
+        validate_on_training_set(few, 0)
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 4])

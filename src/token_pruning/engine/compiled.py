@@ -59,6 +59,8 @@ def compile(
     choice("dtype", dtype, get_args(EngineDtype))
     threads = torch.get_num_threads() if threads is None else positive_integer("threads", threads)
     inner = hugging_face_model(model)
+    if inner.main_input_name != "input_ids":
+        raise UnsupportedModelError(f"{type(inner).__name__} takes {inner.main_input_name}; an engine takes input_ids")
     if reads is not None:
         choice("reads", reads, get_args(Reads))
         if is_pruned(inner):
@@ -320,7 +322,7 @@ class _CompiledBase(nn.Module):
                 raise UnsupportedModelError(
                     f"{name}=True is not possible in an engine, where layers hold different tokens"
                 )
-        for name in ("inputs_embeds", "encoder_hidden_states", "past_key_values"):
+        for name in ("inputs_embeds", "encoder_hidden_states", "past_key_values", *self.family.refused_inputs):
             if options.get(name) is not None:
                 raise ConfigError(f"{name} is given; an engine takes input_ids only")
 

@@ -6,7 +6,7 @@ part but attention works on each row by itself. Subclassing registers the family
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -102,6 +102,8 @@ class Family(ABC):
             last state alone.
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
+        terms_by_column: whether ``terms`` counts columns of the padded batch, whatever position ids there are.
+        refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -112,6 +114,8 @@ class Family(ABC):
         "ForNextSentencePrediction",
     )
     native: ClassVar[bool] = False
+    terms_by_column: ClassVar[bool] = False
+    refused_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family."""
@@ -149,6 +153,11 @@ class Family(ABC):
         name, home = type(model).__name__, type(model).__module__
         known = home.startswith("transformers.models.") and name.endswith(cls.first_token_heads)
         return "first" if known else "all"
+
+    def inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """From arguments of the base model's forward, by name, to those of ``pack_inputs``."""
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        return {name: options.get(name) for name in names}
 
     @property
     def layers(self) -> Sequence[nn.Module]:

@@ -1,4 +1,4 @@
-"""BERT, and the models that share its layers and embeddings: ELECTRA, ERNIE."""
+"""BERT, and the models that share its layers and embeddings: ELECTRA."""
 
 from typing import Any, ClassVar
 

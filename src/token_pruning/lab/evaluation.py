@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from token_pruning.families import shape_of
-from token_pruning.lab.training.run_dir import write_json
+from token_pruning.lab.files import write_json
 from token_pruning.runtime.flops import flops_from_lengths
 from token_pruning.runtime.prune import attachment_of, is_pruned, record
 from token_pruning.runtime.trace import ComputedLengths

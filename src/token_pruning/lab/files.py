@@ -1,7 +1,9 @@
 """Writing files whole or not at all."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from safetensors.torch import save_file
@@ -22,6 +24,11 @@ def write_text(path: Path, text: str) -> Path:
     """
     write_files(path.parent, {path.name: text})
     return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write what JSON can hold as :func:`write_text` writes text."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,51 +12,51 @@ from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import write_text
-from token_pruning.lab.training.stages import collator, load_tokenizer, tokenize
+from token_pruning.lab.options import InferenceOptions, option
+from token_pruning.lab.training.features import collator, tokenize
+from token_pruning.lab.training.load import load_tokenizer, other_architecture
 
 
-def predict_file(
-    restore: str,
-    source: Path,
-    target: Path | None,
-    *,
-    batch_size: int = 32,
-    max_length: int = 128,
-    bf16: bool = False,
-    dense: bool = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(InferenceOptions):
+    """Labelling one file.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    restore: str = option(help="checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
+    input: Path = option(help="one or two text columns, or one text per line (.txt)")
+    output: Path | None = option(None, help="where to write (default: standard output)")
+    dense: bool = option(False, help="leave the checkpoint's pruning off")
+
+
+def predict_file(options: PredictOptions) -> None:
     """Write one JSON object per text: label and probability, or a regression's score.
 
-    Args:
-        restore: a checkpoint with a sequence-classification or regression head.
-        source: one or two text columns (CSV, TSV, JSON, JSONL), or one text per line (TXT).
-        target: where to write, whole or not at all; standard output if None.
-        batch_size: texts per forward pass.
-        max_length: longer texts are truncated; tokens.
-        bf16: bfloat16 autocast.
-        dense: leave the checkpoint's pruning off.
+    The texts are those of a CSV, TSV, JSON or JSONL file with one or two text columns, or the lines of a TXT file; the
+    checkpoint has a sequence-classification or regression head. A file is written whole or not at all.
 
     Raises:
         TokenPruningError: for a bad checkpoint, file or value.
     """
-    checkpoint = read_checkpoint(restore)
-    architecture = (checkpoint.config.get("architectures") or ["no model"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
+    checkpoint = read_checkpoint(options.restore)
+    if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
-            f"{restore} is {architecture}; only sequence-classification and regression models can predict"
+            f"{options.restore} is {other}; only sequence-classification and regression models can predict"
         )
-    pruner = None if dense else checkpoint.pruner()
-    examples = load_unlabelled(source)
+    pruner = None if options.dense else checkpoint.pruner()
+    examples = load_unlabelled(options.input)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint)
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
-    features = tokenize(tokenizer, examples, model, max_length)
-    logits = torch.from_numpy(
-        predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16).logits
-    )
+    features = tokenize(tokenizer, examples, model, options.max_length)
+    collate = collator(tokenizer, options.bf16)
+    found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
+    logits = torch.from_numpy(found.logits)
     if logits.shape[1] == 1:
         rows = [{"score": score} for score in logits[:, 0].tolist()]
     else:
@@ -66,10 +67,10 @@ def predict_file(
             for number, chance in zip(label.tolist(), probability.tolist(), strict=True)
         ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if target is None:
+    if options.output is None:
         sys.stdout.write(text)
         return
     try:
-        write_text(target, text)
+        write_text(options.output, text)
     except OSError as error:
-        raise DataError(f"{target} cannot be written: {error}") from None
+        raise DataError(f"{options.output} cannot be written: {error}") from None

@@ -292,7 +292,7 @@ def _sdpa_mask(present: Tensor | None, added: Tensor | None, dtype: torch.dtype)
     if added is None:
         return None if present is None else present[:, None, None, :]
     total = added if present is None else added + _absence(present)
-    return total.clamp(min=torch.finfo(dtype).min).to(dtype)
+    return total.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
 def _dropout(x: Tensor, probability: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from token_pruning.errors import UnsupportedModelError
+from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.inputs import model_output, pack_inputs
@@ -73,9 +73,11 @@ class Attachment:
         Returns:
             The base model's output class.
         """
+        for name in self.family.refused_inputs:
+            if options.get(name) is not None:
+                raise ConfigError(f"{name} is given; a pruned {type(self.base).__name__} cannot take it")
         first_only = self.reads == "first" and (by_head or self.base is self.model)
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-        tokens = pack_inputs(self.family, **{name: options.get(name) for name in names})
+        tokens = pack_inputs(self.family, **self.family.inputs(options))
         wanted = {
             name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
             for name in ("output_attentions", "output_hidden_states")

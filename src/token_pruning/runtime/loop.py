@@ -39,6 +39,8 @@ class PackedLoop:
         """
         self.family, self.tokens = family, tokens
         self.decisions = Decisions(token_pruner, tokens, first_only=first_only)
+        layout = tokens.layout
+        self.token_positions = layout.indices % layout.width if family.terms_by_column else tokens.positions
         self.departed: dict[int, tuple[Tensor, Tensor]] = {}
         """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry."""
 
@@ -92,7 +94,7 @@ class PackedLoop:
         """Positions of the rows in the original text, ``[rows]`` int64; 0 for filler."""
         layout = self.decisions.entering(number)
         if layout is self.tokens.layout:
-            found = self.tokens.positions
+            found = self.token_positions
         else:
             found = self._position_grid().index_select(0, layout.indices)
         return pad(found, (0, rows.shape[0] - layout.total))
@@ -180,7 +182,7 @@ class PackedLoop:
         return family.finish(states.index_select(0, valid.indices))
 
     def _position_grid(self) -> Tensor:
-        return self.tokens.layout.grid(self.tokens.positions).flatten()
+        return self.tokens.layout.grid(self.token_positions).flatten()
 
     @staticmethod
     def _with_filler(rows: Tensor) -> Tensor:
@@ -294,6 +296,7 @@ class PaddedLoop(PackedLoop):
     def leave(self, rows: Tensor) -> Tensor:
         """The valid tokens' rows; some have carried summaries, whose tokens' own states come back."""
         record = self.decisions.record
+        self.hidden_states[-1] = self.family.finish(self.hidden_states[-1])  # as transformers' own are
         for places, states in self.departed.values():
             rows = rows.index_copy(0, places, states)
         valid = record.valid

@@ -59,11 +59,10 @@ def prune(
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
     if pruner.vocabulary is not None:
-        embeddings: Any = inner.get_input_embeddings()
-        entries = len(pruner.vocabulary.scores)
-        if entries != embeddings.num_embeddings:
+        entries = getattr(inner.get_input_embeddings(), "num_embeddings", 0)  # of pixels there is no vocabulary
+        if len(pruner.vocabulary.scores) != entries:
             raise ConfigError(
-                f"the vocabulary gate has {entries} scores; the model's vocabulary has {embeddings.num_embeddings} "
+                f"the vocabulary gate has {len(pruner.vocabulary.scores)} scores; the model's vocabulary has {entries} "
                 "entries"
             )
     Attachment(inner, pruner, execution, reads)

@@ -1,12 +1,11 @@
 """The analysis for a reader: tables in Markdown, and the sampled texts as one self-contained HTML page."""
 
-import html
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from token_pruning.lab.analysis.plots import pruning
 from token_pruning.lab.report.page import arrange_sample, load_template, palette
+from token_pruning.lab.tables import escape, table
 
 _NOTHING = "–"
 
@@ -17,9 +16,9 @@ def markdown(analysis: Mapping[str, Any]) -> str:
     others = [name for name in methods[0]["metrics"] if name != metric]
     regression = analysis["regression"]
     parts = [
-        f"# Where the tokens go: {_escape(analysis['task'])}",
+        f"# Where the tokens go: {escape(analysis['task'])}",
         f"    {analysis['command']}",
-        f"{analysis['examples']} examples of the split {_escape(analysis['split'])}, {analysis['dtype']}, batches of "
+        f"{analysis['examples']} examples of the split {escape(analysis['split'])}, {analysis['dtype']}, batches of "
         f"{analysis['batch_size']}, at most {analysis['max_length']} tokens. *Kept* is the mean over the layers of "
         "tokens in the feed-forward ÷ tokens at the input. Relative FLOPs are against the dense model on valid tokens. "
         "Every figure, and those of every example: [analysis.json](analysis.json).",
@@ -87,7 +86,7 @@ def markdown(analysis: Mapping[str, Any]) -> str:
     for number, sample in enumerate(_samples(analysis), start=1):
         parts.append(
             f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "
-            f"{_escape(str(sample['label']))}"
+            f"{escape(str(sample['label']))}"
         )
         shown = sample["methods"]
         rows = [["prediction", *(str(m["prediction"]) for m in shown)]]
@@ -147,17 +146,9 @@ def _tokens(method: Mapping[str, Any], level: int, *, last: bool = False) -> str
     return " ".join(token for token, survived in found if survived == level) or _NOTHING
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cells if number == 1 else map(_escape, cells)) + " |" for number, cells in enumerate(lines)
-    )
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, in a table cell too."""
-    text = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*|~$]|_(?![A-Za-z0-9])|(?<![A-Za-z0-9])_)", r"\\\1", text)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of names and texts that are not ours."""
+    return table([escape(cell) for cell in header], [[escape(cell) for cell in row] for row in rows])
 
 
 def _number(value: float | None) -> str:

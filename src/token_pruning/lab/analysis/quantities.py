@@ -1,21 +1,15 @@
 """What the analyses are made of, in NumPy: quantiles, groups, kept fractions."""
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from token_pruning.lab.training.features import length_quantile
+
 Array = npt.NDArray[Any]
 
 PERCENTILES = {"p5": 5, "p25": 25, "median": 50, "p75": 75, "p95": 95}
-
-
-def length_quantile(values: Sequence[int] | Array, q: float) -> Any:
-    """The smallest of the values that at least the fraction ``q`` (0 < q ≤ 1) of them do not exceed."""
-    rank = math.ceil(round(q * len(values), 6))  # 0.1 · 30 is a little more than 3 in floating point
-    return np.sort(np.asarray(values))[max(rank, 1) - 1]
 
 
 def quantile_groups(values: Array, count: int) -> list[Array]:

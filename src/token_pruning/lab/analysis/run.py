@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
-from token_pruning.checks import number, positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
+from token_pruning.lab.analysis.options import AnalyzeOptions
 from token_pruning.lab.analysis.page import markdown, trajectories
 from token_pruning.lab.analysis.plots import layer_plot, length_plot, outcome_plot
 from token_pruning.lab.analysis.quantities import (
@@ -27,45 +27,28 @@ from token_pruning.lab.evaluation import length_order, predict
 from token_pruning.lab.files import write_files
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.report.page import load_template
-from token_pruning.lab.training.stages import collator, load_split
+from token_pruning.lab.training.features import collator
+from token_pruning.lab.training.load import load_split, other_architecture
 from token_pruning.pruners import Pruner, Unpruned
 from token_pruning.runtime.flops import flops_from_lengths
-from token_pruning.runtime.prune import record
+from token_pruning.runtime.prune import attachment_of, record
 from token_pruning.runtime.trace import ComputedLengths
 
 _THIRDS = ("smallest errors", "middle errors", "largest errors")
 
 
-def analyze(
-    restore: Sequence[str],
-    load_data: Callable[[Checkpoint], TaskData],
-    output_dir: Path,
-    *,
-    command: str,
-    names: Sequence[str] | None = None,
-    quantiles: int = 4,
-    samples: int = 8,
-    batch_size: int = 32,
-    max_length: int = 128,
-    bf16: bool = False,
-) -> Path:
+def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData], *, command: str) -> Path:
     """Write ``analysis.json``, ``analysis.md``, its plots and ``trajectories.html``: all of them or none.
 
     Kim et al. (2022) compare methods by the length of their inputs, by layer, and over single texts. Every checkpoint
     is evaluated on the first validation split, pruned as its ``config.json`` says, dense if it names no
-    ``prune_mode``. Quantiles of length and samples are the first checkpoint's where tokenizers differ.
+    ``prune_mode``. Quantiles of length and samples are the first checkpoint's where tokenizers differ. With no samples
+    no text is written anywhere.
 
     Args:
-        restore: checkpoints with a sequence-classification or regression head.
+        options: what to do.
         load_data: gives the task's examples, from the checkpoint (whose labels may matter).
-        output_dir: where to write; an older analysis is replaced.
         command: stands above the tables.
-        names: what to call the checkpoints; the shortest ends of their paths that differ unless given.
-        quantiles: groups by length.
-        samples: texts whose tokens are shown, spread over the lengths; with 0 no text is written anywhere.
-        batch_size: examples per forward pass.
-        max_length: longer texts are truncated; tokens.
-        bf16: bfloat16 autocast.
 
     Returns:
         The path of ``analysis.md``.
@@ -73,110 +56,122 @@ def analyze(
     Raises:
         TokenPruningError: for a bad checkpoint, data set or value.
     """
-    for flag, value in (
-        ("--quantiles", quantiles), ("--bs", batch_size), ("--max-length", max_length),
-    ):  # fmt: skip
-        positive_integer(flag, value)
-    number("--samples", samples, low=0)
-    names = _names(restore, names)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"--output-dir is {output_dir}, a file; it must be a folder, or not exist yet")
     load_template("trajectories.html")  # says what is missing before minutes of work
-    checkpoints = [read_checkpoint(path) for path in restore]
+    checkpoints = [read_checkpoint(path) for path in options.restore]
     pruners = [_pruner(checkpoint) for checkpoint in checkpoints]
-
     data = [load_data(checkpoint) for checkpoint in checkpoints]
-    task = data[0].task
-    for path, other in zip(restore, data, strict=True):
-        if other.task.is_regression != task.is_regression:
-            kinds = ["a regression" if is_regression else "a classification"
-                     for is_regression in (other.task.is_regression, task.is_regression)]  # fmt: skip
-            raise ConfigError(f"--restore {path} is {kinds[0]}, {restore[0]} {kinds[1]}; they must be of one kind")
-    split, examples = next(iter(data[0].validation.items()))
+    _refuse_two_kinds(options, data)
+    task, (split, examples) = data[0].task, next(iter(data[0].validation.items()))
     methods: list[dict[str, Any]] = []
     groups: list[Array] = []
     chosen: list[int] = []
-    for name, path, checkpoint, pruner, loaded in zip(names, restore, checkpoints, pruners, data, strict=True):
-        model, tokenizer, features = load_split(checkpoint, loaded.task, loaded.validation[split], max_length)
-        if torch.cuda.is_available():
-            model.to("cuda")
-        # A dense one too: it is packed and recorded then.
-        checkpoint.prune(model, pruner)
-        with record(model) as trace:
-            found = predict(model, features, collator(tokenizer, bf16), batch_size=batch_size, bf16=bf16)
-        logits, computed, left = found.logits, found.computed, found.ffn_lengths - found.summary_lengths
-        if isinstance(pruner, Unpruned):  # a dense model computes every token of the last layer too
-            computed = ComputedLengths.without_pruning(left)
-        order = length_order(features)
-        back = np.argsort(order)
-        survived = dict(zip(order, trace.survived_layers, strict=True))
+    for checkpoint, pruner, loaded in zip(checkpoints, pruners, data, strict=True):
+        model, tokenizer, features = load_split(checkpoint, loaded.task, loaded.validation[split], options.max_length)
         lengths = np.array([len(feature["input_ids"]) for feature in features])
-        groups = groups or quantile_groups(lengths, quantiles)
-        chosen = chosen or spread_over_lengths(lengths, samples)
+        groups = groups or quantile_groups(lengths, options.quantiles)
+        chosen = chosen or spread_over_lengths(lengths, options.samples)
+        checkpoint.prune(model, pruner)  # a dense one too: it is packed and recorded then
+        place = len(methods)
         method = {
-            "name": name,
-            "checkpoint": path,
+            "name": options.checkpoint_names()[place],
+            "checkpoint": options.restore[place],
             "prune_mode": None if isinstance(pruner, Unpruned) else pruner.prune_mode,
-            "layers": len(left),
-            "seconds": found.seconds,
-            **figures(
-                loaded.task,
-                logits,
-                np.array([feature["labels"] for feature in features]),
-                ComputedLengths(*(lengths[:, back] for lengths in computed)),
-                left[:, back],
-                groups,
-                shape_of(model.config),
-            ),
+            **_measure(model, tokenizer, features, loaded.task, groups, chosen, options),
         }
-        shown = _shown(loaded.task, model.config.id2label, logits, features)
-        method["samples"] = [
-            {
-                "tokens": tokenizer.convert_ids_to_tokens(features[i]["input_ids"]),
-                "survived_layers": survived[i].tolist(),
-                "label": shown["labels"][i],
-                "prediction": shown["predictions"][i],
-            }
-            for i in chosen
-        ]
-        method["examples"] |= shown
         methods.append(method)
         print(
-            f"{name}: {task.best_metric} {method['metrics'][task.best_metric]:.4f}, "
+            f"{method['name']}: {task.best_metric} {method['metrics'][task.best_metric]:.4f}, "
             f"kept {method['kept_fraction']:.3f}, relative FLOPs {method['relative_flops']:.3f}"
         )
+    about = {"command": command, "task": task.name, "split": split, "regression": task.is_regression,
+             "metric": task.best_metric, "examples": len(examples), "samples": chosen}  # fmt: skip
+    return _write(options, about | _how(options), methods)
 
-    analysis = {
-        "command": command,
-        "task": task.name,
-        "split": split,
-        "regression": task.is_regression,
-        "metric": task.best_metric,
-        "examples": len(examples),
-        "quantiles": quantiles,
-        "samples": chosen,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "dtype": "bfloat16 autocast" if bf16 else "float32",
+
+def _refuse_two_kinds(options: AnalyzeOptions, data: Sequence[TaskData]) -> None:
+    first = data[0].task
+    for path, other in zip(options.restore, data, strict=True):
+        if other.task.is_regression != first.is_regression:
+            kinds = ["a regression" if is_regression else "a classification"
+                     for is_regression in (other.task.is_regression, first.is_regression)]  # fmt: skip
+            raise ConfigError(
+                f"--restore {path} is {kinds[0]}, {options.restore[0]} {kinds[1]}; they must be of one kind"
+            )
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    features: list[dict[str, Any]],
+    task: Task,
+    groups: Sequence[Array],
+    chosen: Sequence[int],
+    options: AnalyzeOptions,
+) -> dict[str, Any]:
+    """Run one checkpoint over the examples: its figures, and the tokens of the chosen ones."""
+    if torch.cuda.is_available():
+        model.to("cuda")
+    with record(model) as trace:
+        collate = collator(tokenizer, options.bf16)
+        found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
+    computed, left = found.computed, found.ffn_lengths - found.summary_lengths
+    if isinstance(attachment_of(model).token_pruner.pruner, Unpruned):
+        # A dense model computes every token of the last layer too.
+        computed = ComputedLengths.without_pruning(left)
+    order = length_order(features)
+    back = np.argsort(order)
+    result = figures(
+        task,
+        found.logits,
+        np.array([feature["labels"] for feature in features]),
+        ComputedLengths(*(lengths[:, back] for lengths in computed)),
+        left[:, back],
+        groups,
+        shape_of(model.config),
+    )
+    shown = _shown(task, model.config.id2label, found.logits, features)
+    survived = dict(zip(order, trace.survived_layers, strict=True))
+    samples = [
+        {
+            "tokens": tokenizer.convert_ids_to_tokens(features[i]["input_ids"]),
+            "survived_layers": survived[i].tolist(),
+            "label": shown["labels"][i],
+            "prediction": shown["predictions"][i],
+        }
+        for i in chosen
+    ]
+    result["examples"] |= shown
+    return {"layers": len(left), "seconds": found.seconds, **result, "samples": samples}
+
+
+def _how(options: AnalyzeOptions) -> dict[str, Any]:
+    return {
+        "quantiles": options.quantiles,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "dtype": "bfloat16 autocast" if options.bf16 else "float32",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "checkpoints": methods,
     }
+
+
+def _write(options: AnalyzeOptions, about: dict[str, Any], methods: list[dict[str, Any]]) -> Path:
+    analysis = {**about, "checkpoints": methods}
     contents: dict[str, str | bytes] = {
         "analysis.json": json.dumps(analysis, ensure_ascii=False) + "\n",
-        "length.png": length_plot(methods, task.best_metric),
+        "length.png": length_plot(methods, about["metric"]),
         "layers.png": layer_plot(methods),
         "outcome.png": outcome_plot(methods),
         "analysis.md": markdown(analysis),
     }
-    if chosen:
+    if about["samples"]:
         contents["trajectories.html"] = trajectories(analysis)
     try:
-        write_files(output_dir, contents)
+        write_files(options.output_dir, contents)
     except OSError as error:
-        raise ConfigError(f"--output-dir {output_dir} cannot be written: {error}") from None
-    print(f"written to {output_dir / 'analysis.md'}")
-    return output_dir / "analysis.md"
+        raise ConfigError(f"--output-dir {options.output_dir} cannot be written: {error}") from None
+    print(f"written to {options.output_dir / 'analysis.md'}")
+    return options.output_dir / "analysis.md"
 
 
 def figures(
@@ -259,31 +254,8 @@ def _shown(
 
 
 def _pruner(checkpoint: Checkpoint) -> Pruner:
-    architecture = (checkpoint.config.get("architectures") or ["no model"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
+    if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
-            f"--restore {checkpoint.path} is {architecture}; it must be a sequence-classification or regression model"
+            f"--restore {checkpoint.path} is {other}; it must be a sequence-classification or regression model"
         )
     return Unpruned() if checkpoint.config.get("prune_mode") is None else checkpoint.pruner()
-
-
-def _names(restore: Sequence[str], names: Sequence[str] | None) -> list[str]:
-    if names is not None:
-        if len(names) != len(restore):
-            raise ConfigError(
-                f"--names gives {len(names)} ({', '.join(names)}); it must give one for each of the {len(restore)} "
-                "checkpoints of --restore"
-            )
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"--names gives {name!r} twice; every checkpoint needs a name of its own")
-        return list(names)
-    parts = [Path(path).resolve().parts for path in restore]
-    for path, own in zip(restore, parts, strict=True):
-        if parts.count(own) > 1:
-            raise ConfigError(f"--restore gives {path} twice; every checkpoint is analyzed once")
-    for count in range(1, max(map(len, parts))):
-        ends = ["/".join(own[-count:]) for own in parts]
-        if len(set(ends)) == len(ends):
-            return ends
-    return list(restore)

@@ -10,7 +10,7 @@ from typing import NoReturn
 import transformers
 
 from token_pruning.errors import TokenPruningError
-from token_pruning.lab.cli.arguments import (
+from token_pruning.lab.cli.commands import (
     add_analyze,
     add_calibrate,
     add_demo,

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from token_pruning.errors import ConfigError, DataError
-from token_pruning.lab.data.tasks import Examples, Task, TaskData
+from token_pruning.lab.data.tasks import Task, TaskData, TextExamples
 
 MIN_WORDS = 6
 MAX_WORDS = 100
@@ -50,8 +50,8 @@ def load_docstrings(*, max_labels: int = 20, validation_fraction: float = 0.2, s
     )
 
 
-def _examples(pairs: list[tuple[str, int]]) -> Examples:
-    return Examples(first=[text for text, _ in pairs], second=None, labels=[label for _, label in pairs])
+def _examples(pairs: list[tuple[str, int]]) -> TextExamples:
+    return TextExamples(first=[text for text, _ in pairs], second=None, labels=[label for _, label in pairs])
 
 
 def _collect(root: Path) -> dict[str, str]:

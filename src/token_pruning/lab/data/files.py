@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from token_pruning.errors import DataError
-from token_pruning.lab.data.tasks import Examples, Task, TaskData
+from token_pruning.lab.data.tasks import Task, TaskData, TextExamples
 
 LABEL_COLUMNS = ("label", "labels")
 _PAIRS = (
@@ -85,7 +85,7 @@ def load_files(train_file: Path | None, validation_file: Path, *, labels: Sequen
     )
 
 
-def load_unlabelled(path: Path) -> Examples:
+def load_unlabelled(path: Path) -> TextExamples:
     """Read texts without labels; a label column is optional and ignored.
 
     The formats are those of :func:`load_files`, and ``.txt`` with one sentence per line, of which empty lines
@@ -99,10 +99,10 @@ def load_unlabelled(path: Path) -> Examples:
             lines.pop()
         if not lines:
             raise DataError(f"{path}: the file holds no sentences; at least one is needed")
-        return Examples(first=lines, second=None, labels=None)
+        return TextExamples(first=lines, second=None, labels=None)
     table = _read_table(path, (*_FORMATS, ".txt"))
     first, second = _texts(table, _text_columns(table))
-    return Examples(first=first, second=second, labels=None)
+    return TextExamples(first=first, second=second, labels=None)
 
 
 def read_text(path: Path) -> str:
@@ -337,12 +337,12 @@ def _natural(text: str) -> tuple[list[str | int], str]:
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], text
 
 
-def _examples(table: _Table, columns: tuple[str, ...], classes: tuple[str, ...] | None) -> Examples:
+def _examples(table: _Table, columns: tuple[str, ...], classes: tuple[str, ...] | None) -> TextExamples:
     first, second = _texts(table, columns)
     texts = _label_texts(table)
     if classes is None:
-        return Examples(first=first, second=second, labels=_scores(table, texts))
-    return Examples(first=first, second=second, labels=_class_ids(table, texts, classes))
+        return TextExamples(first=first, second=second, labels=_scores(table, texts))
+    return TextExamples(first=first, second=second, labels=_class_ids(table, texts, classes))
 
 
 def _scores(table: _Table, texts: Sequence[str]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data.files import listed, read_text, shown
-from token_pruning.lab.data.tasks import GLUE_TASKS, Examples, Task, TaskData
+from token_pruning.lab.data.tasks import GLUE_TASKS, Task, TaskData, TextExamples
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def _first_line(error: Exception) -> str:
 # Official files
 
 
-def _read_split(task: Task, path: Path) -> Examples:
+def _read_split(task: Task, path: Path) -> TextExamples:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected the official GLUE file of {task.name}")
     # Only line feeds end a row: texts may hold the other characters that str.splitlines() knows.
@@ -107,7 +107,7 @@ def _read_split(task: Task, path: Path) -> Examples:
 
     texts = [[row[header.index(column)] for row in rows] for column in task.text_columns]
     values = [row[header.index(task.label_column)] for row in rows]
-    return Examples(
+    return TextExamples(
         first=texts[0],
         second=texts[1] if len(texts) == 2 else None,
         labels=(
@@ -158,7 +158,7 @@ def _scores(path: Path, values: Sequence[str], numbers: Sequence[int]) -> list[f
 # The hub
 
 
-def _hub_split(task: Task, splits: Any, split: str) -> Examples:
+def _hub_split(task: Task, splits: Any, split: str) -> TextExamples:
     place = f"{HUB_DATASET} ({task.hub_name})"
     if split not in splits:
         raise DataError(f"{place}: no split {split!r}; splits found: {', '.join(splits)}")
@@ -180,4 +180,4 @@ def _hub_split(task: Task, splits: Any, split: str) -> Examples:
                 raise DataError(f"{place}, {split}, row {row}: label {label}; allowed: 0 to {len(task.labels) - 1}")
     if not labels:
         raise DataError(f"{place}, {split}: no rows; at least one is needed")
-    return Examples(first=texts[0], second=texts[1] if len(texts) == 2 else None, labels=labels)
+    return TextExamples(first=texts[0], second=texts[1] if len(texts) == 2 else None, labels=labels)

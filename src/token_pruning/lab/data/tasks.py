@@ -41,7 +41,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Examples:
+class TextExamples:
     """One split: ``first`` and, for pairs, ``second`` texts, and labels (class ids, or floats for regression).
 
     Lists are of one length; ``labels`` is ``None`` where they are not known. Unequal lengths raise
@@ -60,13 +60,13 @@ class Examples:
     def __len__(self) -> int:
         return len(self.first)
 
-    def select(self, indices: Iterable[int]) -> "Examples":
+    def select(self, indices: Iterable[int]) -> "TextExamples":
         """The examples at ``indices``, in that order."""
         chosen = [int(index) for index in indices]
         labels: list[int] | list[float] | None = self.labels
         if labels is not None:
             labels = [labels[index] for index in chosen]
-        return Examples(
+        return TextExamples(
             first=[self.first[index] for index in chosen],
             second=None if self.second is None else [self.second[index] for index in chosen],
             labels=labels,
@@ -82,8 +82,8 @@ class TaskData:
     """
 
     task: Task
-    train: Examples | None
-    validation: dict[str, Examples]
+    train: TextExamples | None
+    validation: dict[str, TextExamples]
 
 
 _SENTENCES = ("sentence1", "sentence2")

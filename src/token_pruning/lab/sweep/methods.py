@@ -6,7 +6,8 @@ from typing import Any
 
 from token_pruning.budget.fitting import entering_rate
 from token_pruning.budget.schedules import schedules
-from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
+from token_pruning.pruners.summary import SummaryTokens
 
 _LOWEST_TARGET, _HIGHEST_TARGET = 0.2, 0.8
 _HEADROOM = 0.02  # between a budget and the least that can be reached: held-out examples differ a little in length
@@ -28,15 +29,7 @@ class Space:
     layers: int
     lowest_flops: Mapping[str, float]
     highest_flops: float
-    summary_tokens: str | None
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """A trial without training: see :func:`token_pruning.lab.training.calibrated.calibrate_checkpoint`."""
-
-    options: TrainOptions
-    summary_tokens: str
+    summary_tokens: SummaryTokens | None
 
 
 Trial = Any  # optuna.Trial, which is there only where the sweep extra is
@@ -71,7 +64,8 @@ def budget(trial: Trial, space: Space) -> TrainOptions:
 def calibrated(trial: Trial, space: Space) -> CalibrateOptions:
     """Thresholds for a budget, without training."""
     target, summary_tokens = _target_and_summaries(trial, "calibrated", space)
-    return CalibrateOptions(replace(space.base, masking_mode="hard", target_flops=target), summary_tokens)
+    base = replace(space.base, masking_mode="hard", target_flops=target)
+    return CalibrateOptions(base=base, summary_tokens=summary_tokens)
 
 
 def topk(trial: Trial, space: Space) -> TrainOptions:
@@ -98,7 +92,7 @@ def _keys(space: Space, **keys: Any) -> dict[str, Any]:
     return {**keys, "summary_tokens": space.summary_tokens or "none"}
 
 
-def _target_and_summaries(trial: Trial, method: str, space: Space) -> tuple[float, str]:
+def _target_and_summaries(trial: Trial, method: str, space: Space) -> tuple[float, SummaryTokens]:
     summary_tokens = space.summary_tokens
     if summary_tokens is None:
         summary_tokens = trial.suggest_categorical(f"{method}.summary_tokens", ["none", "segment"])

@@ -12,6 +12,7 @@ from token_pruning.lab.files import write_files
 from token_pruning.lab.report.plots import legend, new_figure, style
 from token_pruning.lab.sweep.methods import METHODS
 from token_pruning.lab.sweep.rules import pareto_front
+from token_pruning.lab.tables import table
 
 _SHOWN_DROP = 0.12  # below dense: what lies further down is drawn at the lower edge
 
@@ -59,7 +60,7 @@ class TaskResults:
     note: str = ""
 
 
-def write_report(folder: Path, results: TaskResults) -> None:
+def write_results(folder: Path, results: TaskResults) -> None:
     """Write ``trials.csv``, ``pareto.csv``, ``pareto.md`` and ``pareto.png``, all or none of them."""
     contents: dict[str, str | bytes] = {
         "trials.csv": trials_csv(results),
@@ -109,17 +110,18 @@ def pareto_markdown(results: TaskResults) -> str:
     states = [row.state for row in results.rows]
     counts = [f"{count} {state}" for state in ("complete", "pruned", "failed") if (count := states.count(state))]
     text = f"# Sweep of {results.task}\n\nTrials: {', '.join(counts) or 'none finished'}. {results.note}\n"
+    header = ["trial", "method", results.metric, "drop, points", "relative FLOPs", "parameters"]
+    dense = ["–", "dense", f"{100 * results.dense:.2f}", "0.00", "1.000", ""]
     for name, rows in _fronts(results.rows):
         title = "All methods" if name == "all" else f"`{name}`"
-        text += f"\n## {title}\n\n| trial | method | {results.metric} | drop, points | relative FLOPs | parameters |\n"
-        text += f"|---|---|---|---|---|---|\n| – | dense | {100 * results.dense:.2f} | 0.00 | 1.000 | |\n"
-        for row in rows:
-            metric, flops = _point(row)
-            text += (
-                f"| {row.number} | {row.method} | {100 * metric:.2f} | {100 * (results.dense - metric):.2f} | "
-                f"{flops:.3f} | {describe(row.parameters)} |\n"
-            )
+        text += f"\n## {title}\n\n{table(header, [dense, *(_cells(row, results.dense) for row in rows)])}\n"
     return text
+
+
+def _cells(row: Row, dense: float) -> list[str]:
+    metric, flops = _point(row)
+    drop = f"{100 * (dense - metric):.2f}"
+    return [str(row.number), row.method, f"{100 * metric:.2f}", drop, f"{flops:.3f}", describe(row.parameters)]
 
 
 def describe(parameters: dict[str, Any]) -> str:

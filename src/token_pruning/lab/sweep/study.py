@@ -7,15 +7,14 @@ puts its parameters back into the queue, with its folder, so that training goes 
 import datetime
 import gc
 import json
-import os
 import random
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,20 @@ from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import highest_flops, lowest_flops, prunable_layers
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
-from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.lab.data import TaskData
-from token_pruning.lab.sweep.methods import METHODS, CalibrateOptions, Space
-from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_report
+from token_pruning.lab.sweep.methods import METHODS, Space
+from token_pruning.lab.sweep.options import SweepOptions
+from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_results
 from token_pruning.lab.sweep.rules import Point, hopeless
-from token_pruning.lab.training.calibrated import EXAMPLES, calibrate_checkpoint
-from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.calibrated import calibrate_checkpoint
+from token_pruning.lab.training.evaluate import evaluate_checkpoint
+from token_pruning.lab.training.features import hold_out
+from token_pruning.lab.training.load import load_split
+from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
+from token_pruning.lab.training.plan import DataSource, training_examples
 from token_pruning.lab.training.run_dir import RUN_FILE, RunDir
-from token_pruning.lab.training.stages import DataSource, evaluate_checkpoint, load_split, train
+from token_pruning.lab.training.train import train
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 from token_pruning.runtime.prune import prunable
 
@@ -52,52 +55,6 @@ _FIRST_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
 _STEPS = (0.7548777, 0.5698403)  # of Roberts's R2 sequence, which fills a square evenly from its first points on
 COMPLETE, PRUNED = _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _CLAIMED = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """One sweep.
-
-    Args:
-        base: what all trials have in common; its ``restore`` is the dense checkpoint.
-        output_dir: for the report, the trials' folders and the default storage.
-        methods: names of :data:`token_pruning.lab.sweep.methods.METHODS`, dealt in turn.
-        trials: how many are to be finished (complete or stopped as hopeless), over all processes of the study.
-        storage: SQLAlchemy URL of an Optuna storage; a file in ``output_dir`` unless given.
-        study_name: in the storage; the task's name unless given.
-        summary_tokens: for every method; otherwise none, and ``budget`` and ``calibrated`` choose.
-        validate_on: ``train``: a slice of the training set that is held out of training; ``dev``: the validation set.
-        prune_margin: of the rule that stops hopeless trials, in points.
-        keep_checkpoints: keep each complete trial's model.
-
-    Raises:
-        ConfigError: for a value that is not allowed.
-    """
-
-    base: TrainOptions
-    output_dir: Path
-    methods: Sequence[str] = tuple(METHODS)
-    trials: int = 40
-    storage: str | None = None
-    study_name: str | None = None
-    summary_tokens: str | None = None
-    validate_on: str = "train"
-    prune_margin: float = 5.0
-    keep_checkpoints: bool = False
-
-    def __post_init__(self) -> None:
-        """Check everything that needs no file but the output folder."""
-        for method in self.methods:
-            choice("--methods", method, METHODS)
-        positive_integer("--trials", self.trials)
-        choice("--validate-on", self.validate_on, ("train", "dev"))
-        number("--prune-margin", self.prune_margin, low=0)
-        if self.summary_tokens is not None:
-            choice("--summary-tokens", self.summary_tokens, SUMMARY_TOKENS)
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ConfigError(f"--output-dir is {self.output_dir}, a file; it must be a folder, or not exist yet")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("a sweep is not for torchrun: start it several times with one --storage instead")
 
 
 def run_sweep(options: SweepOptions, load_data: DataSource) -> Path:
@@ -120,16 +77,15 @@ def run_sweep(options: SweepOptions, load_data: DataSource) -> Path:
     # As run.json of a trial has it: the same from wherever the command is given again.
     options = replace(options, base=replace(options.base, restore=str(checkpoint.path.resolve())))
     data = load_data(checkpoint)
-    if data.train is None:
-        raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
+    training_examples(data)
     if options.validate_on == "train":
-        data = hold_out(data, options.base.seed)
+        data = validate_on_training_set(data, options.base.seed)
     sweep = _Sweep(options, checkpoint, data, _open_study(options))
     sweep.run()
     return options.output_dir / "pareto.md"
 
 
-def hold_out(data: TaskData, seed: int) -> TaskData:
+def validate_on_training_set(data: TaskData, seed: int) -> TaskData:
     """The task with its validation set replaced by a slice of the training set, which loses it.
 
     Args:
@@ -139,14 +95,12 @@ def hold_out(data: TaskData, seed: int) -> TaskData:
     Raises:
         ConfigError: for fewer than five training examples.
     """
-    assert data.train is not None
-    total = len(data.train)
-    count = min(1000, total // 5)
+    examples = training_examples(data)
+    count = min(1000, len(examples) // 5)
     if count < 1:
-        raise ConfigError(f"there are {total} training examples; give 5 or more, or --validate-on dev")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    rest, chosen = data.train.select(sorted(order[count:])), data.train.select(sorted(order[:count]))
-    return TaskData(data.task, rest, {"held_out": chosen})
+        raise ConfigError(f"there are {len(examples)} training examples; give 5 or more, or --validate-on dev")
+    rest, chosen = hold_out(len(examples), count, seed)
+    return TaskData(data.task, examples.select(rest), {"held_out": examples.select(chosen)})
 
 
 class _Superfluous(Exception):
@@ -270,8 +224,8 @@ class _Sweep:
     def _run(self, run: TrainOptions | CalibrateOptions, folder: Path) -> Point:
         """Train or calibrate, or go on where a killed trial stopped."""
         if isinstance(run, CalibrateOptions):  # there is nothing to go on with
-            options = replace(run.options, output_dir=str(folder), overwrite_output_dir=True)
-            calibrate_checkpoint(options, lambda _: self.data, summary_tokens=run.summary_tokens)  # type: ignore[arg-type]
+            base = replace(run.base, output_dir=str(folder), overwrite_output_dir=True)
+            calibrate_checkpoint(replace(run, base=base), lambda _: self.data)
         else:
             options, run_dir = replace(run, output_dir=str(folder)), RunDir(folder)
             if not run_dir.finished(options.identity()):
@@ -294,7 +248,7 @@ class _Sweep:
         examples, base = self.data.train, self.options.base
         assert examples is not None
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(base.seed))
-        chosen = examples.select(order[:EXAMPLES].tolist())
+        chosen = examples.select(order[: CalibrateOptions.examples].tolist())
         model, _, features = load_split(self.checkpoint, self.data.task, chosen, base.max_length)
         layers = prunable_layers(model)
         if len(features) < FEWEST_EXAMPLES:
@@ -389,7 +343,7 @@ class _Sweep:
         latest = {trial.user_attrs.get("folder"): trial.number for trial in trials}
         rows = [_row(trial, latest[trial.user_attrs.get("folder")]) for trial in trials]
         note = f"{self.metric} in percent on {measured}."
-        write_report(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
+        write_results(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
 
 
 _STATES = {COMPLETE: "complete", PRUNED: "pruned", TrialState.FAIL: "failed"}

@@ -5,6 +5,7 @@ model.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
 from token_pruning.families import ModelShape
+from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.pruners import Pruner
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
@@ -146,7 +148,7 @@ class BudgetHolder(TrainerCallback):  # type: ignore[misc]
         return fit
 
 
-def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def fitting_examples(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training examples without those that thresholds are fitted to, and these.
 
     Raises:
@@ -158,10 +160,8 @@ def hold_out(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, 
             f"there are {len(features)} training examples; a budget needs at least {2 * FEWEST_EXAMPLES}, "
             f"{FEWEST_EXAMPLES} of them to fit thresholds to"
         )
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:count])
-    rest = [feature for number, feature in enumerate(features) if number not in chosen]
-    return rest, [features[number] for number in sorted(chosen)]
+    rest, chosen = hold_out(len(features), count, seed)
+    return [features[place] for place in rest], [features[place] for place in chosen]
 
 
 def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedule | None:
@@ -200,10 +200,13 @@ def budget_holder(
     return BudgetHolder(batch, target, schedule, bf16)
 
 
-def use_relative_scores(checkpoint: Checkpoint) -> None:
-    """Budgets are held in scoring mode "relative"; thresholds in another mode's units are converted."""
-    config = checkpoint.config
-    config.setdefault("prune_mode", "absolute_threshold")
+def with_relative_scores(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in scoring mode "relative", in which budgets are held; thresholds are converted, if they can be.
+
+    Raises:
+        ConfigError: for a method that cannot hold a budget, or a key with a value that is not allowed.
+    """
+    config = {"prune_mode": "absolute_threshold", **checkpoint.config}
     if config["prune_mode"] != "absolute_threshold":
         raise ConfigError(
             f"{checkpoint.path / 'config.json'}: prune_mode is {config['prune_mode']!r}; a budget, --target-flops, is "
@@ -214,23 +217,24 @@ def use_relative_scores(checkpoint: Checkpoint) -> None:
             f"prune_layers is {config['prune_layers']}; with a budget, --target-flops, it is --schedule that says "
             "where tokens leave (0,0.5,0,0.5: half of them after layer 2, half after layer 4)"
         )
+    thresholds = checkpoint.thresholds
     mode = config.get("scoring_mode") or "mean"
     if mode == "mean":
         length = config.get("max_seq_length") or Pruner.max_seq_length
         scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
-        if checkpoint.thresholds is not None:
-            checkpoint.thresholds = tuple(scale(value) for value in checkpoint.thresholds)
+        if thresholds is not None:
+            thresholds = tuple(scale(value) for value in thresholds)
         if isinstance(config.get("final_token_threshold"), int | float):
             config["final_token_threshold"] = scale(config["final_token_threshold"])
     elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
         config.pop("final_token_threshold", None)
-        checkpoint.thresholds = None
+        thresholds = None
     else:
         choice("scoring_mode", mode, SCORING_MODES)
     if mode != "relative":
         config.pop("thresholds", None)
-    config["scoring_mode"] = "relative"
-    config.setdefault("final_token_threshold", FINAL_THRESHOLD)
+    config = {"final_token_threshold": FINAL_THRESHOLD, **config, "scoring_mode": "relative"}
+    return replace(checkpoint, config=config, thresholds=thresholds)
 
 
 def _or_linear(schedule: Schedule, layers: int) -> Schedule:

@@ -13,48 +13,25 @@ from token_pruning.budget.fitting import Fit
 from token_pruning.budget.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
 from token_pruning.budget.vocabulary import vocabulary_gate
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.checks import positive_integer
-from token_pruning.errors import ConfigError
 from token_pruning.lab.data import TaskData, load_unlabelled
+from token_pruning.lab.files import write_json
 from token_pruning.lab.metrics import compute_metrics
-from token_pruning.lab.training.options import TrainOptions
-from token_pruning.lab.training.run_dir import RunDir, write_json
-from token_pruning.lab.training.stages import (
-    DataSource,
-    labelled_features,
-    load_classifier,
-    load_tokenizer,
-    make_evaluator,
-    tokenize,
-)
-from token_pruning.pruners.summary import SummaryTokens
+from token_pruning.lab.training.evaluate import make_evaluator
+from token_pruning.lab.training.features import labelled_features, tokenize
+from token_pruning.lab.training.load import load_classifier, load_tokenizer
+from token_pruning.lab.training.options import CalibrateOptions
+from token_pruning.lab.training.plan import DataSource, refuse_same_folder, training_examples
+from token_pruning.lab.training.run_dir import RunDir
 
 REPORT = "calibration.json"
-EXAMPLES = 400
 
 
-def calibrate_checkpoint(
-    options: TrainOptions,
-    load_data: DataSource | None,
-    texts: Path | None = None,
-    *,
-    max_drop: float | None = None,
-    examples: int = EXAMPLES,
-    summary_tokens: SummaryTokens = "none",
-    prune_layers: list[int] | None = None,
-    vocabulary: bool = True,
-) -> Path:
+def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Path:
     """Calibrate a dense checkpoint, evaluate it where there is something to evaluate on, and save it.
 
     Args:
-        options: the checkpoint, the budget and where to write; ``masking_mode`` hard.
-        load_data: gives the task, whose training examples are used.
-        texts: instead: a file of texts without labels; any head will do.
-        max_drop: instead of the budget; see :func:`token_pruning.calibrate`.
-        examples: how many are taken, at random.
-        summary_tokens: see :class:`token_pruning.Pruner`.
-        prune_layers: see :class:`token_pruning.Pruner`.
-        vocabulary: also try to keep tokens out of the first layer, by scores from as many examples as there are.
+        options: what to do.
+        load_data: gives the task, whose training examples are used; not called where ``options.input`` has texts.
 
     Returns:
         The output folder: a checkpoint with ``calibration.json``, what was compared.
@@ -62,52 +39,40 @@ def calibrate_checkpoint(
     Raises:
         TokenPruningError: for every mistake of the user.
     """
-    positive_integer("--examples", examples)
-    if (options.target_flops is None) == (max_drop is None):
-        raise ConfigError("give either --target-flops or --max-drop")
-    checkpoint = read_checkpoint(options.restore)
-    run_dir = RunDir(Path(options.output_dir or checkpoint.path / "calibrated"))
-    if run_dir.path.resolve() == checkpoint.path.resolve():
-        raise ConfigError(f"output directory {run_dir.path} is the --restore folder; give another --output-dir")
-    identity = {
-        **options.identity(), "max_drop": max_drop, "examples": examples, "summary_tokens": summary_tokens,
-        "prune_layers": prune_layers, "vocabulary": vocabulary, "texts": None if texts is None else str(texts),
-    }  # fmt: skip
-    resume = run_dir.check(identity, overwrite=options.overwrite_output_dir)
+    base = options.base
+    checkpoint = read_checkpoint(base.restore)
+    run_dir = RunDir(Path(base.output_dir or checkpoint.path / "calibrated"))
+    refuse_same_folder(run_dir, checkpoint, "--restore")
+    resume = run_dir.check(options.identity(), overwrite=base.overwrite_output_dir)
     tokenizer = load_tokenizer(checkpoint)
     data: TaskData | None = None
-    if texts is not None:
-        if max_drop is not None:
-            raise ConfigError(f"--max-drop needs labelled examples; {texts} has none")
+    if options.input is not None:
         model: Any = load_model(checkpoint)
-        features = tokenize(tokenizer, load_unlabelled(texts), model, options.max_length)
+        features = tokenize(tokenizer, load_unlabelled(options.input), model, base.max_length)
     else:
-        assert load_data is not None
         data = load_data(checkpoint)
-        if data.train is None:
-            raise ConfigError(f"task {data.task.name} has no training examples; give --train-file")
         model = load_classifier(checkpoint, data.task)
-        features = labelled_features(tokenizer, data.train, data.task, model, options.max_length)
-    random.Random(options.seed).shuffle(features)
+        features = labelled_features(tokenizer, training_examples(data), data.task, model, base.max_length)
+    random.Random(base.seed).shuffle(features)
 
     result = calibrate(
         model,
-        features[:examples],
-        options.target_flops,
-        max_drop=max_drop,
+        features[: options.examples],
+        base.target_flops,
+        max_drop=options.max_drop,
         metric=None if data is None else _metric(data),
-        summary_tokens=summary_tokens,
-        prune_layers=prune_layers,
-        vocabulary=vocabulary_gate(model, features[:VOCABULARY_EXAMPLES]) if vocabulary else None,
-        seed=options.seed,
+        summary_tokens=options.summary_tokens,
+        prune_layers=options.prune_layers,
+        vocabulary=vocabulary_gate(model, features[:VOCABULARY_EXAMPLES]) if options.vocabulary else None,
+        seed=base.seed,
     )
     print(format_calibration(result))
-    run_dir.start(identity, resume=resume)
+    run_dir.start(options.identity(), resume=resume)
     if data is not None:
-        make_evaluator(tokenizer, data, model, options, run_dir.path)(model)
+        make_evaluator(tokenizer, data, model, base, run_dir.path)(model)
     write_json(run_dir.path / REPORT, _report(result))
     run_dir.save_model(model, tokenizer)
-    run_dir.finish(identity)
+    run_dir.finish(options.identity())
     print(f"saved to {run_dir.path}")
     return run_dir.path
 

@@ -18,6 +18,7 @@ from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.evaluation import Collate, Features, predict
 from token_pruning.lab.files import write_tensors
+from token_pruning.lab.training.load import other_architecture
 from token_pruning.lab.training.options import flag
 from token_pruning.lab.training.run_dir import RUN_FILE, TEACHER_LOGITS
 from token_pruning.pruners import Unpruned
@@ -71,29 +72,54 @@ def read_teacher(name: str) -> Checkpoint:
         ConfigError: if it has no sequence-classification or regression head.
     """
     teacher = read_checkpoint(name)
-    architecture = (teacher.config.get("architectures") or ["no model"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ConfigError(
-            f"--teacher {name} is {architecture}; only sequence-classification and regression models can teach"
-        )
+    if (other := other_architecture(teacher)) is not None:
+        raise ConfigError(f"--teacher {name} is {other}; only sequence-classification and regression models can teach")
     return teacher
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """The dense model that pruning started from: the checkpoint itself, or what its own training had as a teacher.
+    """The dense model that pruning started from: the checkpoint itself, or what its own training started from.
+
+    A run's ``run.json`` names the teacher or the checkpoint it started from; where that one is pruned too, its own is
+    followed.
+
+    Args:
+        checkpoint: as it stands on disk: what is edited for a run does not make it dense.
 
     Raises:
         ConfigError: if the checkpoint is pruned and does not say what it started from.
     """
-    if checkpoint.thresholds is None:
+    if not _was_pruned(checkpoint):
         return str(checkpoint.path)
+    seen, folder = set(), checkpoint.path
+    while folder.resolve() not in seen:  # folders that were overwritten may name each other
+        seen.add(folder.resolve())
+        run = _run_of(folder)
+        if run is None or not (name := run.get("teacher") or run.get("restore")):
+            break
+        if run.get("teacher") or not Path(name).is_dir() or not _was_pruned(read_checkpoint(name)):
+            return str(name)
+        folder = Path(name)
+    raise ConfigError(
+        f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
+    )
+
+
+def _was_pruned(checkpoint: Checkpoint) -> bool:
+    """Whether it was trained or calibrated with pruning; keys written into its ``config.json`` alone say nothing."""
+    if checkpoint.thresholds is not None:
+        return True
+    run = _run_of(checkpoint.path)
+    return run is not None and run.get("masking_mode", "none") != "none"
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """The options of the run that wrote this folder, or None."""
     try:
-        run = json.loads((checkpoint.path / RUN_FILE).read_text(encoding="utf-8"))["options"]
-        return str(run.get("teacher") or run["restore"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(
-            f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
-        ) from None
+        options = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return options if isinstance(options, dict) else None
 
 
 def teacher_logits(

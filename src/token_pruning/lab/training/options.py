@@ -1,17 +1,25 @@
-"""What a user can ask of a training run, checked."""
+"""What a user can ask of a training run or a calibration, checked."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError
+from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of
+from token_pruning.pruners.summary import SummaryTokens
 
 MASKING_MODES = ("none", "soft", "hard", "mixed")
 DISTILLATION_WEIGHT = 0.5
 DISTILLATION_TEMPERATURE = 2.0
-_SOFT_ONLY = ("regularization", "temperature", "lr_threshold", "weight_decay_threshold")
-_FLAG = {"regularization": "--lambda", "batch_size": "--bs", "epochs": "--epoch", "save_steps": "--save-step"}
+_TRAINING = "training"
+_BUDGET = "budget (masking modes soft, mixed and hard)"
+_SOFT = "soft stage (masking modes soft and mixed)"
+_TEACHER = "distillation (any masking mode)"
+_above_0 = partial(number, above=0)
+_not_negative = partial(number, low=0)
+_fraction = partial(number, above=0, high=1)
 
 # The start of --masking-mode none without --restore, and the folder name, by --arch.
 ARCHITECTURES = {
@@ -21,156 +29,162 @@ ARCHITECTURES = {
 }
 
 
-def flag(name: str) -> str:
-    """The command-line spelling of an option."""
-    return _FLAG.get(name, "--" + name.replace("_", "-"))
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """One training run.
+class TrainOptions(InferenceOptions):
+    """One training run; what each option is stands beside it.
+
+    A budget, ``target_flops``, is held by a controller in the soft stage and by fitting thresholds to held-out training
+    examples, or to the texts of ``budget_input``, in the hard stage. Thresholds, their temperature and their learning
+    rate are then in units of scoring mode ``"relative"``, and the dense checkpoint that training started from teaches,
+    unless told otherwise.
 
     Args:
-        restore: the checkpoint to start from; a folder, or a model's name on the hub.
-        masking_mode: ``none`` (dense), ``soft`` (thresholds and weights are learned), ``hard`` (tokens are removed by
-            fixed rules), or ``mixed`` (half the steps soft, then hard).
         task: for the output folder's name.
-        arch: for the output folder's name, ``base`` or ``large``.
-        lr: learning rate of the weights.
-        epochs: passes over the training data.
-        batch_size: examples per step, over all processes.
-        weight_decay: of the weights.
-        regularization: λ, soft stage only; not with a budget.
-        temperature: T, soft stage only.
-        lr_threshold: learning rate of the thresholds, soft stage only; the weights' unless given.
-        weight_decay_threshold: of the thresholds, soft stage only; 0 unless given.
-        target_flops: the budget: relative FLOPs on valid tokens, held by a controller in the soft stage and by
-            fitting thresholds to held-out training examples in the hard stage. Thresholds, their temperature and
-            learning rate are then in units of scoring mode ``"relative"``.
-        budget_input: with a budget: a file of unlabelled texts as the model will meet them, whose cost counts; else
-            that of held-out training examples does, which may be shorter or longer.
-        vocabulary_keep_rate: the part of the training examples' tokens that enters the first layer; the others' entries
-            are the vocabulary's least important (:mod:`token_pruning.budget.vocabulary`). With a budget it follows from
-            that, unless given; 1 for all tokens.
-        schedule: with a budget in masking mode hard: where tokens leave, by a name of
-            :func:`token_pruning.budget.schedules.schedules`; as the checkpoint's learned thresholds do, or ``"drain"``,
-            unless given.
-        teacher: a dense checkpoint whose outputs are learned too; a folder, or a model's name on the hub. With a budget
-            the dense checkpoint that training started from, unless given.
-        no_teacher: with a budget: learn from the labels alone.
-        distillation_weight: α, the teacher's share of the loss, only with a teacher; ``DISTILLATION_WEIGHT`` unless
-            given.
-        distillation_temperature: τ of the teacher's and the model's probabilities, only with a teacher and not for a
-            regression; ``DISTILLATION_TEMPERATURE`` unless given.
-        save_steps: steps between evaluations, log lines and checkpoints; every epoch unless given.
-        load_best: finish with the best evaluated model rather than the last.
-        save_all: keep every checkpoint rather than three.
-        max_length: tokens per example, longer ones are truncated.
-        train_length_quantile: train only on examples that are at most as long as this quantile of all lengths.
-        seed: of everything random.
-        bf16: bfloat16 autocast.
-        output_dir: instead of the paper's folder.
-        overwrite_output_dir: replace a finished run.
         pruning: keys that replace those of ``config.json``.
 
     Raises:
         ConfigError: for a value that is not allowed, or an option that the masking mode would ignore.
     """
 
-    restore: str
-    masking_mode: str
     task: str
-    arch: str = "pibert-base"
-    lr: float = 2e-5
-    epochs: float = 10
-    batch_size: int = 32
-    weight_decay: float = 0.0
-    regularization: float | None = None
-    temperature: float | None = None
-    lr_threshold: float | None = None
-    weight_decay_threshold: float | None = None
-    target_flops: float | None = None
-    budget_input: str | None = None
-    vocabulary_keep_rate: float | None = None
-    schedule: str | None = None
-    teacher: str | None = None
-    no_teacher: bool = False
-    distillation_weight: float | None = None
-    distillation_temperature: float | None = None
-    save_steps: int | None = None
-    load_best: bool = True
-    save_all: bool = False
-    max_length: int = 128
-    train_length_quantile: float | None = None
-    seed: int = 42
-    bf16: bool = False
-    output_dir: str | None = None
-    overwrite_output_dir: bool = False
     pruning: dict[str, Any] | None = None
+
+    restore: str = option(
+        help="checkpoint folder, or a hub name (default with --masking-mode none: the hub's RoBERTa of --arch)",
+        flags=("--restore", "--restore-file"), group=MODEL, metavar="CKPT",
+    )  # fmt: skip
+    arch: str = option(
+        "pibert-base", help=f"{', '.join(ARCHITECTURES)}: names the output folder (default {{default}})", group=MODEL,
+        check=partial(choice, allowed=ARCHITECTURES),
+    )  # fmt: skip
+    masking_mode: str = option(
+        "hard", help=f"{', '.join(MASKING_MODES)} (default {{default}}); none is dense", group=MODEL,
+        check=partial(choice, allowed=MASKING_MODES),
+    )  # fmt: skip
+    batch_size: int = option(
+        32, help="examples per step over all processes (default {default})", flags=("--bs", "--batch-size"),
+        group=MODEL, check=positive_integer,
+    )  # fmt: skip
+    output_dir: str | None = option(
+        None, help="default: the paper's folder, checkpoints/base/TASK/… or CKPT/hard/lr_…", group=MODEL
+    )
+
+    lr: float = option(
+        2e-5, help="learning rate of the weights (default 4e-5; MRPC 2e-5)", group=_TRAINING, check=_above_0
+    )
+    epochs: float = option(
+        10.0, help="epochs (default {default})", flags=("--epoch", "--epochs"), group=_TRAINING, check=_above_0
+    )
+    train_length_quantile: float | None = option(
+        None, help="train only on examples no longer, in tokens, than the Q-quantile of the training set (default: "
+        "all)", group=_TRAINING, metavar="Q", check=_fraction,
+    )  # fmt: skip
+    weight_decay: float = option(0.0, help="weight decay (default {default})", group=_TRAINING, check=_not_negative)
+    seed: int = option(42, help="seed of everything random (default {default})", group=_TRAINING)
+    save_steps: int | None = option(
+        None, help="evaluate, log and save every N steps (default: every epoch)", flags=("--save-step", "--save-steps"),
+        group=_TRAINING, metavar="N", check=positive_integer,
+    )  # fmt: skip
+    save_all: bool = option(False, help="keep every checkpoint (default: three)", group=_TRAINING)
+    load_best: bool = option(
+        True, help="finish with the last model instead of the best evaluated one",
+        flags=("--no-load", "--no-load-best"), group=_TRAINING,
+    )  # fmt: skip
+    overwrite_output_dir: bool = option(False, help="replace a finished run", group=_TRAINING)
+    vocabulary_keep_rate: float | None = option(
+        None, help="let this part of the tokens into the first layer: those whose vocabulary entries receive most "
+        "attention in the checkpoint's upper layers (default: what suits the budget; else 1)",
+        group=_TRAINING, metavar="R", check=_fraction,
+    )  # fmt: skip
+
+    target_flops: float | None = option(
+        None, help="what the pruned model may cost, relative to the dense one on valid tokens, instead of --lambda; "
+        "thresholds, --temperature and --lr-threshold are then for scoring mode relative",
+        group=_BUDGET, metavar="F", check=_fraction,
+    )  # fmt: skip
+    schedule: str | None = option(
+        None, help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric, late, or the "
+        "parts that leave after each layer, as 0.6,0.4; drain: all of them, as late as the budget allows "
+        "(default: as the checkpoint's learned thresholds do, or drain)", group=_BUDGET,
+    )  # fmt: skip
+    budget_input: str | None = option(
+        None, help="unlabelled texts as the model will meet them, whose cost is held to the budget (default: held-out "
+        "training examples, which may be shorter or longer)", group=_BUDGET, metavar="FILE",
+    )  # fmt: skip
+    no_teacher: bool = option(False, help="learn from labels alone", group=_BUDGET)
+
+    regularization: float | None = option(
+        None, help="weight of the regularizer: higher prunes more (0.01 to 0.2 is usual)",
+        flags=("--lambda", "--lambda-threshold"), group=_SOFT, metavar="λ", check=_above_0,
+    )  # fmt: skip
+    temperature: float | None = option(
+        None, help="temperature of the soft mask (default 1e-3)", group=_SOFT, metavar="T", check=_above_0
+    )
+    lr_threshold: float | None = option(
+        None, help="learning rate of the thresholds (default: --lr)", group=_SOFT, check=_above_0
+    )
+    weight_decay_threshold: float | None = option(
+        None, help="weight decay of the thresholds (default 0)", group=_SOFT, check=_not_negative
+    )
+
+    teacher: str | None = option(
+        None, help="dense checkpoint, folder or hub name, whose outputs are learned beside the labels",
+        group=_TEACHER, metavar="CKPT",
+    )  # fmt: skip
+    distillation_weight: float | None = option(
+        None, help=f"the teacher's share of the loss, up to 1 (default {DISTILLATION_WEIGHT:g})",
+        group=_TEACHER, metavar="α", check=_fraction,
+    )  # fmt: skip
+    distillation_temperature: float | None = option(
+        None, help=f"temperature of both models' probabilities (default {DISTILLATION_TEMPERATURE:g}); not for a "
+        "regression", group=_TEACHER, metavar="τ", check=_above_0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check everything that needs no file."""
-        choice(flag("masking_mode"), self.masking_mode, MASKING_MODES)
-        choice(flag("arch"), self.arch, ARCHITECTURES)
-        for name in ("lr", "epochs", "regularization", "temperature", "lr_threshold", "distillation_temperature"):
-            if (value := getattr(self, name)) is not None:
-                number(flag(name), value, above=0)
-        if self.vocabulary_keep_rate is not None:
-            number(flag("vocabulary_keep_rate"), self.vocabulary_keep_rate, above=0, high=1)
-            if self.masking_mode == "none":
-                raise ConfigError(f"{flag('vocabulary_keep_rate')} applies to pruning, not to masking mode 'none'")
-            if self.pruning and self.pruning.get("vocabulary_threshold") is not None:
-                raise ConfigError("give either --vocabulary-keep-rate or --vocabulary-threshold")
-        if self.distillation_weight is not None:
-            number(flag("distillation_weight"), self.distillation_weight, above=0, high=1)
-        for name in ("weight_decay", "weight_decay_threshold"):
-            if (value := getattr(self, name)) is not None:
-                number(flag(name), value, low=0)
-        if self.train_length_quantile is not None:
-            number(flag("train_length_quantile"), self.train_length_quantile, above=0, high=1)
-        for name in ("batch_size", "max_length", "save_steps"):
-            if (value := getattr(self, name)) is not None:
-                positive_integer(flag(name), value)
+        super().__post_init__()
+        if self.masking_mode == "none":
+            self._check_dense()
+        if self.vocabulary_keep_rate is not None and (self.pruning or {}).get("vocabulary_threshold") is not None:
+            raise ConfigError("give either --vocabulary-keep-rate or --vocabulary-threshold")
         self._check_budget()
         if self.teacher is None and (self.target_flops is None or self.no_teacher):
             for name in ("distillation_weight", "distillation_temperature"):
                 if (value := getattr(self, name)) is not None:
                     raise ConfigError(f"{flag(name)} is {value!r}; it applies to training with --teacher")
-        if self.pruning and self.masking_mode == "none":
-            raise ConfigError(f"{flag(next(iter(self.pruning)))} applies to pruning, not to masking mode 'none'")
-        if self.soft:
-            if self.regularization is None and self.target_flops is None:
-                raise ConfigError(
-                    f"--lambda is missing; masking mode {self.masking_mode!r} needs it (0.01 to 0.2 is usual), "
-                    "or a budget, --target-flops"
-                )
-        else:
-            for name in _SOFT_ONLY:
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{flag(name)} is {getattr(self, name)!r}; it applies to masking modes soft and mixed, "
-                        f"not to {self.masking_mode!r}"
-                    )
+        if not self.soft:
+            self._check_not_soft()
+        elif self.regularization is None and self.target_flops is None:
+            raise ConfigError(
+                f"--lambda is missing; masking mode {self.masking_mode!r} needs it (0.01 to 0.2 is usual), "
+                "or a budget, --target-flops"
+            )
+
+    def _check_dense(self) -> None:
+        ignored = [name for name in ("vocabulary_keep_rate", "target_flops") if getattr(self, name) is not None]
+        for name in [*ignored, *(self.pruning or {})]:
+            raise ConfigError(f"{flag(name)} applies to pruning, not to masking mode 'none'")
 
     def _check_budget(self) -> None:
         if self.target_flops is None:
-            for name, value in (
-                ("schedule", self.schedule),
-                ("no_teacher", self.no_teacher),
-                ("budget_input", self.budget_input),
-            ):
-                if value:
+            for name in ("schedule", "no_teacher", "budget_input"):
+                if getattr(self, name):
                     raise ConfigError(f"{flag(name)} applies to training with a budget, --target-flops")
             return
-        number(flag("target_flops"), self.target_flops, above=0, high=1)
-        if self.masking_mode == "none":
-            raise ConfigError(f"{flag('target_flops')} applies to pruning, not to masking mode 'none'")
         if self.regularization is not None:
             raise ConfigError("give either --lambda or --target-flops")
         if self.schedule is not None and self.masking_mode != "hard":
             raise ConfigError(f"--schedule applies to masking mode hard; {self.masking_mode!r} learns a schedule")
         if self.teacher is not None and self.no_teacher:
             raise ConfigError("give either --teacher or --no-teacher")
+
+    def _check_not_soft(self) -> None:
+        for name in (found.name for found in options_of(TrainOptions) if found.metadata["group"] == _SOFT):
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"{flag(name)} is {value!r}; it applies to masking modes soft and mixed, not to "
+                    f"{self.masking_mode!r}"
+                )
 
     @property
     def soft(self) -> bool:
@@ -201,3 +215,48 @@ class TrainOptions:
         if self.target_flops is not None:
             method = f"flops_{self.target_flops}"
         return Path(self.restore) / method / f"lr_{self.lr}"
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of one of :class:`TrainOptions`' fields, or of a key of ``config.json``."""
+    return flag_of(TrainOptions, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """One calibration: thresholds for a budget, or for a bound on the loss, without training.
+
+    Args:
+        base: the checkpoint, the budget and where to write; masking mode hard.
+        summary_tokens: see :class:`token_pruning.Pruner`.
+        prune_layers: see :class:`token_pruning.Pruner`.
+
+    Raises:
+        ConfigError: for a value that is not allowed, or both or neither of a budget and ``max_drop``.
+    """
+
+    base: TrainOptions
+    summary_tokens: SummaryTokens = "none"
+    prune_layers: list[int] | None = None
+
+    input: Path | None = option(None, help="one or two text columns, or one text per line (.txt), unlabelled")
+    max_drop: float | None = option(None, help="how much the metric may fall, such as 1.0", metavar="POINTS")
+    examples: int = option(400, help="how many are used (default {default}, at least 32)", check=positive_integer)
+    vocabulary: bool = option(True, help="let every token into the first layer", flags=("--no-vocabulary",))
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no file."""
+        check_options(self)
+        if (self.base.target_flops is None) == (self.max_drop is None):
+            raise ConfigError("give either --target-flops or --max-drop")
+        if self.max_drop is not None and self.input is not None:
+            raise ConfigError(f"--max-drop needs labelled examples; {self.input} has none")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for one calibration to replace an unfinished one."""
+        own = {
+            "max_drop": self.max_drop, "examples": self.examples, "summary_tokens": self.summary_tokens,
+            "prune_layers": self.prune_layers, "vocabulary": self.vocabulary,
+            "texts": None if self.input is None else str(self.input),
+        }  # fmt: skip
+        return {**self.base.identity(), **own}

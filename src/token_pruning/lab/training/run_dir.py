@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.errors import CheckpointError, ConfigError
-from token_pruning.lab.files import STAGING_PREFIX, write_text
+from token_pruning.lab.files import STAGING_PREFIX, write_json
 
 RUN_FILE = "run.json"
 _FULL = 16 * 2**20  # bytes left free by a write that failed for want of room
 TEACHER_LOGITS = "teacher_logits"  # the folder of what was computed with a model as the teacher, or for a run
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 class RunDir:

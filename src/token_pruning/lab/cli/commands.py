@@ -1,0 +1,227 @@
+"""Every command: its arguments, and what it runs."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from token_pruning.errors import ConfigError
+from token_pruning.lab.analysis.options import AnalyzeOptions
+from token_pruning.lab.cli.parser import add_keys, add_options, build, command_line, given, given_keys
+from token_pruning.lab.data.source import DataOptions
+from token_pruning.lab.demo.options import DemoOptions
+from token_pruning.lab.predict import PredictOptions
+from token_pruning.lab.sweep.options import SweepOptions
+from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, TrainOptions
+
+# Learning rates of the published code where --lr is not given.
+_LEARNING_RATES = {"MRPC": 2e-5}
+_LEARNING_RATE = 4e-5
+_SWEEP_EPOCHS = 3.0
+
+
+def add_train(commands: Any) -> None:
+    """``token-pruning train``."""
+    parser = commands.add_parser(
+        "train",
+        help="fine-tune a model: dense, or with learned or fixed pruning",
+        description="Train one stage. The paper's workflow: --masking-mode none (fine-tune), soft (learn thresholds), "
+        "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
+        "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
+        "token_threshold, scoring_mode. A killed run continues when the same command is given again.",
+        allow_abbrev=False,
+    )
+    add_options(parser, DataOptions)
+    add_options(parser, TrainOptions, restore={"required": False})
+    add_keys(parser)
+    parser.set_defaults(run=_train)
+
+
+def add_eval(commands: Any) -> None:
+    """``token-pruning eval``."""
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint: metrics, FLOPs three ways, tokens kept, seconds",
+        description="Evaluate a checkpoint with its tokens removed, or dense with --masking-mode none. Writes "
+        "eval_results.json to --output-dir, or else to eval/ inside the checkpoint.",
+        allow_abbrev=False,
+    )
+    add_options(parser, DataOptions)
+    names = ("restore", "arch", "masking_mode", "batch_size", "max_length", "bf16", "output_dir")
+    add_options(parser, TrainOptions, names, restore={"required": False})
+    add_keys(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def add_calibrate(commands: Any) -> None:
+    """``token-pruning calibrate``."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="prune a checkpoint to a budget without training it",
+        description="Choose thresholds on a few hundred examples, by how little the model's outputs change, and save "
+        "the pruned checkpoint. --target-flops needs no labels: the training examples of a task, or the texts of any "
+        "file (--input). --max-drop finds the cheapest pruning whose estimated loss stays inside the bound.",
+        allow_abbrev=False,
+    )
+    add_options(parser, DataOptions)
+    add_options(
+        parser,
+        TrainOptions,
+        ("restore", "target_flops", "seed", "batch_size", "max_length", "output_dir", "overwrite_output_dir"),
+        restore={"help": "checkpoint"},
+        target_flops={"help": "relative FLOPs on valid tokens, such as 0.7"},
+        seed={"help": f"of the choice of examples (default {TrainOptions.seed})"},
+        batch_size={"help": f"batch size of the evaluation (default {TrainOptions.batch_size})"},
+        output_dir={"help": "default: CKPT/calibrated"},
+    )
+    add_options(parser, CalibrateOptions)
+    add_keys(parser, ("summary_tokens", "prune_layers"))
+    parser.set_defaults(run=_calibrate)
+
+
+def add_predict(commands: Any) -> None:
+    """``token-pruning predict``."""
+    parser = commands.add_parser(
+        "predict",
+        help="label the texts of a file",
+        description="Label every text of a CSV, TSV, JSON, JSONL or TXT file: one JSON object per line with the label "
+        "and its probability, or the score of a regression.",
+    )
+    add_options(parser, PredictOptions)
+    parser.set_defaults(run=_predict)
+
+
+def add_analyze(commands: Any) -> None:
+    """``token-pruning analyze``."""
+    parser = commands.add_parser(
+        "analyze",
+        help="where checkpoints drop tokens: by length, by layer, by outcome, in single texts",
+        description="Evaluate checkpoints side by side on the validation examples, each pruned as its config.json says "
+        "(dense if it names no prune_mode), and write analysis.md with tables and plots, analysis.json with every "
+        "figure, and trajectories.html with the tokens of a few texts.",
+    )
+    own_file = {"help": "instead of --task: your own CSV, TSV, JSON or JSONL"}
+    add_options(parser, DataOptions, ("task", "data_dir", "validation_file"), validation_file=own_file)
+    add_options(parser, AnalyzeOptions)
+    parser.set_defaults(run=_analyze)
+
+
+def add_sweep(commands: Any) -> None:
+    """``token-pruning sweep``."""
+    parser = commands.add_parser(
+        "sweep",
+        help="explore methods and strengths for one task: the metric against relative FLOPs",
+        description="Explore pruning methods and their strengths from one dense checkpoint with Optuna: the metric is "
+        "to be high, relative FLOPs low. Methods are dealt in turn: ltp (the paper's: λ and temperature; a soft and a "
+        "hard stage, half of the epochs each), budget (training to a budget, with a schedule and the dense model as a "
+        "teacher), calibrated (thresholds for a budget without training), topk and manual (thresholds) with a hard "
+        "stage. Models are those of the last epoch: none is chosen by the metric that is reported. After every "
+        "finished trial trials.csv, pareto.csv, pareto.md and pareto.png are written to --output-dir. A killed sweep "
+        "continues when the same command is given again, and several machines share one study by --storage.",
+    )
+    add_options(parser, DataOptions)
+    add_options(parser, SweepOptions)
+    add_options(
+        parser,
+        TrainOptions,
+        ("restore", "lr", "epochs", "batch_size", "max_length", "bf16", "seed"),
+        restore={"help": "fine-tuned dense checkpoint", "metavar": "DENSE"},
+        epochs={"help": f"epochs (default {_SWEEP_EPOCHS:g})"},
+    )
+    parser.set_defaults(run=_sweep)
+
+
+def add_demo(commands: Any) -> None:
+    """``token-pruning demo``."""
+    parser = commands.add_parser(
+        "demo",
+        help="the whole workflow on a task built from Python's own docstrings, in a few minutes",
+        description="Fine-tune all-MiniLM-L6-v2 to tell which standard-library module a docstring is from, learn "
+        "thresholds, remove tokens, and compare: a table and a report.html. Needs no network.",
+    )
+    add_options(parser, DemoOptions)
+    parser.set_defaults(run=_demo)
+
+
+# Commands import what they need when they run: the train and demo extras are optional.
+
+
+def _train_options(arguments: argparse.Namespace, task: str, **defaults: Any) -> TrainOptions:
+    """What was given, with the learning rate of the task and the architecture's checkpoint where these were not."""
+    values = {"lr": _LEARNING_RATES.get(task, _LEARNING_RATE), **defaults, **given(arguments, TrainOptions)}
+    if "restore" not in values:
+        mode, arch = (values.get(name, getattr(TrainOptions, name)) for name in ("masking_mode", "arch"))
+        if mode != "none":
+            raise ConfigError(f"--restore is missing; masking mode {mode!r} starts from a checkpoint")
+        values["restore"] = ARCHITECTURES[arch][0] if arch in ARCHITECTURES else ""
+    return TrainOptions(task=task, pruning=given_keys(arguments) or None, **values)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    data = build(arguments, DataOptions)
+    options = _train_options(arguments, data.name())
+
+    from token_pruning.lab.training.train import train
+
+    # The dense stage gets a head for a file's own labels; later stages and evaluation keep the checkpoint's.
+    train(options, partial(data.load, train=True, own_labels=options.masking_mode == "none"))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    data = build(arguments, DataOptions)
+    options = _train_options(arguments, data.name())
+
+    from token_pruning.lab.training.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(options, partial(data.load, train=False))
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    source = given(arguments, CalibrateOptions).get("input")
+    given_data = given(arguments, DataOptions)
+    labelled = ("task" in given_data) + ("train_file" in given_data or "validation_file" in given_data)
+    if labelled + (source is not None) != 1:
+        raise ConfigError("give one of --task (a GLUE task), --train-file with --validation-file, and --input")
+    data = DataOptions(**given_data)
+    base = TrainOptions(task=source.stem if source else data.name(), **given(arguments, TrainOptions))
+    options = build(arguments, CalibrateOptions, base=base, **given_keys(arguments))
+
+    from token_pruning.lab.training.calibrated import calibrate_checkpoint
+
+    calibrate_checkpoint(options, partial(data.load, train=True))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    options = build(arguments, PredictOptions)
+
+    from token_pruning.lab.predict import predict_file
+
+    predict_file(options)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    data = build(arguments, DataOptions)
+    if not (data.task or data.validation_file):
+        raise ConfigError("give either --task (a GLUE task) or --validation-file")
+    options = build(arguments, AnalyzeOptions)
+
+    from token_pruning.lab.analysis.run import analyze
+
+    analyze(options, partial(data.load, train=False), command=command_line("analyze", options, data))
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    data = build(arguments, DataOptions)
+    base = _train_options(arguments, data.name(), epochs=_SWEEP_EPOCHS, load_best=False)
+    options = build(arguments, SweepOptions, base=base)
+
+    from token_pruning.lab.sweep.study import run_sweep
+
+    run_sweep(options, partial(data.load, train=True))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    options = build(arguments, DemoOptions)
+
+    from token_pruning.lab.demo.run import run_demo
+
+    run_demo(options)

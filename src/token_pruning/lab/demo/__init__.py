@@ -1,0 +1,1 @@
+"""The whole workflow on a task that any machine can build, sized to a few minutes."""
