@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint sanitize wheel bench gpu clean
+.PHONY: demo test lint docs sanitize wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -14,6 +14,10 @@ test: .venv/installed  ## all tests
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror src/token_pruning/native/* tests/native/*.cpp benchmarks/*.cpp
+
+docs: .venv/installed  ## this package's pages and API as a site, in site/
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	tests/native/build.sh address,undefined
@@ -40,4 +44,4 @@ gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then
 	touch $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ from token_pruning.runtime.flops import Flops, count_flops
 from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
 from token_pruning.runtime.trace import Trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Calibration",

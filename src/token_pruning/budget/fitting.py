@@ -292,5 +292,5 @@ def outputs_of(model: Any, batch: Batch) -> Tensor:
         logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
     else:
         states = output.last_hidden_state
-        logits = (states if attachment_of(model).reads == "first" else states[valid]).reshape(-1, 1)
+        logits = (states if reads_of(model) == "first" else states[valid]).reshape(-1, 1)
     return logits.float().cpu()

@@ -1,0 +1,37 @@
+"""The examples run offline, on tiny models, and are short."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pages import ROOT
+
+COMMANDS = {
+    "rerank.py --toy": "of the dense model's best ten",
+    "embeddings.py --toy": "cosine to the dense vectors",
+    "embeddings.py --toy --pooling cls": "cosine to the dense vectors",
+    "own_pruner.py": "the engine's logits differ",
+}
+
+
+@pytest.mark.usefixtures("nothing_stays_registered")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_example_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, *_ = words = command.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert COMMANDS[command] in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_example_is_tested_and_short() -> None:
+    scripts = [path for path in (ROOT / "examples").glob("*.py") if path.name != "toy.py"]
+    assert {path.name for path in scripts} == {command.split()[0] for command in COMMANDS}
+    for path in scripts:
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 80, path
