@@ -102,7 +102,6 @@ class Family(ABC):
             last state alone.
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
-        terms_by_column: whether ``terms`` counts columns of the padded batch, whatever position ids there are.
         refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
     """
 
@@ -114,7 +113,6 @@ class Family(ABC):
         "ForNextSentencePrediction",
     )
     native: ClassVar[bool] = False
-    terms_by_column: ClassVar[bool] = False
     refused_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -196,7 +194,7 @@ class Family(ABC):
         Args:
             layer: one of ``layers``.
             rows: ``[tokens, dim]``.
-            positions: ``[tokens]`` int64, in the original text.
+            positions: ``[tokens]`` integers, the position ids.
             asking: the rows whose queries are wanted, int64; None for all.
 
         Returns:

@@ -22,7 +22,6 @@ class Deberta(Bert):
     model_types = ("deberta",)
     output_class = BaseModelOutput
     native = False
-    terms_by_column = True
 
     def __init__(self, base: Any) -> None:
         """See the base class."""

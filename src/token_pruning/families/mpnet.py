@@ -20,7 +20,6 @@ class MPNet(Roberta):
     model_types = ("mpnet",)
     output_class = BaseModelOutputWithPooling
     native = False
-    terms_by_column = True
 
     @classmethod
     def padding(cls, config: Any) -> int:

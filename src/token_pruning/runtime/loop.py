@@ -39,8 +39,6 @@ class PackedLoop:
         """
         self.family, self.tokens = family, tokens
         self.decisions = Decisions(token_pruner, tokens, first_only=first_only)
-        layout = tokens.layout
-        self.token_positions = layout.indices % layout.width if family.terms_by_column else tokens.positions
         self.departed: dict[int, tuple[Tensor, Tensor]] = {}
         """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry."""
 
@@ -72,7 +70,7 @@ class PackedLoop:
         positions = self.positions(number, rows)
         asking = self.asking(number)
         query, key, value = self.family.project(layer, rows, positions, asking)
-        context, received = self.attend(number, layer, query, key, value, positions, asking)
+        context, received = self.attend(number, layer, query, key, value, asking)
         record = self.decisions.decide(number, received)
         joined = self.join(number, layer, record, context.flatten(1), rows, asking)
         return self.settle(number, record, self.family.feed_forward(layer, joined), joined, rows)
@@ -91,10 +89,10 @@ class PackedLoop:
         return self._with_filler(embedded[decisions.entered_rows])
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
-        """Positions of the rows in the original text, ``[rows]`` int64; 0 for filler."""
+        """Position ids of the rows, ``[rows]`` integers; 0 for filler."""
         layout = self.decisions.entering(number)
         if layout is self.tokens.layout:
-            found = self.token_positions
+            found = self.tokens.positions
         else:
             found = self._position_grid().index_select(0, layout.indices)
         return pad(found, (0, rows.shape[0] - layout.total))
@@ -113,23 +111,22 @@ class PackedLoop:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: Tensor,
         asking: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
         family, entering = self.family, self.decisions.entering(number)
         scale, terms = family.scale(layer), family.terms(layer)
         dropout = family.dropout(layer) if layer.training else 0.0
+        # Windows and distances are those of the text as it came: of columns, whatever position ids there are.
+        columns = pad(entering.indices % entering.width, (0, key.shape[0] - entering.total)) if terms else None
         if asking is not None:
-            context = first_token_attention(
-                query, key, value, entering, scale, dropout, terms=terms, positions=positions
-            )
+            context = first_token_attention(query, key, value, entering, scale, dropout, terms=terms, positions=columns)
             return context, None
         return packed_attention(
             query, key, value, entering, scale, dropout,
             needs_importance=self.decisions.prunes(number),
             differentiable_importance=self.decisions.differentiable_importance,
-            terms=terms, positions=positions,
+            terms=terms, positions=columns,
         )  # fmt: skip
 
     def join(
@@ -182,7 +179,7 @@ class PackedLoop:
         return family.finish(states.index_select(0, valid.indices))
 
     def _position_grid(self) -> Tensor:
-        return self.tokens.layout.grid(self.token_positions).flatten()
+        return self.tokens.layout.grid(self.tokens.positions).flatten()
 
     @staticmethod
     def _with_filler(rows: Tensor) -> Tensor:
@@ -248,16 +245,16 @@ class PaddedLoop(PackedLoop):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: Tensor,
         asking: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """One softmax over the whole batch, with all that is gone masked out."""
         family, entering = self.family, self.decisions.entering(number)
         q, k, v = (self._padded(x).transpose(1, 2) for x in (query, key, value))
         alive = self._at(entering).view(entering.batch_size, entering.width)
+        columns = torch.arange(entering.width, device=alive.device)
         context, probabilities, received = masked_attention(
             q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
-            terms=family.terms(layer), positions=self._padded(positions),
+            terms=family.terms(layer), positions=columns.expand(alive.shape),
         )  # fmt: skip
         self.probabilities.append(probabilities)
         wanted = received.flatten()[entering.indices] if self.decisions.prunes(number) else None
