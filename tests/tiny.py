@@ -44,11 +44,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie": {"use_task_id": True},
     "vit": {"image_size": 32, "patch_size": 4},
     "eurobert": {"num_key_value_heads": 2, "head_dim": 12, **SMALL_IDS},
-    "gte": {"type_vocab_size": 2},
-    "jina_embeddings_v3": {"type_vocab_size": 2},
+    "gte": {"type_vocab_size": 2, "initializer_range": 0.2},
+    "jina_embeddings_v3": {"type_vocab_size": 2, "initializer_range": 0.2},
     "megatron-bert": {},
     "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, **SMALL_IDS},
-    "nomic_bert": {},
+    "nomic_bert": {"initializer_range": 0.2},
     "xlm-roberta-xl": {"type_vocab_size": 2},
 }  # fmt: skip
 POSITIONS = 80

@@ -125,7 +125,7 @@ def calibrate(
         number("max_drop", max_drop, above=0)
         if "labels" not in batch:
             raise ConfigError("max_drop needs labelled examples; labels is missing")
-    layers = prunable_layers(model)
+    layers = prunable_layers(model, reads)
     allowed = tuple(range(1, layers + 1))
     if prune_layers is not None:
         allowed = tuple(FixedThreshold(prune_layers=prune_layers).prune_layers or ())

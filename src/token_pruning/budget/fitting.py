@@ -17,7 +17,7 @@ from token_pruning.budget.examples import Batch
 from token_pruning.budget.schedules import Schedule
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.families import shape_of
+from token_pruning.families import Reads, shape_of
 from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops, relative_flops
@@ -191,10 +191,10 @@ def check_target(model: Any, batch: Batch, target: float, first_layer: int = 1) 
         )
 
 
-def prunable_layers(model: nn.Module) -> int:
+def prunable_layers(model: nn.Module, reads: Reads | None = None) -> int:
     """Layers after which a token's leaving saves anything: not the last where the head reads first tokens only."""
     layers = shape_of(hugging_face_model(model).base_model.config).num_layers
-    return layers - 1 if reads_of(model) == "first" and layers > 1 else layers
+    return layers - 1 if (reads or reads_of(model)) == "first" and layers > 1 else layers
 
 
 @contextmanager
