@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import token_pruning as tp
 from tests.pages import PAGES, ROOT, blocks
 from tests.workspace import WORDS, write_checkpoint
+from token_pruning import families
 from token_pruning.families import supported_model_types
 from token_pruning.lab.cli import main, paper_main
 
@@ -102,9 +103,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert yaml.safe_load(text)["strict"] is True
 
 
-def test_every_family_is_on_the_page_of_models() -> None:
-    rows = re.findall(r"^\|[^|]*\|([^|]*`[^|]*)\|", (ROOT / "docs/models.md").read_text(encoding="utf-8"), re.M)
-    assert set(supported_model_types()) <= set(re.findall(r"`([\w-]+)`", " ".join(rows)))
+def test_the_page_of_models_names_every_family() -> None:
+    rows = re.findall(
+        r"^\|[^|]*\|([^|]*`[^|]*)\| (yes|no) \|", (ROOT / "docs/models.md").read_text(encoding="utf-8"), re.M
+    )
+    native = {name: answer == "yes" for names, answer in rows for name in re.findall(r"`([\w-]+)`", names)}
+    assert native == {name: families.base._FAMILIES[name].native for name in supported_model_types()}
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:

@@ -166,6 +166,19 @@ def test_what_can_be_reached_is_said_and_can_be_reached(family: str) -> None:
     assert max(found.chosen.kept) < 0.01
 
 
+def test_an_embedding_model_with_cls_pooling_is_judged_by_first_tokens() -> None:
+    model, batch = tiny_model(head="encoder"), examples(64)
+    with torch.no_grad():
+        dense = model(**batch).last_hidden_state[:, 0]
+    found = tp.calibrate(model, batch, 0.6, reads="first", seed=3)
+    held_out = torch.randperm(64, generator=torch.Generator().manual_seed(3))[32:]
+    with torch.no_grad():
+        pruned = model(**batch).last_hidden_state
+    assert pruned.shape[1] == 1
+    wanted, got = dense[held_out], pruned[held_out, 0]
+    assert found.chosen.divergence == pytest.approx(float((wanted - got).square().mean() / wanted.var()), rel=1e-3)
+
+
 def test_a_budget_above_the_cost_of_everything_prunes_nothing() -> None:
     model = sharp_model()
     found = tp.calibrate(model, examples(), 1.0)
