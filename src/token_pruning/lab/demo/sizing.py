@@ -19,7 +19,7 @@ _FLOOR = 320  # the same, however slow the machine: fewer would say nothing
 _FEWEST_VALIDATION_TEXTS = 200
 _FEWER_EPOCHS = ({"dense": 2, "soft": 1, "hard": 1}, {"dense": 1, "soft": 1, "hard": 1})
 # A step and an evaluated batch, in dense training steps.
-_STEP = {"dense": 1.0, "soft": 1.5, "hard": 1.0}
+_STEP = {"dense": 1.0, "soft": 1.75, "hard": 1.0}
 _EVALUATED = 0.3
 
 
