@@ -14,7 +14,6 @@ def markdown(analysis: Mapping[str, Any]) -> str:
     """``analysis.md`` from the content of ``analysis.json``; whatever a data set or a user named is escaped."""
     methods, metric = analysis["checkpoints"], analysis["metric"]
     others = [name for name in methods[0]["metrics"] if name != metric]
-    regression = analysis["regression"]
     parts = [
         f"# Where the tokens go: {escape(analysis['task'])}",
         f"    {analysis['command']}",
@@ -33,70 +32,89 @@ def markdown(analysis: Mapping[str, Any]) -> str:
                 for m in methods
             ],
         ),
+        *_by_length(analysis),
+        *_by_layer(methods),
+        *_by_outcome(methods, regression=analysis["regression"]),
+    ]  # fmt: skip
+    if analysis["samples"]:
+        parts += ["## Samples", "In colour: [trajectories.html](trajectories.html)."]
+    for number, sample in enumerate(_samples(analysis), start=1):
+        parts += _sample(number, sample)
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_length(analysis: Mapping[str, Any]) -> list[str]:
+    methods, metric = analysis["checkpoints"], analysis["metric"]
+    rows = [
+        [
+            f"{row['shortest']} to {row['longest']}", str(row["examples"]), m["name"],
+            _number(row["metrics"][metric]), _number(row["kept_fraction"]), _number(row["relative_flops"]),
+        ]
+        for i in range(len(methods[0]["by_length"]))
+        for m in methods
+        for row in [m["by_length"][i]]
+    ]  # fmt: skip
+    return [
         "## By length",
         f"Examples in quantiles of their number of tokens; {analysis['quantiles']} were asked for, and examples of one "
         "length are never split.",
         "![metric and tokens kept by length](length.png)",
-        _table(
-            ["tokens", "examples", "method", metric, "kept", "relative FLOPs"],
-            [
-                [
-                    f"{row['shortest']} to {row['longest']}", str(row["examples"]), m["name"],
-                    _number(row["metrics"][metric]), _number(row["kept_fraction"]), _number(row["relative_flops"]),
-                ]
-                for i in range(len(methods[0]["by_length"]))
-                for m in methods
-                for row in [m["by_length"][i]]
-            ],
-        ),
+        _table(["tokens", "examples", "method", metric, "kept", "relative FLOPs"], rows),
+    ]
+
+
+def _by_layer(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        [str(layer + 1), *(_box(m["by_layer"][layer]) if layer < m["layers"] else _NOTHING for m in methods)]
+        for layer in range(max(m["layers"] for m in methods))
+    ]
+    return [
         "## By layer",
         "The fraction of its tokens that an example has left after each layer: median, and quartiles in brackets. In "
         "the plot boxes are quartiles, whiskers the 5th and 95th percentiles, dots the mean; dense models are left "
         "out.",
         "![tokens left after each layer](layers.png)",
-        _table(
-            ["layer", *(m["name"] for m in methods)],
-            [
-                [str(layer + 1), *(_box(m["by_layer"][layer]) if layer < m["layers"] else _NOTHING for m in methods)]
-                for layer in range(max(m["layers"] for m in methods))
-            ],
-        ),
+        _table(["layer", *(m["name"] for m in methods)], rows),
+    ]
+
+
+def _by_outcome(methods: Sequence[Mapping[str, Any]], *, regression: bool) -> list[str]:
+    rows = [
+        [
+            m["name"], row["group"], str(row["examples"]),
+            *([_number(row["mean_absolute_error"])] if regression else []),
+            _number(row["mean"]), _box(row),
+        ]
+        for m in methods
+        for row in m["by_outcome"]
+    ]  # fmt: skip
+    error = ["mean error"] if regression else []
+    parts = [
         "## By error" if regression else "## Right against wrong",
         "The fraction of tokens kept of examples "
         + ("in thirds of their absolute error." if regression else "predicted right and wrong."),
         "![tokens kept by outcome](outcome.png)",
-        _table(
-            ["method", "group", "examples", *(["mean error"] if regression else []), "mean kept", "median (quartiles)"],
-            [
-                [
-                    m["name"], row["group"], str(row["examples"]),
-                    *([_number(row["mean_absolute_error"])] if regression else []),
-                    _number(row["mean"]), _box(row),
-                ]
-                for m in methods
-                for row in m["by_outcome"]
-            ],
-        ),
-    ]  # fmt: skip
+        _table(["method", "group", "examples", *error, "mean kept", "median (quartiles)"], rows),
+    ]
     if regression:
         parts.append("Pearson correlation of the fraction kept and the absolute error:")
         parts.append(_table(["method", "correlation"], [[m["name"], _number(m["error_correlation"])] for m in methods]))
-    if analysis["samples"]:
-        parts += ["## Samples", "In colour: [trajectories.html](trajectories.html)."]
-    for number, sample in enumerate(_samples(analysis), start=1):
-        parts.append(
-            f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "
-            f"{escape(str(sample['label']))}"
-        )
-        shown = sample["methods"]
-        rows = [["prediction", *(str(m["prediction"]) for m in shown)]]
-        rows += [
-            [f"dropped in layer {layer + 1}", *(_tokens(m, layer) for m in shown)]
-            for layer in range(max(m["layers"] for m in shown))
-        ]
-        rows.append(["kept to the end", *(_tokens(m, m["layers"], last=True) for m in shown)])
-        parts.append(_table(["", *(m["name"] for m in shown)], rows))
-    return "\n\n".join(parts) + "\n"
+    return parts
+
+
+def _sample(number: int, sample: Mapping[str, Any]) -> list[str]:
+    shown = sample["methods"]
+    rows = [["prediction", *(str(m["prediction"]) for m in shown)]]
+    rows += [
+        [f"dropped in layer {layer + 1}", *(_tokens(m, layer) for m in shown)]
+        for layer in range(max(m["layers"] for m in shown))
+    ]
+    rows.append(["kept to the end", *(_tokens(m, m["layers"], last=True) for m in shown)])
+    return [
+        f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "
+        f"{escape(str(sample['label']))}",
+        _table(["", *(m["name"] for m in shown)], rows),
+    ]
 
 
 def trajectories(analysis: Mapping[str, Any]) -> str:
