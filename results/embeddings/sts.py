@@ -23,7 +23,7 @@ import token_pruning as tp
 from token_pruning.engine.machine import cpu_name
 from token_pruning.lab.data import find_minilm, find_mpnet, glue_task, load_glue_folder
 
-TARGETS = (0.85, 0.7, 0.55)
+TARGETS = (0.7,)
 CALIBRATION_SENTENCES = 400
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from token_pruning.budget.examples import Batch, Examples, as_batch
 from token_pruning.budget.fitting import (
@@ -34,7 +33,7 @@ from token_pruning.families import Reads
 from token_pruning.pruners import FixedThreshold, Pruner, Unpruned, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops
-from token_pruning.runtime.prune import attachment_of, is_pruned, prunable, prune, record
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, prunable, prune, record
 
 FEWEST_EXAMPLES = 32
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while schedules are compared
@@ -112,36 +111,14 @@ def calibrate(
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
-    if is_pruned(model):
-        raise ConfigError(f"this {type(model).__name__} is pruned already; call unprune(model) first")
-    if not isinstance(model, PreTrainedModel):
-        prune(model, Unpruned())  # says what is wrong
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-    batch = as_batch(examples, padding)
-    total = len(batch["input_ids"])
-    if total < FEWEST_EXAMPLES:
-        raise ConfigError(f"{total} examples were given; calibration needs at least {FEWEST_EXAMPLES}")
-    if max_drop is not None:
-        number("max_drop", max_drop, above=0)
-        if "labels" not in batch:
-            raise ConfigError("max_drop needs labelled examples; labels is missing")
+    inner = hugging_face_model(model)
+    if is_pruned(inner):
+        raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
+    batch = _checked_batch(examples, getattr(inner.config, "pad_token_id", None) or 0, max_drop)
     layers = prunable_layers(model, reads)
-    allowed = tuple(range(1, layers + 1))
-    if prune_layers is not None:
-        allowed = tuple(FixedThreshold(prune_layers=prune_layers).prune_layers or ())
-        if not allowed or allowed[-1] > layers:
-            raise ConfigError(
-                f"prune_layers is {list(prune_layers)}; it must name at least one layer from 1 to {layers}, the last "
-                "after which this model can drop tokens"
-            )
-    for schedule in search or ():
-        if len(schedule.weights) != layers:
-            raise ConfigError(
-                f"schedule {schedule.name!r} has {len(schedule.weights)} weights; the model can drop tokens after "
-                f"{layers} layers"
-            )
-        if any(weight and layer not in allowed for layer, weight in enumerate(schedule.weights, start=1)):
-            raise ConfigError(f"schedule {schedule.name!r} has weights in layers that prune_layers does not name")
+    allowed = _allowed_layers(prune_layers, layers)
+    _check_schedules(search or (), layers, allowed)
+    total = len(batch["input_ids"])
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
@@ -157,6 +134,43 @@ def calibrate(
             result = bench.cheapest(max_drop, metric or _default_metric)
     prune(model, result.pruner, reads=reads)
     return result
+
+
+def _checked_batch(examples: Examples, padding: int, max_drop: float | None) -> dict[str, Tensor]:
+    """The examples as one padded batch, enough of them, with labels where these are needed."""
+    batch = as_batch(examples, padding)
+    total = len(batch["input_ids"])
+    if total < FEWEST_EXAMPLES:
+        raise ConfigError(f"{total} examples were given; calibration needs at least {FEWEST_EXAMPLES}")
+    if max_drop is not None:
+        number("max_drop", max_drop, above=0)
+        if "labels" not in batch:
+            raise ConfigError("max_drop needs labelled examples; labels is missing")
+    return batch
+
+
+def _allowed_layers(prune_layers: Sequence[int] | None, layers: int) -> tuple[int, ...]:
+    """The layers (1-based, ascending) at which tokens may leave."""
+    if prune_layers is None:
+        return tuple(range(1, layers + 1))
+    allowed = tuple(FixedThreshold(prune_layers=prune_layers).prune_layers or ())
+    if not allowed or allowed[-1] > layers:
+        raise ConfigError(
+            f"prune_layers is {list(prune_layers)}; it must name at least one layer from 1 to {layers}, the last after "
+            "which this model can drop tokens"
+        )
+    return allowed
+
+
+def _check_schedules(search: Sequence[Schedule], layers: int, allowed: tuple[int, ...]) -> None:
+    for schedule in search:
+        if len(schedule.weights) != layers:
+            raise ConfigError(
+                f"schedule {schedule.name!r} has {len(schedule.weights)} weights; the model can drop tokens after "
+                f"{layers} layers"
+            )
+        if any(weight and layer not in allowed for layer, weight in enumerate(schedule.weights, start=1)):
+            raise ConfigError(f"schedule {schedule.name!r} has weights in layers that prune_layers does not name")
 
 
 class _Bench:
