@@ -347,9 +347,7 @@ class NativeEncoder:
             raise decisions.error
         _check(self._library, status < 0)
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
-        if first_only and len(out) < layout.batch_size:
-            out = out.new_zeros(layout.batch_size, out.shape[1]).index_copy_(0, filled.nonzero().squeeze(1), out)
-        return out, records
+        return layout.per_sequence(out) if first_only else out, records
 
     def explain(self) -> list[str]:
         """The kernels and why they were chosen."""

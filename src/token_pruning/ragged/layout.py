@@ -66,6 +66,13 @@ class Layout:
         starts = self.cu_seqlens[:-1].long()
         return starts[self.lengths_tensor > 0] if 0 in self.lengths else starts
 
+    def per_sequence(self, first: Tensor) -> Tensor:
+        """``[non-empty sequences, dim]`` as ``[batch, dim]``, with zeros for a sequence without tokens."""
+        if 0 not in self.lengths:
+            return first
+        filled = (self.lengths_tensor > 0).nonzero().squeeze(-1)
+        return first.new_zeros(self.batch_size, first.shape[1]).index_copy(0, filled, first)
+
     def grid(self, values: Tensor) -> Tensor:
         """``[tokens]`` values in their places of the padded batch, ``[batch, width]``; elsewhere zero."""
         flat = values.new_zeros(self.batch_size * self.width)

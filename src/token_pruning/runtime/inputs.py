@@ -91,8 +91,7 @@ def model_output(
     if first_only:
         first, padded = states, states[:, None]
     else:
-        first = states.new_zeros(layout.batch_size, states.shape[1])
-        first = first.index_copy(0, (layout.lengths_tensor > 0).nonzero().squeeze(-1), states[layout.first_rows])
+        first = layout.per_sequence(states[layout.first_rows])
         padded = unpack(states, layout.indices, layout.batch_size, layout.width)
         if for_first_token_head:
             padded = first[:, None]

@@ -169,9 +169,7 @@ class PackedLoop:
         family, record = self.family, self.decisions.record
         valid, last = record.valid, record.layers[len(record.layers)]
         if record.first_only:
-            filled = (valid.lengths_tensor > 0).nonzero().squeeze(-1)
-            states = rows.new_zeros(valid.batch_size, rows.shape[1])
-            return states.index_copy(0, filled, family.finish(rows[: filled.numel()]))
+            return valid.per_sequence(family.finish(rows[: valid.first_rows.numel()]))
         places = [last.leaving.indices[last.token_rows], *(places for places, _ in self.departed.values())]
         parts = [rows[last.token_rows], *(states for _, states in self.departed.values())]
         flat = rows.new_zeros(valid.batch_size * valid.width, rows.shape[1])
@@ -298,10 +296,7 @@ class PaddedLoop(PackedLoop):
             rows = rows.index_copy(0, places, states)
         valid = record.valid
         states = self.family.finish(rows.index_select(0, valid.indices))
-        if not record.first_only:
-            return states
-        filled = (valid.lengths_tensor > 0).nonzero().squeeze(-1)
-        return states.new_zeros(valid.batch_size, states.shape[1]).index_copy(0, filled, states[valid.first_rows])
+        return valid.per_sequence(states[valid.first_rows]) if record.first_only else states
 
     def _padded(self, rows: Tensor) -> Tensor:
         """``[batch · width, …]`` as ``[batch, width, …]``."""
