@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import token_pruning as tp
-from tests.tiny import HEADS, assert_close, ragged_batch, same_survivors, tiny_config, tiny_model
+from tests.tiny import HEADS, assert_close, assert_equal, ragged_batch, same_survivors, tiny_config, tiny_model
 from token_pruning.checkpoint.ibert import as_roberta_weights
 from token_pruning.runtime.prune import freeze_thresholds
 
@@ -76,7 +76,7 @@ def test_a_saved_model_comes_back_as_it_was(method: str, dtype: torch.dtype, tmp
         assert loaded.dtype == dtype
         assert not loaded.training
         logits, trace = logits_of(loaded)
-        assert torch.equal(logits, expected)
+        assert_equal(logits, expected)
         assert same_survivors(trace, expected_trace)
         assert type(loaded.token_pruner.pruner) is type(METHODS[method])
         thresholds = model.token_pruner.thresholds
@@ -94,7 +94,7 @@ def test_every_head_comes_back(family: str, head: str, tmp_path: Path) -> None:
     assert type(loaded) is type(model)
     batch = ragged_batch([9, 20], family=family)
     with torch.no_grad():
-        assert torch.equal(loaded(**batch)[0], model(**batch)[0])
+        assert_equal(loaded(**batch)[0], model(**batch)[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +151,7 @@ def test_transformers_alone_loads_the_dense_model(method: str, dtype: torch.dtyp
     expected = dense_logits(model)
     tp.prune(model, METHODS[method]).save_pretrained(tmp_path)
     loaded = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(dense_logits(loaded), expected)
+    assert_equal(dense_logits(loaded), expected)
     assert loaded.config._attn_implementation == "sdpa"
     assert not hasattr(loaded, "token_pruner")
 
@@ -170,7 +170,7 @@ def test_sharded_checkpoints_load(tmp_path: Path) -> None:
     model = tp.prune(tiny_model(), METHODS["learned"])
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(logits_of(tp.from_pretrained(tmp_path))[0], logits_of(model)[0])
+    assert_equal(logits_of(tp.from_pretrained(tmp_path))[0], logits_of(model)[0])
 
 
 def test_arguments_go_on_to_transformers(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_hub_name_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pyte
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert torch.equal(logits_of(tp.from_pretrained("someone/a.model-1"))[0], logits_of(model)[0])
+    assert_equal(logits_of(tp.from_pretrained("someone/a.model-1"))[0], logits_of(model)[0])
 
 
 def test_thresholds_loaded_into_a_frozen_model_are_saved(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_frozen_thresholds_are_saved_as_fixed_ones(tmp_path: Path) -> None:
     assert torch.equal(loaded.token_pruner.thresholds, model.token_pruner.thresholds)
     for frozen in (model, loaded):
         logits, trace = logits_of(frozen)
-        assert torch.equal(logits, expected)
+        assert_equal(logits, expected)
         assert same_survivors(trace, expected_trace)
         frozen.train()  # the hard stage removes in training, too
         with tp.record(frozen) as trace:
@@ -288,7 +288,7 @@ def test_keys_written_by_hand_into_a_plain_checkpoint(keys: dict[str, Any], prun
     assert loaded.token_pruner.pruner == pruner
     logits, trace = logits_of(loaded)
     expected, expected_trace = logits_of(tp.prune(tiny_model(), pruner))
-    assert torch.equal(logits, expected)
+    assert_equal(logits, expected)
     assert same_survivors(trace, expected_trace)
 
 
@@ -399,7 +399,7 @@ def test_a_converted_ibert_can_be_saved_and_loaded_as_roberta(tmp_path: Path) ->
     assert config["model_type"] == "roberta" and config["architectures"] == ["RobertaForSequenceClassification"]
     assert not {"quant_mode", "force_dequant"} & set(config)
     loaded = tp.from_pretrained(tmp_path / "saved")
-    assert torch.equal(logits_of(loaded, "roberta")[0], logits_of(model, "roberta")[0])
+    assert_equal(logits_of(loaded, "roberta")[0], logits_of(model, "roberta")[0])
     hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
 
 

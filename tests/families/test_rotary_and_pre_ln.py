@@ -18,6 +18,7 @@ from tests.tiny import (
     LONGEST,
     ROTARY_AND_PRE_LN,
     assert_close,
+    assert_equal,
     outputs,
     pruned,
     ragged_batch,
@@ -247,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
             enable({"use_reentrant": False})
         model(**batch_of(model, "token", (30, 7))).logits.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.equal(*gradients)
+    assert_equal(*gradients)
 
 
 # Which states are read
@@ -343,11 +344,13 @@ def test_unprune_leaves_nothing_behind(family: str) -> None:
     run_copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     with torch.no_grad():
         logits = model(**batch).logits
-        assert all(torch.equal(twin(**batch).logits, logits) for twin in run_copies)
+        for twin in run_copies:
+            assert_equal(twin(**batch).logits, logits)
     tp.unprune(model)
     assert (list(model.state_dict()), model.config.to_dict(), [sorted(vars(m)) for m in model.modules()]) == before
     with torch.no_grad():
-        assert all(torch.equal(value, expected[name]) for name, value in outputs(model(**batch)).items())
+        for name, value in outputs(model(**batch)).items():
+            assert_equal(value, expected[name], message=name)
 
 
 @pytest.mark.parametrize("family", ROTARY_AND_PRE_LN)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import token_pruning as tp
-from tests.workspace import edit_config, write_checkpoint, write_mnli, write_sst2, write_stsb
+from tests.workspace import assert_same_training, edit_config, write_checkpoint, write_mnli, write_sst2, write_stsb
 from token_pruning.lab.cli import main, paper_main
 
 THRESHOLDS = {"prune_mode": "absolute_threshold", "final_token_threshold": 0.01, "scoring_mode": "mean"}
@@ -195,8 +195,8 @@ def test_seed_decides_everything(glue: Path) -> None:
         )
         assert run(line, glue, "--restore", checkpoint) == 0
     a, b, c = (tp.from_pretrained(folder, tp.Unpruned()).state_dict() for folder in "abc")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["classifier.weight"], c["classifier.weight"])
+    assert_same_training(a, b, 2e-4)
+    assert (a["classifier.weight"] - c["classifier.weight"]).abs().max() > 1e-2
 
 
 def test_own_files_and_prediction(tmp_path: Path, glue: Path, capsys: pytest.CaptureFixture[str]) -> None:

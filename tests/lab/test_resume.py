@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from tests.workspace import write_checkpoint, write_sst2
+from tests.workspace import assert_same_training, write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.run_dir import RunDir
@@ -24,6 +23,7 @@ OPTIONS = (
     "--task SST2 --masking_mode soft --lambda 0.1 --lr_threshold 1e-2 --epoch 3 --save_step 2 --lr 1e-4 --bs 8 "
     "--no_load --data_dir glue --restore CKPT"
 )
+COUNTS = ("global_step", "max_steps", "epoch", "eval_steps", "save_steps", "train_batch_size")
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +80,12 @@ def test_a_killed_run_continues_to_the_same_result(
     assert train("killed") == 0
     assert f"continuing from killed/checkpoint-{2 * published}" in capsys.readouterr().out
     assert not list(Path("killed").glob("incomplete-*"))
-    whole, resumed = load_file("whole/model.safetensors"), load_file("killed/model.safetensors")
-    assert whole.keys() == resumed.keys()
-    for name in whole:
-        assert torch.allclose(whole[name], resumed[name], atol=1e-6), name
+    assert_same_training(load_file("whole/model.safetensors"), load_file("killed/model.safetensors"))
+    whole, resumed = (json.loads(Path(run, "trainer_state.json").read_text()) for run in ("whole", "killed"))
+    assert [whole[name] for name in COUNTS] == [resumed[name] for name in COUNTS]
+    for one, two in zip(whole["log_history"], resumed["log_history"], strict=True):
+        assert (one["step"], one.keys()) == (two["step"], two.keys())
+        assert one.get("learning_rate") == pytest.approx(two.get("learning_rate"))
 
 
 def test_a_full_disk_is_one_line_and_the_run_continues(

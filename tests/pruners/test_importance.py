@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import assert_close
+from tests.tiny import assert_close, assert_equal
 from token_pruning.errors import ConfigError
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores, normalizer
 from token_pruning.ragged.layout import layout_from_mask
@@ -112,7 +112,7 @@ def test_autocast_does_not_lower_the_precision(masked: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         received = received_attention(probabilities, queries)
     assert received.dtype == torch.float32
-    assert torch.equal(received, expected)
+    assert_equal(received, expected)
 
 
 def test_half_precision_probabilities_are_summed_in_float32() -> None:

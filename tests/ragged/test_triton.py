@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import token_pruning as tp
-from tests.tiny import FAMILIES, assert_close, pruned, ragged_batch, same_survivors, tiny_model
+from tests.tiny import FAMILIES, assert_close, assert_equal, pruned, ragged_batch, same_survivors, tiny_model
 from token_pruning.ragged import first_token_attention, fused, packed_attention
 from token_pruning.ragged import triton as kernels
 from token_pruning.ragged.layout import Layout, drop, layout_from_mask, pack
@@ -153,8 +153,11 @@ def test_kernels_give_the_same_bits_again_and_alone() -> None:
     alone = run(layout_of([100]), slice(33, 133))
     for one, two, single in zip(together, again, alone, strict=True):
         assert one is not None and two is not None and single is not None
-        assert torch.equal(one, two)
-        assert torch.equal(one[33:133], single)
+        if GPU:
+            assert torch.equal(one, two) and torch.equal(one[33:133], single)
+        else:  # the interpreter's products are NumPy's
+            assert_equal(one, two)
+            assert_equal(one[33:133], single)
 
 
 @settings(max_examples=60)

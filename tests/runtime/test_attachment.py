@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import token_pruning as tp
-from tests.tiny import assert_close, ragged_batch, tiny_model
+from tests.tiny import assert_close, assert_equal, ragged_batch, tiny_model
 
 PRUNER = tp.RelativeThreshold(token_threshold=0.3)
 BATCH = ragged_batch([30, 1, 17, 2])
@@ -35,11 +35,11 @@ def test_a_pickled_model_is_a_pruned_model_of_its_own(head: str) -> None:
     copied = pickle.loads(pickle.dumps(model))
     expected = model(**BATCH)[0]
     tp.unprune(model)
-    assert torch.equal(copied(**BATCH)[0], expected)
+    assert_equal(copied(**BATCH)[0], expected)
     with tp.record(copied) as trace:
         copied(**BATCH)
     assert trace.ffn_lengths.shape == (4, 4)
-    assert torch.equal(tp.unprune(copied)(**BATCH)[0], model(**BATCH)[0])
+    assert_equal(tp.unprune(copied)(**BATCH)[0], model(**BATCH)[0])
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_pruning_and_compiling_a_lora_model() -> None:
     engine = tp.compile(model, "float32")
     assert "cannot compute a peft.tuners.lora.layer.Linear" in engine.explain()
     assert_close(engine(**BATCH).logits, dense, 1e-5)
-    assert torch.equal(tp.unprune(model)(**BATCH).logits, dense)
+    assert_equal(tp.unprune(model)(**BATCH).logits, dense)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import token_pruning as tp
-from tests.tiny import assert_close, outputs, pruned, ragged_batch, same_survivors, tiny_model
+from tests.tiny import assert_close, assert_equal, outputs, pruned, ragged_batch, same_survivors, tiny_model
 from tests.workspace import write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
@@ -56,7 +56,7 @@ def test_all_layers_named_are_all_layers() -> None:
     for prune_layers in (None, [4, 2, 1, 3, 3]):
         with pruned(model, make("absolute", prune_layers=prune_layers)), torch.no_grad():
             results.append(model(**batch).logits)
-    assert torch.equal(*results)
+    assert_equal(*results)
 
 
 def test_the_soft_stage_masks_at_the_layers_named_only() -> None:
@@ -125,7 +125,7 @@ def test_thresholds_that_change_are_seen() -> None:
         model.token_pruner.thresholds.data.fill_(1.0)
         assert not torch.equal(model(**batch).logits, dense)
         model.token_pruner.thresholds.data.zero_()
-        assert torch.equal(model(**batch).logits, dense)
+        assert_equal(model(**batch).logits, dense)
 
 
 # Calibration

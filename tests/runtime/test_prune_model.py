@@ -19,6 +19,7 @@ from tests.tiny import (
     LONGEST,
     BertByTheBook,
     assert_close,
+    assert_equal,
     decision_margin,
     divisor_by_the_book,
     keep_by_the_book,
@@ -205,7 +206,7 @@ def test_a_batch_without_mask_is_all_valid(execution: str) -> None:
     batch = ragged_batch([12, 12])
     expected, _ = run(model, pruner, batch, execution)
     actual, trace = run(model, pruner, {"input_ids": batch["input_ids"]}, execution)
-    assert torch.equal(actual.logits, expected.logits)
+    assert_equal(actual.logits, expected.logits)
     assert trace.attention_lengths[0].tolist() == [12, 12]
 
 
@@ -248,10 +249,10 @@ def test_arguments_can_be_given_by_position() -> None:
     model = shared_model("bert", "token")
     batch = ragged_batch([11, 30])
     with pruned(model, pruner_of("fixed", 0.4)), torch.no_grad():
-        assert torch.equal(model(*batch.values()).logits, model(**batch).logits)
-        assert torch.equal(model(**batch, return_dict=False)[0], model(**batch).logits)
+        assert_equal(model(*batch.values()).logits, model(**batch).logits)
+        assert_equal(model(**batch, return_dict=False)[0], model(**batch).logits)
         base = model.base_model
-        assert torch.equal(base(*batch.values())[0], base(**batch).last_hidden_state)
+        assert_equal(base(*batch.values())[0], base(**batch).last_hidden_state)
 
 
 # What pruning means for outputs
@@ -419,7 +420,7 @@ def test_unprune_restores_the_model_bit_for_bit(family: str, method: str, execut
     with torch.no_grad():
         after = outputs(model(**batch))
     for name, value in before.items():
-        assert torch.equal(after[name], value)
+        assert_equal(after[name], value)
 
 
 def test_prune_leaves_weights_class_and_call_alone() -> None:
@@ -454,7 +455,7 @@ def test_pruning_one_model_leaves_another_with_the_same_config_alone(tmp_path: P
         expected = second(**batch).logits
         tp.prune(first, pruner_of("fixed", 0.5))
         first(**batch)
-        assert torch.equal(second(**batch).logits, expected)
+        assert_equal(second(**batch).logits, expected)
         assert second(**batch, output_hidden_states=True).hidden_states is not None
     second.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -505,7 +506,7 @@ def test_masked_execution_gives_attentions_and_hidden_states(family: str, asked_
     with torch.no_grad(), tp.record(model) as trace:
         output = model(**batch, **both)
         plain = model(**batch)
-    assert torch.equal(output.logits, plain.logits)
+    assert_equal(output.logits, plain.logits)
     assert plain.attentions is None and plain.hidden_states is None
     assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 18, 18)] * LAYERS
     assert [tuple(h.shape) for h in output.hidden_states] == [(2, 18, 32)] * (LAYERS + 1)
@@ -610,9 +611,9 @@ def test_forward_called_as_a_method_prunes_too() -> None:
     """As sentence-transformers calls it."""
     model, batch = tiny_model(), ragged_batch([20, 9])
     with pruned(model, pruner_of("relative", 0.4)):
-        assert torch.equal(model.forward(**batch).logits, model(**batch).logits)
+        assert_equal(model.forward(**batch).logits, model(**batch).logits)
         expected = model.bert(**batch).last_hidden_state
-        assert torch.equal(model.bert.forward(batch["input_ids"], batch["attention_mask"])[0], expected)
+        assert_equal(model.bert.forward(batch["input_ids"], batch["attention_mask"])[0], expected)
 
 
 def test_an_error_inside_a_pass_leaves_the_next_pass_right() -> None:
@@ -630,7 +631,7 @@ def test_an_error_inside_a_pass_leaves_the_next_pass_right() -> None:
                 model(**batch)
         finally:
             handle.remove()
-        assert torch.equal(model(**batch).logits, expected)
+        assert_equal(model(**batch).logits, expected)
     assert trace.attention_lengths.shape == (LAYERS, 4)
 
 
@@ -640,7 +641,7 @@ def test_any_mask_dtype_means_the_same() -> None:
         expected = model(**batch).logits
         for dtype in (torch.bool, torch.float32, torch.int32, torch.uint8):
             mask = batch["attention_mask"].to(dtype)
-            assert torch.equal(model(input_ids=batch["input_ids"], attention_mask=mask).logits, expected)
+            assert_equal(model(input_ids=batch["input_ids"], attention_mask=mask).logits, expected)
 
 
 def test_loss_of_a_pruned_model_is_the_heads_own() -> None:

@@ -16,6 +16,7 @@ import token_pruning as tp
 from tests.tiny import (
     VOCABULARY,
     assert_close,
+    assert_equal,
     keep_by_the_book,
     pruned,
     ragged_batch,
@@ -50,7 +51,7 @@ def test_a_deep_copy_computes_the_same(family: str, execution: str) -> None:
     expected, expected_trace = logits_of(model)
     twin = copy.deepcopy(model)
     logits, trace = logits_of(twin)
-    assert torch.equal(logits, expected)
+    assert_equal(logits, expected)
     assert same_survivors(trace, expected_trace)
     assert twin.token_pruner is not model.token_pruner
     assert twin.config is not model.config
@@ -76,14 +77,14 @@ def test_changes_to_one_of_two_deep_copies_do_not_reach_the_other(change_copy: b
         changed.token_pruner.thresholds.fill_(9.0)
     _, trace = logits_of(changed)
     assert trace.ffn_lengths[0].tolist() == [1, 1, 1, 1]
-    assert torch.equal(logits_of(other)[0], before)
+    assert_equal(logits_of(other)[0], before)
     with torch.no_grad():
         for parameter in changed.bert.parameters():
             parameter.zero_()
     changed.config.prune_mode = "changed"
     changed.train()
     assert not other.training and not other.token_pruner.training
-    assert torch.equal(logits_of(other)[0], before)
+    assert_equal(logits_of(other)[0], before)
     assert other.config.prune_mode == "absolute_threshold"
 
 
@@ -100,15 +101,15 @@ def test_unpruning_one_of_two_deep_copies_leaves_the_other_pruned(family: str, u
     gone, stays = (twin, model) if unprune_copy else (model, twin)
     tp.unprune(gone)
     with torch.no_grad():
-        assert torch.equal(gone(**batch).logits, dense)
+        assert_equal(gone(**batch).logits, dense)
     assert not hasattr(gone, "token_pruner")
     assert not hasattr(gone.config, "prune_mode")
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in gone.modules())
-    assert torch.equal(logits_of(stays, batch)[0], expected)
+    assert_equal(logits_of(stays, batch)[0], expected)
     assert not torch.equal(expected, dense)
     tp.unprune(stays)
     with torch.no_grad():
-        assert torch.equal(stays(**batch).logits, dense)
+        assert_equal(stays(**batch).logits, dense)
 
 
 # Number formats
@@ -315,9 +316,9 @@ def test_evaluation_with_checkpointing_on_is_evaluation(family: str, reentrant: 
     expected, expected_trace = logits_of(model)
     checkpoint(model, reentrant=reentrant)
     logits, trace = logits_of(model)
-    assert torch.equal(logits, expected)
+    assert_equal(logits, expected)
     assert same_survivors(trace, expected_trace)
-    assert torch.equal(model(**BATCH).logits.detach(), model(**BATCH).logits.detach())  # with gradients on, too
+    assert_equal(model(**BATCH).logits.detach(), model(**BATCH).logits.detach())  # with gradients on, too
 
 
 # Threads
@@ -370,7 +371,7 @@ def test_two_threads_share_a_model_and_each_records_its_own_passes(family: str, 
                 for batch, (logits, trace) in zip(work[number], expected[number], strict=True):
                     with tp.record(model) as own:
                         actual = model(**batch).logits
-                    assert torch.equal(actual, logits)
+                    assert_equal(actual, logits)
                     assert same_survivors(own, trace)
         assert whole.ffn_lengths.shape[1] == rounds * sum(len(batch["input_ids"]) for batch in work[number])
 
@@ -528,7 +529,7 @@ def test_state_dicts_carry_thresholds_from_model_to_model() -> None:
     target = tp.prune(tiny_model(seed=1), tp.LearnedThreshold())
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.token_pruner.thresholds, source.token_pruner.thresholds)
-    assert torch.equal(logits_of(target)[0], logits_of(source)[0])
+    assert_equal(logits_of(target)[0], logits_of(source)[0])
 
 
 def test_what_is_a_parameter() -> None:
@@ -579,5 +580,5 @@ def test_a_pickled_model_comes_back_pruned(family: str) -> None:
     copied = pickle.loads(pickle.dumps(model))
     batch = ragged_batch([9, 30], family=family)
     with torch.no_grad(), tp.record(copied) as trace:
-        assert torch.equal(copied(**batch).logits, model(**batch).logits)
+        assert_equal(copied(**batch).logits, model(**batch).logits)
     assert (trace.ffn_lengths[-1] < torch.tensor([9, 30])).any()
