@@ -2,7 +2,7 @@
 
     python results/embeddings/sts.py --data-dir GLUE --output results/embeddings/sts
 
-Mean pooling over every valid token's last state, dropped tokens' included. Thresholds are calibrated on 400 sentences
+Mean pooling over every valid token's last state, dropped tokens' included. Thresholds are calibrated on 128 sentences
 of the training set; figures are of all 1,500 pairs of the development set. Intervals are 95 % of 2,000 bootstrap
 samples of pairs, the same for both models.
 """
@@ -24,7 +24,7 @@ from token_pruning.engine.machine import cpu_name
 from token_pruning.lab.data import find_minilm, find_mpnet, glue_task, load_glue_folder
 
 TARGETS = (0.7,)
-CALIBRATION_SENTENCES = 400
+CALIBRATION_SENTENCES = 128
 
 
 def embed(model: Any, tokenizer: Any, sentences: list[str], traces: list[Any] | None = None) -> torch.Tensor:

@@ -35,7 +35,7 @@ from tests.tiny import (
     tiny_model,
 )
 from token_pruning.engine import compiled as compiling
-from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, _check_interface, load_library
 from token_pruning.ragged import PackedTokens, layout_from_mask
 
 LIBRARY = load_library()
@@ -487,6 +487,25 @@ def test_a_level_the_processor_lacks(monkeypatch: Any, model: Any) -> None:
     monkeypatch.setattr(compiling, "load_library", OldProcessor)
     with pytest.raises(tp.ConfigError, match="is 'amx'; this processor's best level is 'avx2'"):
         tp.compile(model)
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="no native library")
+def test_a_library_built_from_other_sources_is_refused() -> None:
+    _check_interface(LIBRARY)
+
+    class Older:
+        """Before there was a version."""
+
+    class Other(Older):
+        def tp_abi_version(self) -> int:
+            return 1
+
+        def tp_request_size(self) -> int:
+            return 8
+
+    for library, found in ((Older(), "interface 0 with requests of 0 bytes"), (Other(), "interface 1 with requests")):
+        with pytest.raises(tp.TokenPruningError, match=found):
+            _check_interface(library)
 
 
 def test_without_the_library_pytorch_is_used_and_says_so_once(monkeypatch: Any, model: Any) -> None:

@@ -26,6 +26,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
+_ABI_VERSION = 2
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
 _DECIDE = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_int32), POINTER(c_float), POINTER(c_uint8))
 
@@ -57,10 +58,15 @@ class _Request(ctypes.Structure):
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The kernels' library, or None where it was not built."""
+    """The kernels' library, or None where it was not built.
+
+    Raises:
+        TokenPruningError: if it was built from other sources than these.
+    """
     if not _LIBRARY.exists():
         return None
     library = ctypes.CDLL(str(_LIBRARY))
+    _check_interface(library)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "tp_last_error": (c_char_p, []),
         "tp_best_level": (c_int, []),
@@ -81,6 +87,20 @@ def load_library() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
+
+
+def _check_interface(library: Any) -> None:
+    """Raises TokenPruningError unless the library's interface is the one that this file speaks."""
+    try:
+        found = (library.tp_abi_version(), library.tp_request_size())
+    except AttributeError:
+        found = (0, 0)
+    expected = (_ABI_VERSION, ctypes.sizeof(_Request))
+    if found != expected:
+        raise TokenPruningError(
+            f"{_LIBRARY} has interface {found[0]} with requests of {found[1]} bytes; this version of the package needs "
+            f"{expected[0]} with {expected[1]}: install it again, so that the kernels are built anew"
+        )
 
 
 def level_limit(library: ctypes.CDLL | None) -> int | None:

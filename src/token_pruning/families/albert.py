@@ -23,7 +23,6 @@ class Albert(Family):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """See the base class."""
         groups, turns = self.base.encoder.albert_layer_groups, self.config.num_hidden_layers
         per_group = turns / self.config.num_hidden_groups
         return [layer for turn in range(turns) for layer in groups[int(turn / per_group)].albert_layers]
@@ -44,7 +43,6 @@ class Albert(Family):
         )
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attention.attention_dropout.p)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
@@ -54,7 +52,6 @@ class Albert(Family):
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.full_layer_layer_norm(layer.ff_chunk(rows) + rows)
         return result
 

@@ -26,7 +26,6 @@ class Bert(Family):
         )
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attention.self.dropout.p)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
@@ -40,7 +39,6 @@ class Bert(Family):
         return result
 
     def embedding_modules(self) -> EmbeddingModules:
-        """See the base class."""
         embeddings = self.base.embeddings
         return EmbeddingModules(
             word=embeddings.word_embeddings,
@@ -51,7 +49,6 @@ class Bert(Family):
         )
 
     def layer_modules(self, layer: Any) -> LayerModules:
-        """See the base class."""
         attention = layer.attention
         return LayerModules(
             query=attention.self.query,

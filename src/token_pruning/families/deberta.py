@@ -24,7 +24,6 @@ class Deberta(Bert):
     native = False
 
     def __init__(self, base: Any) -> None:
-        """See the base class."""
         super().__init__(base)
         if base.z_steps > 1:
             raise UnsupportedModelError(f"a {type(base).__name__} with z_steps {base.z_steps} cannot be pruned")

@@ -18,7 +18,6 @@ class DebertaV2(Deberta):
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
-        """See the base class."""
         return replace(super().shape(config), head_dim=getattr(config, "attention_head_size", None))
 
     @classmethod
@@ -34,7 +33,6 @@ class DebertaV2(Deberta):
 
     @classmethod
     def span(cls, config: Any) -> int:
-        """See the base class."""
         buckets: int = getattr(config, "position_buckets", -1)
         return buckets if buckets > 0 else super().span(config)
 
@@ -54,7 +52,6 @@ class DebertaV2(Deberta):
         return float((layer.attention.self.attention_head_size * terms) ** -0.5)
 
     def columns(self, device: torch.device) -> Tensor:
-        """See the base class."""
         span, most = self.span(self.config), super().span(self.config)
         if getattr(self.config, "position_buckets", -1) <= 0:
             return super().columns(device)
@@ -63,11 +60,9 @@ class DebertaV2(Deberta):
         return (buckets.long() + span).clamp(0, 2 * span - 1)
 
     def position_key(self, attention: Any, embeddings: Tensor) -> Tensor:
-        """See the base class."""
         projected: Tensor = (attention.key_proj if attention.share_att_key else attention.pos_key_proj)(embeddings)
         return projected
 
     def position_query(self, attention: Any, embeddings: Tensor) -> Tensor:
-        """See the base class."""
         projected: Tensor = (attention.query_proj if attention.share_att_key else attention.pos_query_proj)(embeddings)
         return projected

@@ -18,7 +18,6 @@ class DistilBert(Family):
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
-        """See the base class."""
         return ModelShape(
             num_layers=config.n_layers,
             hidden_size=config.dim,
@@ -29,7 +28,6 @@ class DistilBert(Family):
 
     @property
     def layers(self) -> Any:
-        """See the base class."""
         return self.base.transformer.layer
 
     def embed(self, tokens: PackedTokens) -> Tensor:
@@ -50,21 +48,17 @@ class DistilBert(Family):
         )
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attention.dropout.p)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
-        """See the base class."""
         joined: Tensor = layer.sa_layer_norm(layer.attention.out_lin(context) + rows)
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.output_layer_norm(layer.ffn.ff_chunk(rows) + rows)
         return result
 
     def embedding_modules(self) -> EmbeddingModules:
-        """See the base class."""
         embeddings = self.base.embeddings
         return EmbeddingModules(
             word=embeddings.word_embeddings,
@@ -75,7 +69,6 @@ class DistilBert(Family):
         )
 
     def layer_modules(self, layer: Any) -> LayerModules:
-        """See the base class."""
         return LayerModules(
             query=layer.attention.q_lin,
             key=layer.attention.k_lin,
@@ -89,5 +82,4 @@ class DistilBert(Family):
 
     @property
     def activation(self) -> str:
-        """See the base class."""
         return str(self.config.activation)

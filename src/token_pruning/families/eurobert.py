@@ -22,7 +22,6 @@ class EuroBert(Rotary):
         return super().reads(model) if getattr(model, "classifier_pooling", None) == "bos" else "all"
 
     def attention(self, layer: Any) -> Any:
-        """See the base class."""
         return layer.self_attn
 
     def embed(self, tokens: PackedTokens) -> Tensor:
@@ -37,16 +36,13 @@ class EuroBert(Rotary):
         return query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
-        """See the base class."""
         joined: Tensor = rows + layer.self_attn.o_proj(context)
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = rows + layer.mlp(layer.post_attention_layernorm(rows))
         return result
 
     def finish(self, rows: Tensor) -> Tensor:
-        """See the base class."""
         finished: Tensor = self.base.norm(rows)
         return finished

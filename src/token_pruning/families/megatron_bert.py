@@ -14,15 +14,12 @@ class MegatronBert(Bert):
     native = False
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
-        """See the base class."""
         return super().project(layer, layer.attention.ln(rows), positions, asking)
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.output(layer.intermediate(layer.ln(rows)), rows)
         return result
 
     def finish(self, rows: Tensor) -> Tensor:
-        """See the base class."""
         finished: Tensor = self.base.encoder.ln(rows)
         return finished

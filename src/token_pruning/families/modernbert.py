@@ -31,11 +31,9 @@ class ModernBert(Rotary):
         return super().reads(model) if model.config.classifier_pooling == "cls" else "all"
 
     def attention(self, layer: Any) -> Any:
-        """See the base class."""
         return layer.attn
 
     def scale(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attn.head_dim**-0.5)
 
     def terms(self, layer: Any) -> LogitTerms:
@@ -59,16 +57,13 @@ class ModernBert(Rotary):
         return self.rotated(wanted(query, asking), key, value, angles, asking)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
-        """See the base class."""
         joined: Tensor = rows + layer.attn.out_drop(layer.attn.Wo(context))
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = rows + layer.mlp(layer.mlp_norm(rows))
         return result
 
     def finish(self, rows: Tensor) -> Tensor:
-        """See the base class."""
         finished: Tensor = self.base.final_norm(rows)
         return finished

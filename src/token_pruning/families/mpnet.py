@@ -37,7 +37,6 @@ class MPNet(Roberta):
         )
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attention.attn.dropout.p)
 
     def terms(self, layer: Any) -> LogitTerms:

@@ -15,16 +15,13 @@ class NomicBert(Rotary):
     output_class = BaseModelOutputWithPooling
 
     def attention(self, layer: Any) -> Any:
-        """See the base class."""
         return layer.self_attn
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
-        """See the base class."""
         attended = layer.post_attention_dropout(layer.self_attn.o_proj(context))
         joined: Tensor = layer.post_attention_layernorm(rows + attended)
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.post_mlp_layernorm(rows + layer.post_mlp_dropout(layer.mlp(rows)))
         return result

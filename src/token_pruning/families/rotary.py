@@ -21,7 +21,6 @@ class Rotary(Family):
     ffn_matrices: ClassVar[int] = 3
 
     def __init__(self, base: Any) -> None:
-        """See the base class."""
         super().__init__(base)
         name = self.config.model_type
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = import_module(
@@ -55,7 +54,6 @@ class Rotary(Family):
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """See the base class."""
         return list(self.base.layers)[: self.config.num_hidden_layers]
 
     @abstractmethod
@@ -63,11 +61,9 @@ class Rotary(Family):
         """The layer's attention module."""
 
     def scale(self, layer: Any) -> float:
-        """See the base class."""
         return float(self.attention(layer).scaling)
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(self.attention(layer).attention_dropout)
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:

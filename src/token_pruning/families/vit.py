@@ -20,7 +20,6 @@ class ViT(Family):
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
-        """See the base class."""
         return ModelShape(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -44,7 +43,6 @@ class ViT(Family):
 
     @property
     def layers(self) -> Any:
-        """See the base class."""
         return self.base.layers
 
     def embed(self, tokens: PackedTokens) -> Tensor:
@@ -62,20 +60,16 @@ class ViT(Family):
         )
 
     def dropout(self, layer: Any) -> float:
-        """See the base class."""
         return float(layer.attention.attention_dropout)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
-        """See the base class."""
         joined: Tensor = layer.dropout(layer.attention.o_proj(context)) + rows
         return joined
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.dropout(layer.mlp(layer.layernorm_after(rows))) + rows
         return result
 
     def finish(self, rows: Tensor) -> Tensor:
-        """See the base class."""
         finished: Tensor = self.base.layernorm(rows)
         return finished

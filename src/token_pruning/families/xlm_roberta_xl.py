@@ -14,15 +14,12 @@ class XlmRobertaXl(Roberta):
     native = False
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
-        """See the base class."""
         return super().project(layer, layer.attention.self_attn_layer_norm(rows), positions, asking)
 
     def feed_forward(self, layer: Any, rows: Tensor) -> Tensor:
-        """See the base class."""
         result: Tensor = layer.output(layer.intermediate(layer.LayerNorm(rows)), rows)
         return result
 
     def finish(self, rows: Tensor) -> Tensor:
-        """See the base class."""
         finished: Tensor = self.base.encoder.LayerNorm(rows)
         return finished

@@ -62,6 +62,11 @@ struct Head {
 
 TP_EXPORT const char* tp_last_error() { return last_error.c_str(); }
 
+// What Python must agree with: a number that changes with the interface, and the size of the one structure it fills.
+TP_EXPORT int tp_abi_version() { return 2; }
+
+TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
+
 TP_EXPORT int tp_best_level() { return best_level(); }
 
 // The best level, at most `limit`, with kernels for the dtype and the sizes.
