@@ -30,7 +30,7 @@ def make_model(shape: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Profile(Pruner):
+class _Profile(Pruner, registered=False):
     """Keeps the wanted fraction of a batch's tokens at every layer, and writes down the threshold that does so."""
 
     prune_mode = "profile"
