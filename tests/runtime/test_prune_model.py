@@ -31,6 +31,7 @@ from tests.tiny import (
     tiny_config,
     tiny_model,
 )
+from token_pruning.families import family_of
 from token_pruning.pruners.importance import SCORING_MODES
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 
@@ -541,6 +542,19 @@ def test_an_attention_mask_of_another_shape_is_refused(shape: tuple[int, ...]) -
     with pytest.raises(tp.ConfigError) as caught:
         model(input_ids=ragged_batch([6, 6])["input_ids"], attention_mask=torch.ones(shape))
     assert str(list(shape)) in str(caught.value) and "[2, 6]" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "past_key_values"])
+def test_what_only_decoders_take_is_refused(name: str) -> None:
+    model, batch = shared_model("bert", "encoder"), ragged_batch([4, 3])
+    with pruned(model, tp.TopK()), pytest.raises(tp.ConfigError, match=f"{name} is given; a pruned BertModel cannot"):
+        model(**batch, **{name: torch.zeros(2, 4, 32)})
+
+
+def test_a_subclass_without_model_types_takes_over_no_family() -> None:
+    bert = family_of(tiny_config("bert"))
+    type("Other", (bert,), {})
+    assert family_of(tiny_config("bert")) is bert
 
 
 def test_pruning_twice_is_refused() -> None:

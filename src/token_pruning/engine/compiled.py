@@ -322,7 +322,7 @@ class _CompiledBase(nn.Module):
                 raise UnsupportedModelError(
                     f"{name}=True is not possible in an engine, where layers hold different tokens"
                 )
-        for name in ("inputs_embeds", "encoder_hidden_states", "past_key_values", *self.family.refused_inputs):
+        for name in ("inputs_embeds", *self.family.refused_inputs):
             if options.get(name) is not None:
                 raise ConfigError(f"{name} is given; an engine takes input_ids only")
 

@@ -113,12 +113,12 @@ class Family(ABC):
         "ForNextSentencePrediction",
     )
     native: ClassVar[bool] = False
-    refused_inputs: ClassVar[tuple[str, ...]] = ()
+    refused_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "past_key_values")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family."""
         super().__init_subclass__(**kwargs)
-        for model_type in cls.model_types:
+        for model_type in cls.__dict__.get("model_types", ()):  # a subclass that states none takes over none
             _FAMILIES[model_type] = cls
 
     def __init__(self, base: Any) -> None:

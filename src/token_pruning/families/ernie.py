@@ -12,7 +12,7 @@ class Ernie(Bert):
     """BERT; some models also embed a task's type, here always task 0, as Hugging Face does where none is given."""
 
     model_types = ("ernie",)
-    refused_inputs = ("task_type_ids",)
+    refused_inputs = (*Bert.refused_inputs, "task_type_ids")
 
     def embedding_modules(self) -> EmbeddingModules:
         """The native engine gets the task's embedding within those of the positions."""
