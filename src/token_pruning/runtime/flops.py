@@ -2,7 +2,8 @@
 
 Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
 feed-forward) at two operations per multiply–accumulate. Embeddings, normalisations, softmax and heads are not counted.
-Of a layer with a window the keys inside it count, though plain PyTorch attention computes the others too and masks them.
+Of a layer with a window the keys inside it count, though plain PyTorch attention also computes the others and masks
+them.
 """
 
 from dataclasses import asdict, dataclass
