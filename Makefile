@@ -3,13 +3,24 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint docs sanitize wheel bench gpu clean
+.PHONY: demo test test-all test-avx2 lint docs sanitize wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
 
-test: .venv/installed  ## all tests
-	$(BIN)/pytest -n 2
+test: .venv/installed  ## all tests; COVERAGE=1 also says what part of the package they run, for a third more time
+	$(BIN)/pytest -n 2 $(if $(COVERAGE),--cov --cov-report term:skip-covered)
+
+test-all: .venv/installed  ## every combination of families, heads, methods and settings, where `make test` has every pair
+	TOKEN_PRUNING_TEST_ALL=1 $(BIN)/pytest -q -n 2 tests/families/test_matrix.py
+
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TOKEN_PRUNING_KERNELS=avx2
+
+test-avx2: .venv/installed  ## the engine and checkpoints as on a machine without AVX-512
+	@case "$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())')" in \
+	AVX512) $(AVX2) $(BIN)/pytest -q -n 2 tests/engine tests/checkpoint ;; \
+	AVX2) echo "test-avx2 is skipped: this machine has no AVX-512, so that make test is the same" ;; \
+	*) echo "test-avx2 is skipped: this machine has no AVX2" ;; esac
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -44,4 +55,4 @@ gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then
 	touch $@
 
 clean:
-	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,5 +1,6 @@
 """Settings every test runs under: offline, one thread, quiet, and the same Hypothesis examples on every run."""
 
+import gc
 import importlib.util
 import os
 
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_garbage_collection() -> None:
+    """What is there for good, most of it code, is not looked through again after every training run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import token_pruning as tp
-from tests.lab.test_distributed import LAUNCHERS, ROOT
 from tests.tiny import assert_equal, ragged_batch, tiny_model
 from tests.workspace import assert_same_training, edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.errors import ConfigError
@@ -333,26 +330,6 @@ def test_a_killed_run_continues_without_the_teacher(
     assert "continuing from killed/checkpoint-2" in capsys.readouterr().out
     assert len(computed) == 1
     assert_same_training(weights_of("whole"), weights_of("killed"), 2e-4)
-
-
-def test_one_of_two_processes_runs_the_teacher(folder: Path) -> None:
-    more = ("--save_step", "3", "--no_load")
-    command = [
-        sys.executable,
-        "-m",
-        *LAUNCHERS["torchrun"],
-        str(ROOT / "run.py"),
-        *LINE.split(),
-        *MODES["soft"].split(),
-    ]
-    done = subprocess.run(
-        [*command, "--output_dir", "two", *more], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("teacher:   0%") == 1
-    assert len(cached()) == 1
-    assert run("soft", "one", *more) == 0
-    assert_same_training(weights_of("one"), weights_of("two"), 2e-4)
 
 
 # Which teachers

@@ -1,12 +1,7 @@
 """Killed runs: what is on disk is always whole, and the same command continues it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,35 +108,6 @@ def test_a_full_disk_is_one_line_and_the_run_continues(
         assert {file.name for file in (folder / "out").glob("*checkpoint*")} == {"checkpoint-2"}
     assert train("out") == 0
     assert "continuing from" in capsys.readouterr().out
-
-
-def test_a_process_killed_by_the_system_continues(folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "token_pruning",
-        "train",
-        *OPTIONS.split(),
-        "--epoch",
-        "400",
-        "--output_dir",
-        "out",
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    run, deadline = RunDir(folder / "out"), time.monotonic() + 120
-    while len(run.checkpoints()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    checkpoints = run.checkpoints()
-    assert checkpoints
-    for checkpoint in checkpoints:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        load_file(checkpoint / "model.safetensors")
-    assert not (folder / "out" / "model.safetensors").exists()
-    assert run.check(json.loads((folder / "out" / "run.json").read_text())["options"], overwrite=False)
 
 
 def test_a_different_run_is_not_continued(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
 """Sweeps: every method, the report, killed and shared studies, the rules as pure functions."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from tests.workspace import edit_config, write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
 from token_pruning.lab.data import TaskData, TextExamples, glue_task
+from token_pruning.lab.sweep import report as sweep_report
 from token_pruning.lab.sweep import study as sweep_study
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.report import Row, TaskResults, pareto_plot
@@ -30,11 +34,25 @@ from token_pruning.lab.training.run_dir import RunDir
 
 LINE = "sweep --restore CKPT --task SST2 --data-dir glue --output-dir out --bs 16 --lr 1e-4"
 
+KILLED_IN_THE_THIRD_EPOCH = """
+import os, signal, sys
+from token_pruning.lab.cli import main
+from token_pruning.lab.training.trainer import PruningTrainer
+original = PruningTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.epoch > 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+PruningTrainer.training_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_sst2(tmp_path / "glue", train=100, dev=12)
+    monkeypatch.setattr(sweep_report, "pareto_plot", lambda tasks: b"")  # it takes longer than a trial
+    write_sst2(tmp_path / "glue", train=80, dev=12)
     write_checkpoint(tmp_path / "CKPT")
     return tmp_path
 
@@ -64,9 +82,9 @@ def finished(output: str = "out") -> list[Any]:
     return [trial for trial in stored(output) if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
-def process(*more: Any) -> subprocess.Popen[str]:
+def process(*more: Any, start: Sequence[str] = ("-m", "token_pruning")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "token_pruning", *LINE.split(), *map(str, more)],
+        [sys.executable, *start, *LINE.split(), *map(str, more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -74,7 +92,8 @@ def process(*more: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_every_method_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sweep_report, "pareto_plot", pareto_plot)
     assert sweep("--trials", 5, "--epoch", 2, "--prune-margin", 100) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 7  # the dense model, a line for every trial, where the report is
@@ -151,34 +170,39 @@ def test_settings_for_all_methods(folder: Path) -> None:
 
 
 def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--trials", 4, "--epoch", 16, "--methods", "calibrated", "manual")
-    killed = process(*more)
-    run, deadline = RunDir(folder / "out/trials/0001-manual"), time.monotonic() + 120
-    while len(run.checkpoints()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    more = ("--trials", 3, "--epoch", 4, "--prune-margin", 100, "--methods", "calibrated", "manual")
+    killed = process(*more, start=("-c", KILLED_IN_THE_THIRD_EPOCH))
+    killed.communicate(timeout=240)
+    assert killed.returncode == -signal.SIGKILL
     before = stored()
     assert [trial.state.name for trial in before] == ["COMPLETE", "RUNNING"]
+    run = RunDir(folder / "out/trials/0001-manual")
+    checkpoints = run.checkpoints()
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:  # whole
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        load_file(checkpoint / "model.safetensors")
+    assert not (run.path / "model.safetensors").exists()
+    assert run.check(json.loads((run.path / "run.json").read_text())["options"], overwrite=False)
 
     assert sweep(*more) == 0
     after = stored()
     assert after[0].values == before[0].values
     assert after[1].state.name == "FAIL"
-    assert len(finished()) == 4
-    assert Counter(trial.user_attrs["method"] for trial in finished()) == {"calibrated": 2, "manual": 2}
+    assert len(finished()) == 3
+    assert Counter(trial.user_attrs["method"] for trial in finished()) == {"calibrated": 2, "manual": 1}
     assert sum(trial.params == before[1].params for trial in finished()) == 1
     assert "continuing from" in Path("out/trials/0001-manual.log").read_text()
-    assert Counter(row["state"] for row in trials()) == {"complete": 4, "continued": 1}
-    assert "4 complete. " in Path("out/pareto.md").read_text()
-    assert "(4 of 4)" in capsys.readouterr().out
+    assert Counter(row["state"] for row in trials()) == {"complete": 3, "continued": 1}
+    assert "3 complete. " in Path("out/pareto.md").read_text()
+    assert "(3 of 3)" in capsys.readouterr().out
     assert sweep(*more) == 0  # nothing is left to do
     assert len(stored()) == len(after)
 
 
 def test_two_processes_share_a_study(folder: Path) -> None:
     storage = f"sqlite:///{folder / 'shared.db'}"
-    more = ("--trials", 7, "--epoch", 1, "--methods", "calibrated", "topk", "--storage", storage)
+    more = ("--trials", 5, "--epoch", 1, "--methods", "calibrated", "topk", "--storage", storage)
     other = process(*more, "--output-dir", "other")
     while not (folder / "shared.db").exists() and other.poll() is None:
         time.sleep(0.01)
@@ -187,8 +211,8 @@ def test_two_processes_share_a_study(folder: Path) -> None:
     assert other.returncode == 0, out
     everything = optuna.load_study(study_name="SST2", storage=storage).trials
     complete = [trial for trial in everything if trial.state.name == "COMPLETE"]
-    assert len(complete) == 7
-    assert Counter(trial.user_attrs["method"] for trial in complete) == {"calibrated": 4, "topk": 3}
+    assert len(complete) == 5
+    assert Counter(trial.user_attrs["method"] for trial in complete) == {"calibrated": 3, "topk": 2}
     assert [row["trial"] for row in trials()] == [row["trial"] for row in trials("other")]
 
 

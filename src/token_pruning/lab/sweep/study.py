@@ -132,6 +132,7 @@ class _Sweep:
         self.metric = data.task.best_metric
         self.methods = list(dict.fromkeys(options.methods))
         self.failures: list[TokenPruningError] = []
+        self.reported: TaskResults | None = None
 
     def run(self) -> None:
         """Until there are enough finished trials, here or elsewhere."""
@@ -343,7 +344,10 @@ class _Sweep:
         latest = {trial.user_attrs.get("folder"): trial.number for trial in trials}
         rows = [_row(trial, latest[trial.user_attrs.get("folder")]) for trial in trials]
         note = f"{self.metric} in percent on {measured}."
-        write_results(self.options.output_dir, TaskResults(self.options.base.task, self.metric, self.dense, rows, note))
+        results = TaskResults(self.options.base.task, self.metric, self.dense, rows, note)
+        if results != self.reported:
+            write_results(self.options.output_dir, results)
+            self.reported = results
 
 
 _STATES = {COMPLETE: "complete", PRUNED: "pruned", TrialState.FAIL: "failed"}
