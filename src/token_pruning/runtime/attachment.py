@@ -73,7 +73,7 @@ class Attachment:
         Returns:
             The base model's output class.
         """
-        for name in self.family.refused_inputs:
+        for name in ("encoder_hidden_states", "past_key_values", *self.family.refused_inputs):
             if options.get(name) is not None:
                 raise ConfigError(f"{name} is given; a pruned {type(self.base).__name__} cannot take it")
         first_only = self.reads == "first" and (by_head or self.base is self.model)
@@ -118,7 +118,10 @@ class _Forward:
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
-        return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+        given = self.__signature__.bind_partial(*args).arguments
+        for name in given.keys() & kwargs.keys():
+            raise TypeError(f"{type(self.module).__name__}.forward() got multiple values for argument {name!r}")
+        return {**given, **kwargs}
 
     def remove(self) -> None:
         """Give the module its own forward back."""

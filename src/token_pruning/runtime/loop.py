@@ -39,8 +39,8 @@ class PackedLoop:
         """
         self.family, self.tokens = family, tokens
         self.decisions = Decisions(token_pruner, tokens, first_only=first_only)
-        layout = tokens.layout
-        self.token_positions = layout.indices % layout.width if family.terms_by_column else tokens.positions
+        self.places = tokens.layout.indices % tokens.layout.width if family.terms_by_column else tokens.positions
+        """What the terms of attention logits count, of each valid token."""
         self.departed: dict[int, tuple[Tensor, Tensor]] = {}
         """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry."""
 
@@ -69,10 +69,12 @@ class PackedLoop:
         Returns:
             What enters the next layer.
         """
-        positions = self.positions(number, rows)
         asking = self.asking(number)
+        positions = places = self.at_rows(self.tokens.positions, number, rows)
+        if self.places is not self.tokens.positions:
+            places = self.at_rows(self.places, number, rows)
         query, key, value = self.family.project(layer, rows, positions, asking)
-        context, received = self.attend(number, layer, query, key, value, positions, asking)
+        context, received = self.attend(number, layer, query, key, value, places, asking)
         record = self.decisions.decide(number, received)
         joined = self.join(number, layer, record, context.flatten(1), rows, asking)
         return self.settle(number, record, self.family.feed_forward(layer, joined), joined, rows)
@@ -90,14 +92,12 @@ class PackedLoop:
         self.departed[0] = (record.valid.indices[gone], embedded[gone])
         return self._with_filler(embedded[decisions.entered_rows])
 
-    def positions(self, number: int, rows: Tensor) -> Tensor:
-        """Positions of the rows in the original text, ``[rows]`` int64; 0 for filler."""
+    def at_rows(self, positions: Tensor, number: int, rows: Tensor) -> Tensor:
+        """From positions of all valid tokens in the original text to those of the rows, int64; 0 for filler."""
         layout = self.decisions.entering(number)
-        if layout is self.tokens.layout:
-            found = self.token_positions
-        else:
-            found = self._position_grid().index_select(0, layout.indices)
-        return pad(found, (0, rows.shape[0] - layout.total))
+        if layout is not self.tokens.layout:
+            positions = self.tokens.layout.grid(positions).flatten().index_select(0, layout.indices)
+        return pad(positions, (0, rows.shape[0] - layout.total))
 
     def asking(self, number: int) -> Tensor | None:
         """The rows whose queries are wanted: first tokens in a last layer that computes nothing else; None for all."""
@@ -113,7 +113,7 @@ class PackedLoop:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: Tensor,
+        places: Tensor,
         asking: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
@@ -122,14 +122,14 @@ class PackedLoop:
         dropout = family.dropout(layer) if layer.training else 0.0
         if asking is not None:
             context = first_token_attention(
-                query, key, value, entering, scale, dropout, terms=terms, positions=positions
+                query, key, value, entering, scale, dropout, terms=terms, positions=places
             )
             return context, None
         return packed_attention(
             query, key, value, entering, scale, dropout,
             needs_importance=self.decisions.prunes(number),
             differentiable_importance=self.decisions.differentiable_importance,
-            terms=terms, positions=positions,
+            terms=terms, positions=places,
         )  # fmt: skip
 
     def join(
@@ -181,9 +181,6 @@ class PackedLoop:
         states = flat.index_copy(0, torch.cat(places), torch.cat(parts)) if valid.total else flat
         return family.finish(states.index_select(0, valid.indices))
 
-    def _position_grid(self) -> Tensor:
-        return self.tokens.layout.grid(self.token_positions).flatten()
-
     @staticmethod
     def _with_filler(rows: Tensor) -> Tensor:
         """Rows with zeros appended up to a bucketed count, where half-precision CPU products would need that."""
@@ -233,9 +230,9 @@ class PaddedLoop(PackedLoop):
         self.hidden_states.append(self._padded(rows))
         return rows
 
-    def positions(self, number: int, rows: Tensor) -> Tensor:
+    def at_rows(self, positions: Tensor, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
-        return self._position_grid()
+        return self.tokens.layout.grid(positions).flatten()
 
     def asking(self, number: int) -> Tensor | None:
         """All."""
@@ -248,7 +245,7 @@ class PaddedLoop(PackedLoop):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        positions: Tensor,
+        places: Tensor,
         asking: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """One softmax over the whole batch, with all that is gone masked out."""
@@ -257,7 +254,7 @@ class PaddedLoop(PackedLoop):
         alive = self._at(entering).view(entering.batch_size, entering.width)
         context, probabilities, received = masked_attention(
             q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
-            terms=family.terms(layer), positions=self._padded(positions),
+            terms=family.terms(layer), positions=self._padded(places),
         )  # fmt: skip
         self.probabilities.append(probabilities)
         wanted = received.flatten()[entering.indices] if self.decisions.prunes(number) else None
