@@ -155,7 +155,7 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, float32."""
         rows = x.to(torch.float32).reshape(-1, self.in_features).contiguous()
-        out = torch.empty(rows.shape[0], self.out_features)
+        out = torch.empty(rows.shape[0], self.out_features, dtype=torch.float32)
         failed = self._library.tp_linear_apply(
             self._handle, rows.data_ptr(), rows.shape[0], out.data_ptr(), self._threads
         )
@@ -421,7 +421,7 @@ def _records(
         summaries = None
         if hosts is not None:
             summary = (survived < layer)[left]
-            summaries = Summaries(summary, torch.full(summary.shape, torch.nan))
+            summaries = Summaries(summary, torch.full(summary.shape, torch.nan, dtype=torch.float32))
         records[layer] = LayerRecord(entering, leaving, scores=scores, summaries=summaries)
     return records
 

@@ -36,7 +36,7 @@ def normalizer(layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -
     if scoring_mode == "mean_norm":
         return layout.lengths_tensor.to(torch.float32)
     divisor = max_seq_length if scoring_mode == "mean" else 1
-    return torch.full((layout.batch_size,), float(divisor), device=layout.indices.device)
+    return torch.full((layout.batch_size,), divisor, dtype=torch.float32, device=layout.indices.device)
 
 
 def importance_scores(received: Tensor, layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -> Tensor:

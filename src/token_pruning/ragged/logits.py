@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # From queries ``[sequences, heads, queries, head_dim]`` (already scaled), keys ``[sequences, heads, keys, head_dim]``
@@ -37,7 +36,7 @@ class LogitTerms:
             total = self.bias(query, key, query_positions, key_positions).float()
         if self.window is not None:
             distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
-            outside = torch.where(distance > self.window, _OUTSIDE, 0.0)
+            outside = (distance > self.window).float() * _OUTSIDE
             total = outside if total is None else total + outside
         assert total is not None
         return total

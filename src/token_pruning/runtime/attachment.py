@@ -118,7 +118,10 @@ class _Forward:
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
-        return {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+        given = self.__signature__.bind_partial(*args).arguments
+        for name in given.keys() & kwargs.keys():
+            raise TypeError(f"{type(self.module).__name__}.forward() got multiple values for argument {name!r}")
+        return {**given, **kwargs}
 
     def remove(self) -> None:
         """Give the module its own forward back."""

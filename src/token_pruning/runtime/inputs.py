@@ -30,14 +30,16 @@ def pack_inputs(
         inputs_embeds: ``[batch, width, dim]`` in place of ``input_ids``.
 
     Raises:
-        ConfigError: unless exactly one of ids and embeddings is given, or for a mask of another shape or sequences
-            longer than the model's positions.
+        ConfigError: unless exactly one of ids and embeddings is given, or for an empty input, a mask of another shape
+            or sequences longer than the model's positions.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ConfigError("give exactly one of input_ids and inputs_embeds")
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     shape, device = given.shape[:2], given.device
+    if 0 in shape:
+        raise ConfigError(f"the input has shape {list(shape)}, without any token; leave empty batches out")
     if attention_mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=device)
     elif attention_mask.shape != shape:

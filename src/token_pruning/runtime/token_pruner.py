@@ -30,7 +30,8 @@ class TokenPruner(nn.Module):
         super().__init__()
         self.attachment: Any = None
         gate = pruner.vocabulary
-        scores = None if gate is None else gate.scores.to(device, torch.float32, copy=True)
+        with torch.inference_mode(False):  # a parameter made in that mode could never be trained
+            scores = None if gate is None else gate.scores.to(device, torch.float32, copy=True)
         self.register_buffer("vocabulary_scores", scores)
         for layer in pruner.prune_layers or ():
             if layer > num_layers:
@@ -41,11 +42,12 @@ class TokenPruner(nn.Module):
         if initial is None:
             self.thresholds = None
             return
-        values = torch.tensor(initial, dtype=torch.float32, device=device)
-        if pruner.learned:
-            self.thresholds = nn.Parameter(values)
-        else:
-            self.register_buffer("thresholds", values, persistent=pruner.stores_thresholds)
+        with torch.inference_mode(False):
+            values = torch.tensor(initial, dtype=torch.float32, device=device)
+            if pruner.learned:
+                self.thresholds = nn.Parameter(values)
+                return
+        self.register_buffer("thresholds", values, persistent=pruner.stores_thresholds)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         def keep_dtype(tensor: Tensor) -> Tensor:
