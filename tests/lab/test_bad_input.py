@@ -49,7 +49,7 @@ def fails(capsys: pytest.CaptureFixture[str], line: str, *words: str, command: s
         ({"final_token_threshold": -1}, ["final_token_threshold", "-1", ">= 0"]),
         ({"scoring_mode": "max"}, ["scoring_mode", "'max'", "mean, mean_norm"]),
         ({"thresholds": [0.1, 0.2]}, ["thresholds", "2", "4 layers"]),
-        ({"model_type": "deberta-v2"}, ["model_type", "deberta-v2", "bert", "distilbert", "roberta"]),
+        ({"model_type": "gpt2"}, ["model_type", "gpt2", "bert", "distilbert", "roberta"]),
     ],
 )
 def test_configuration_keys(capsys: pytest.CaptureFixture[str], keys: dict[str, object], words: list[str]) -> None:
