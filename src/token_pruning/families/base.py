@@ -134,7 +134,7 @@ class Family(ABC):
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,
-            max_positions=config.max_position_embeddings,
+            max_positions=getattr(config, "max_position_embeddings", None),
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -30,11 +31,9 @@ class Rotary(Family):
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
         """Positions are without limit."""
-        return ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
+        return replace(
+            super().shape(config),
+            max_positions=None,
             ffn_matrices=cls.ffn_matrices,
             head_dim=getattr(config, "head_dim", None),
             num_kv_heads=getattr(config, "num_key_value_heads", None),

@@ -1,6 +1,7 @@
 """ViT, and DeiT, whose second token is one more."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,13 +21,7 @@ class ViT(Family):
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
-        return ModelShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            head_dim=getattr(config, "head_dim", None),
-        )
+        return replace(super().shape(config), max_positions=None, head_dim=getattr(config, "head_dim", None))
 
     def inputs(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Pixels become embeddings."""
