@@ -27,7 +27,7 @@ TARGETS = (0.7,)
 CALIBRATION_SENTENCES = 128
 
 
-def embed(model: Any, tokenizer: Any, sentences: list[str], traces: list[Any] | None = None) -> torch.Tensor:
+def embed(model: Any, tokenizer: Any, sentences: list[str]) -> torch.Tensor:
     """``[sentences, dim]`` float32, normalised."""
     vectors = []
     for start in range(0, len(sentences), 64):
