@@ -65,7 +65,7 @@ def test_command_lines_are_understood(page: str, monkeypatch: pytest.MonkeyPatch
 
     module: Any = import_module("token_pruning.lab.cli.main")  # the package's own "main" is the function
     monkeypatch.setattr(module, "_run", parse)
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for program, *rest in commands(page):
         if program == "token-pruning":
