@@ -118,6 +118,8 @@ class _Forward:
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
+        if not args:
+            return kwargs
         given = self.__signature__.bind_partial(*args).arguments
         for name in given.keys() & kwargs.keys():
             raise TypeError(f"{type(self.module).__name__}.forward() got multiple values for argument {name!r}")
