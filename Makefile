@@ -3,13 +3,16 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint docs sanitize wheel bench gpu clean
+.PHONY: demo test test-all lint docs sanitize wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
 
-test: .venv/installed  ## all tests
+test: .venv/installed  ## the tests
 	$(BIN)/pytest -n 2
+
+test-all: .venv/installed  ## these, and every combination of family, head and settings: some twenty minutes
+	$(BIN)/pytest -n 2 -m "exhaustive or not exhaustive"
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

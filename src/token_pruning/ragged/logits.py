@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 # From queries ``[sequences, heads, queries, head_dim]`` (already scaled), keys ``[sequences, heads, keys, head_dim]``

@@ -121,9 +121,7 @@ class PackedLoop:
         scale, terms = family.scale(layer), family.terms(layer)
         dropout = family.dropout(layer) if layer.training else 0.0
         if asking is not None:
-            context = first_token_attention(
-                query, key, value, entering, scale, dropout, terms=terms, positions=places
-            )
+            context = first_token_attention(query, key, value, entering, scale, dropout, terms=terms, positions=places)
             return context, None
         return packed_attention(
             query, key, value, entering, scale, dropout,
