@@ -11,9 +11,6 @@ demo: .venv/installed  ## the whole workflow on a task built on the spot, in a f
 test: .venv/installed  ## all tests; COVERAGE=1 also says what part of the package they run, for a third more time
 	$(BIN)/pytest -n 2 $(if $(COVERAGE),--cov --cov-report term:skip-covered)
 
-test-all: .venv/installed  ## every combination of families, heads, methods and settings, where `make test` has every pair
-	TOKEN_PRUNING_TEST_ALL=1 $(BIN)/pytest -q -n 2 tests/families/test_matrix.py
-
 AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TOKEN_PRUNING_KERNELS=avx2
 
 test-avx2: .venv/installed  ## the engine and checkpoints as on a machine without AVX-512
@@ -21,6 +18,9 @@ test-avx2: .venv/installed  ## the engine and checkpoints as on a machine withou
 	AVX512) $(AVX2) $(BIN)/pytest -q -n 2 tests/engine tests/checkpoint ;; \
 	AVX2) echo "test-avx2 is skipped: this machine has no AVX-512, so that make test is the same" ;; \
 	*) echo "test-avx2 is skipped: this machine has no AVX2" ;; esac
+
+test-all: .venv/installed  ## these, and every combination of family, head and settings: some twenty minutes
+	$(BIN)/pytest -n 2 -m "exhaustive or not exhaustive"
 
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

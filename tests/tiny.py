@@ -21,6 +21,7 @@ SPECIAL_ATTENTION = ("albert", "data2vec-text", "deberta", "deberta-v2", "ernie"
 ROTARY_AND_PRE_LN = (
     "modernbert", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "xlm-roberta-xl", "megatron-bert"
 )  # fmt: skip
+EVERY_FAMILY = FAMILIES + SPECIAL_ATTENTION + ROTARY_AND_PRE_LN
 HEADS = {
     "sequence": hf.AutoModelForSequenceClassification,
     "regression": hf.AutoModelForSequenceClassification,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import token_pruning as tp
-from tests.families.test_special_attention import PRUNERS, assert_same, run, zero_thresholds
+from tests.families.shared import PRUNERS, assert_same, run, zero_thresholds
 from tests.tiny import assert_equal, outputs, pruned, same_survivors, tiny_config
 from token_pruning.runtime.prune import reads_of
 

@@ -156,6 +156,8 @@ class Engine:
             layers = family.shape(base.config).num_layers
             self.token_pruner = TokenPruner(Unpruned(), layers, torch.device("cpu"))
         self._first_only = reads == "first"
+        # A head that reads first tokens is given one state per sequence even where all states are computed.
+        self._one_each = self._first_only or (model is not base and family.reads(model) == "first")
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
         needs_embeddings = some_never_enter and not self._first_only
@@ -235,7 +237,7 @@ class Engine:
                 _check_shape(name, value, input_ids.shape)
                 padded[name] = torch.zeros(mask.shape, dtype=value.dtype).masked_scatter_(mask, value)
         output = self._head(**padded, attention_mask=mask, **{_PACKED: True})
-        if not self._first_only:
+        if not self._one_each:
             for name in list(output):  # heads saw one long sequence [1, tokens]
                 if name != "pooler_output":
                     output[name] = output[name].squeeze(0)
@@ -306,11 +308,11 @@ class _CompiledBase(nn.Module):
         return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
-        first_only = self._engine._first_only
+        first_only, one_each = self._engine._first_only, self._engine._one_each
         output = model_output(
-            self.family, states, layout, first_only=first_only, for_first_token_head=first_only, return_dict=True
+            self.family, states, layout, first_only=first_only, for_first_token_head=one_each, return_dict=True
         )
-        if packed and not first_only:
+        if packed and not one_each:
             output.last_hidden_state = states[None]
         return output.to_tuple() if return_dict is False else output
 

@@ -81,7 +81,7 @@ class Decisions:
             layers.setdefault(layer, record)
             return record
         decided = layers.get(layer)  # when gradient checkpointing runs the layer again
-        if decided is not None and decided.merge is None:
+        if decided is not None and decided.merge is None and summaries is None:
             return decided
         keep = self._keep(tokens, decided)
         merge, stays = None, keep
