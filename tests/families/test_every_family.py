@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
     expected, actual = (gradients_of(model, pruner, batch) for model in (plain, checkpointed))
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert_equal(actual[name], gradient, name)
+        assert_equal(actual[name], gradient, message=name)
 
 
 @every_family
