@@ -30,6 +30,12 @@ CASES = [
     for head, auto in ALL_HEADS.items()
     if type(tiny_config(family)) in auto._model_mapping
 ]
+_POOLING_OTHERWISE = (("eurobert", "sequence"), ("modernbert", "multiple_choice"))
+READING_FIRST = [
+    (family, head)
+    for family, head in CASES
+    if head in ("sequence", "multiple_choice", "next_sentence") and (family, head) not in _POOLING_OTHERWISE
+]
 PRUNERS: dict[str, tp.Pruner] = {
     "relative": tp.RelativeThreshold(token_threshold=0.4),
     "topk": tp.TopK(token_keep_rate=0.3),
@@ -67,7 +73,7 @@ def batch_of(family: str, head: str = "encoder", lengths: tuple[int, ...] = (), 
 
     Token types are given where there are any. For multiple choice the sequences are choices of two examples, or of one.
     """
-    lengths = lengths or (30, 1, LONGEST[family], 2, 17, 41)
+    lengths = lengths or (30, 1, LONGEST[family], 2)
     batch = ragged_batch(lengths, family=family, **options)
     for row, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
         tokens = row[mask]

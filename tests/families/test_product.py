@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import token_pruning as tp
-from tests.families.shared import CASES, assert_same, batch_of, kept_model, valid
+from tests.families.shared import CASES, READING_FIRST, assert_same, batch_of, kept_model, valid
 from tests.tiny import EVERY_FAMILY, LONGEST, VOCABULARY, decision_margin, outputs, same_survivors
-from token_pruning.runtime.prune import reads_of
 
 METHODS: dict[str, Any] = {
     "learned": lambda **shared: tp.LearnedThreshold(final_token_threshold=0.9, scoring_mode="relative", **shared),
@@ -45,7 +44,7 @@ def possible(case: Case) -> bool:
     """Whether the head is there, and there is a head or user that reads first tokens."""
     if (case.family, case.head) not in CASES:
         return False
-    return case.reads != "first" or case.head == "encoder" or reads_of(kept_model(case.family, case.head)) == "first"
+    return case.reads != "first" or case.head == "encoder" or (case.family, case.head) in READING_FIRST
 
 
 def pairs_of(case: Case) -> set[tuple[int, Any, int, Any]]:
@@ -54,13 +53,16 @@ def pairs_of(case: Case) -> set[tuple[int, Any, int, Any]]:
 
 def pairwise(cases: list[Case]) -> Iterator[Case]:
     """Greedily, cases that between them show each pair of values that any case shows."""
-    missing = set().union(*(pairs_of(case) for case in cases))
+    pairs = {case: pairs_of(case) for case in cases}
+    missing = set().union(*pairs.values())
     for enough in range(len(VALUES) * (len(VALUES) - 1) // 2, 0, -1):
-        for case in cases:
-            new = pairs_of(case) & missing
-            if len(new) >= enough:
-                missing -= new
+        for case, shown in list(pairs.items()):
+            new = len(shown & missing)
+            if new >= enough:
+                missing -= shown
                 yield case
+            if new == 0:
+                del pairs[case]
 
 
 POSSIBLE = {at: [c for c in (Case(*at, *rest) for rest in product(*VALUES[2:])) if possible(c)] for at in CASES}
