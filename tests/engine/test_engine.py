@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,6 +33,7 @@ from tests.tiny import (
     pruned,
     ragged_batch,
     same_survivors,
+    tiny_config,
     tiny_model,
 )
 from token_pruning.engine import compiled as compiling
@@ -584,3 +586,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("head", ["mean", "choice"])
+def test_a_head_that_pools_a_padded_batch_is_not_run_packed(head: str) -> None:
+    model = (
+        tiny_model("modernbert", classifier_pooling="mean")
+        if head == "mean"
+        else hf.BertForMultipleChoice(tiny_config("bert")).eval()
+    )
+    with pytest.raises(tp.ConfigError, match="whose head pools a padded batch"):
+        tp.compile(model, "float32").run_packed(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]))

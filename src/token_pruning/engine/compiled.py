@@ -158,6 +158,10 @@ class Engine:
         self._first_only = reads == "first"
         # A head that reads first tokens is given one state per sequence even where all states are computed.
         self._one_each = self._first_only or (model is not base and family.reads(model) == "first")
+        name = type(model).__name__
+        self._needs_padding = name.endswith("ForMultipleChoice") or (
+            model is not base and not self._one_each and name.endswith(family.first_token_heads)
+        )
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
         needs_embeddings = some_never_enter and not self._first_only
@@ -222,8 +226,11 @@ class Engine:
             The model's output class. What the padded call returns as ``[batch, width, …]`` is ``[tokens, …]`` here.
 
         Raises:
-            ConfigError: as the padded call, and for ``cu_seqlens`` that do not fit ``input_ids``.
+            ConfigError: as the padded call, for ``cu_seqlens`` that do not fit ``input_ids``, and for a head that pools
+                a padded batch.
         """
+        if self._needs_padding:
+            raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head pools a padded batch")
         _check_ids("input_ids", input_ids, 1)
         mask = _mask_of(cu_seqlens, input_ids.shape[0])
         padded = {
