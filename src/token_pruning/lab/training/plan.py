@@ -229,6 +229,6 @@ def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> T
         remove_unused_columns=False,
         **strategy,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun: DataParallel copies modules, not hooks
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun: DataParallel's copies share one forward
     arguments.per_device_train_batch_size = max(1, options.batch_size // arguments.world_size)
     return arguments
