@@ -3,6 +3,8 @@
 import copy
 import functools
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -94,7 +96,7 @@ def _make_encoder(
     reason = f"kernels: PyTorch, because {reason}"
     if chosen == "int8":
         raise ConfigError(f"dtype 'int8' needs the native kernels; {reason}")
-    own = _copy_without(family.base, ())
+    own = _unpruned_copy(family.base)
     return TorchEncoder(type(family)(own), getattr(torch, chosen)), [*lines, reason]
 
 
@@ -113,21 +115,17 @@ def _why_not_native(family: Family) -> str:
     return ""
 
 
-def _copy_without(module: nn.Module, parts: Any) -> Any:
-    """A deep copy without some of the modules inside, and without pruning."""
-    memo: dict[int, Any] = {id(part): None for part in parts}
+def _unpruned_copy(module: nn.Module, stand_ins: Mapping[nn.Module, nn.Module | None] = MappingProxyType({})) -> Any:
+    """A deep copy without pruning, with something else, or nothing, for some of the modules inside."""
+    memo: dict[int, Any] = {id(part): stand_in for part, stand_in in stand_ins.items()}
     if is_pruned(module):
         memo[id(attachment_of(module))] = None
-    return _unpruned(copy.deepcopy(module, memo))
-
-
-def _unpruned(module: nn.Module) -> nn.Module:
-    """A copy without what pruning has put on the original."""
-    for part in module.modules():
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
         part._modules.pop(MODULE_NAME, None)
         if hasattr(part.__dict__.get("forward"), "attachment"):
             del part.forward
-    return module
+    return copied
 
 
 @functools.cache
@@ -168,7 +166,7 @@ class Engine:
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
         # A head is everything of the model but its base, which the stub stands in for.
-        self._head = stub if model is base else _head_around(model, stub)
+        self._head = stub if model is base else _unpruned_copy(model, {base: stub})
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
         _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
 
@@ -261,13 +259,6 @@ class Engine:
         return f"Engine({type(self._head).__name__}):\n{self.explain()}"
 
 
-def _head_around(model: PreTrainedModel, stub: nn.Module) -> nn.Module:
-    memo = {id(model.base_model): stub}
-    if is_pruned(model):
-        memo[id(attachment_of(model))] = None  # type: ignore[assignment]
-    return _unpruned(copy.deepcopy(model, memo))
-
-
 class _CompiledBase(nn.Module):
     """Stands in for the base model inside a head: checks and packs the input, runs the encoder, unpacks."""
 
@@ -276,7 +267,7 @@ class _CompiledBase(nn.Module):
         self._engine = engine
         base = family.base
         left_out = [*family.layers] if keep_embeddings else [*family.layers, getattr(base, "embeddings", None)]
-        self.rest = _copy_without(base, [part for part in left_out if part is not None])
+        self.rest = _unpruned_copy(base, {part: None for part in left_out if part is not None})
         self.config = self.rest.config
         self.family = type(family)(self.rest)
         self._sizes = _table_sizes(base)

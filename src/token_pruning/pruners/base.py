@@ -152,11 +152,6 @@ def methods() -> dict[str, type[Pruner]]:
     return dict(_METHODS)
 
 
-def learned_method(prune_mode: str) -> type[Pruner] | None:
-    """The method that trains this one's thresholds, or None."""
-    return _LEARNED.get(prune_mode)
-
-
 def method_keys() -> set[str]:
     """Every key of ``config.json`` that belongs to a method."""
     names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)}

@@ -91,7 +91,7 @@ def layout_from_mask(mask: Tensor) -> Layout:
 
 
 def pack(hidden_states: Tensor, layout: Layout) -> Tensor:
-    """``[batch, width, dim]`` to ``[tokens, dim]``, padding left out."""
+    """``[batch, width, …]`` to ``[tokens, …]``, padding left out."""
     return hidden_states.flatten(0, 1).index_select(0, layout.indices)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from token_pruning.errors import ConfigError
 from token_pruning.families import Family
-from token_pruning.ragged import Layout, PackedTokens, layout_from_mask, unpack
+from token_pruning.ragged import Layout, PackedTokens, layout_from_mask, pack, unpack
 
 
 def pack_inputs(
@@ -61,7 +61,7 @@ def pack_inputs(
     def packed(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return values.expand(*shape, *values.shape[2:]).flatten(0, 1).index_select(0, layout.indices)
+        return pack(values.expand(*shape, *values.shape[2:]), layout)
 
     positions = packed(position_ids)
     assert positions is not None
