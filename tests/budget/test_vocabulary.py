@@ -33,7 +33,6 @@ from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.cli import main
 from token_pruning.runtime.flops import layer_flops
-from token_pruning.runtime.inputs import pack_inputs
 
 SCORES = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0))
 LENGTHS = [30, 12, 1, 17]
@@ -300,7 +299,7 @@ def test_what_is_missing_or_does_not_fit_is_said(tmp_path: Path) -> None:
 def test_only_valid_tokens_are_looked_up() -> None:
     model, batch = attach(tiny_model(), tp.FixedThreshold(**SOME)), ragged_batch(LENGTHS)
     batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, -100)
-    tokens = pack_inputs(model.token_pruner.attachment.family, **batch)
+    tokens = model.token_pruner.attachment.pack(**batch)
     layout = tokens.layout
     entering, kept, dropped = model.token_pruner.enter(tokens)
     assert isinstance(kept, Tensor) and isinstance(dropped, Tensor)

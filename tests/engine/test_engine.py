@@ -25,7 +25,6 @@ from tests.tiny import (
     FAMILIES,
     HEADS,
     PAD,
-    VOCABULARY,
     assert_close,
     assert_equal,
     decision_margin,
@@ -431,25 +430,15 @@ def test_eight_threads_at_once(threads: int) -> None:
 
 
 def test_bad_input() -> None:
+    """What is the engine's own; tests/families/test_bad_calls.py has what any call may get wrong."""
     engine = tp.compile(tiled_model(), "float32")
     ids = torch.full((2, 5), 7)
-    wrong: list[tuple[str, dict[str, Any]]] = [
-        ("input_ids holds 200; the model has ids from 0 to 199", {"input_ids": ids.clone().fill_(VOCABULARY)}),
-        ("input_ids holds -1", {"input_ids": ids.clone().fill_(-1)}),
-        ("input_ids is a torch.float32 tensor", {"input_ids": ids.float()}),
-        ("input_ids is a torch.int64 tensor of shape .5.", {"input_ids": ids[0]}),
-        ("input_ids is a list; it must be a tensor", {"input_ids": ids.tolist()}),
-        ("input_ids is a .* on meta", {"input_ids": ids.to("meta")}),
+    for message, arguments in (
+        ("input_ids is on meta; an engine takes tensors on the CPU", {"input_ids": ids.to("meta")}),
         ("input_ids is missing", {"input_ids": None}),
-        (r"attention_mask has shape \[2, 4\]; it must be \[2, 5\]", {"attention_mask": torch.ones(2, 4)}),
-        (r"token_type_ids has shape \[2, 4\]", {"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}),
-        ("token_type_ids holds 2; the model has ids from 0 to 1", {"token_type_ids": torch.full((2, 5), 2)}),
-        ("positions for at most 80", {"input_ids": torch.full((1, 81), 7)}),
-        ("position_ids reach 80", {"position_ids": torch.full((2, 5), 80)}),
-        ("takes input_ids only", {"encoder_hidden_states": torch.zeros(1)}),
-        ("no inputs_embeds", {"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 128)}),
-    ]
-    for message, arguments in wrong:
+        ("input_ids is missing; an engine takes no", {"input_ids": None, "inputs_embeds": torch.zeros(2, 5, 128)}),
+        ("takes input_ids only", {"inputs_embeds": torch.zeros(2, 5, 128)}),
+    ):
         with pytest.raises(tp.ConfigError, match=message):
             engine(**{"input_ids": ids, **arguments})
     for output in ("output_attentions", "output_hidden_states"):

@@ -71,20 +71,6 @@ def test_any_mask_is_packed_as_it_is_masked(family: str, mask: Tensor, seed: int
         assert_same(valid(run(model, tp.Unpruned(), whole)[0], whole), expected, 2e-5)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
-@pytest.mark.parametrize("execution", ["packed", "masked"])
-@every_family
-def test_an_input_without_places_is_refused(family: str, execution: str, shape: tuple[int, int]) -> None:
-    model, ids = kept_model(family, "token"), torch.zeros(shape, dtype=torch.long)
-    with pruned(model, RELATIVE, execution), pytest.raises(tp.ConfigError, match="without any token"):
-        model(input_ids=ids)
-    if execution == "packed" and family in ("bert", "deberta", "gte"):
-        with pruned(model, RELATIVE):
-            engine = tp.compile(model, "float32")
-        with pytest.raises(tp.ConfigError, match="without any token"):
-            engine(ids)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @every_family
 def test_the_default_dtype_changes_nothing(family: str, dtype: torch.dtype) -> None:

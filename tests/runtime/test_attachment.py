@@ -77,9 +77,32 @@ def test_pruning_and_compiling_a_lora_model() -> None:
     tp.prune(model, tp.Unpruned())
     assert_close(model(**BATCH).logits, dense, 1e-5)
     engine = tp.compile(model, "float32")
-    assert "cannot compute a peft.tuners.lora.layer.Linear" in engine.explain()
+    assert "kernels: PyTorch" not in engine.explain()
     assert_close(engine(**BATCH).logits, dense, 1e-5)
     assert_equal(tp.unprune(model)(**BATCH).logits, dense)
+    with model.disable_adapter():
+        expected = model(**BATCH).logits
+        assert_close(tp.compile(model, "float32")(**BATCH).logits, expected, 1e-5)
+    assert (expected - dense).abs().max() > 1e-3
+    model.merge_adapter()  # what is merged already is not merged again
+    assert_close(tp.compile(model, "float32")(**BATCH).logits, dense, 1e-5)
+    with model.disable_adapter():
+        assert_close(tp.compile(model, "float32")(**BATCH).logits, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_that_does_not_merge_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    model = adapted(tiny_model())
+    dense = model(**BATCH).logits
+    monkeypatch.setattr(Linear, "merge", refuse)
+    engine = tp.compile(model, "float32")
+    assert "the native ones cannot compute a peft.tuners.lora.layer.Linear" in engine.explain()
+    assert_close(engine(**BATCH).logits, dense, 1e-5)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def calibrate(
     allowed = _allowed_layers(prune_layers, layers)
     _check_schedules(search or (), layers, allowed)
     total = len(batch["input_ids"])
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     half = total // 2
     fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
     with prunable(model, summary_tokens, None if vocabulary is None else vocabulary.at(0.0), reads):
@@ -305,4 +305,4 @@ def _standard_error(metric: Metric, dense: Tensor, pruned: Tensor, labels: Tenso
     for _ in range(rounds):
         rows = torch.randint(len(labels), (len(labels),), generator=generator)
         drops.append(metric(dense[rows], labels[rows]) - metric(pruned[rows], labels[rows]))
-    return float(torch.tensor(drops, dtype=torch.float64).std())
+    return float(torch.tensor(drops, dtype=torch.float64, device="cpu").std())

@@ -42,10 +42,10 @@ def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
         if len(examples) and name in examples[0]:
-            rows = [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
+            rows = [torch.as_tensor(example[name], dtype=torch.long, device="cpu") for example in examples]
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     if "attention_mask" not in batch:
-        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long) for example in examples]
+        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long, device="cpu") for example in examples]
         batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
         batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
     if len(examples) and "labels" in examples[0]:

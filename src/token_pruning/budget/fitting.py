@@ -21,7 +21,6 @@ from token_pruning.families import Reads, shape_of
 from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops, relative_flops
-from token_pruning.runtime.inputs import pack_inputs
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, reads_of, record
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
@@ -126,7 +125,7 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
     attachment = attachment_of(model)
     device = attachment.model.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    packed = pack_inputs(attachment.family, **inputs)
+    packed = attachment.pack(**inputs)
     entering, *_ = attachment.token_pruner.enter(packed)
     shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]

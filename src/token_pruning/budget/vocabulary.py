@@ -47,7 +47,7 @@ def vocabulary_gate(model: Any, examples: Examples, keep_rate: float = 1.0) -> V
     if not rows:
         raise ConfigError("no examples were given; vocabulary scores are means over examples' tokens")
     size = model.get_input_embeddings().num_embeddings
-    sums, counts = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    sums, counts = (torch.zeros(size, dtype=torch.float64, device="cpu") for _ in range(2))
     special: set[int] = set()
     ordered = sorted(rows, key=lambda example: len(example["input_ids"]))
     with torch.inference_mode(), prunable(model):
@@ -64,7 +64,7 @@ def vocabulary_gate(model: Any, examples: Examples, keep_rate: float = 1.0) -> V
                 assert scores is not None
                 sums.index_add_(0, ids[places.cpu()], scores.double().cpu() / len(layers))
             tokens = ids[done.valid.indices.cpu()]
-            counts.index_add_(0, tokens, torch.ones(len(tokens), dtype=torch.float64))
+            counts.index_add_(0, tokens, torch.ones(len(tokens), dtype=torch.float64, device="cpu"))
             ends = done.valid.cu_seqlens.long().cpu()
             special.update(tokens[ends[:-1]].tolist(), tokens[ends[1:] - 1].tolist())
     scores = (sums + _PRIOR_EXAMPLES * _PRIOR_SCORE) / (counts + _PRIOR_EXAMPLES)

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from token_pruning.checks import choice, positive_integer
+from token_pruning.engine.adapters import with_merged_adapters
 from token_pruning.engine.encoder import Encoder, TorchEncoder
 from token_pruning.engine.machine import has_amx
 from token_pruning.engine.native import ACTIVATIONS, KERNELS_VARIABLE, NativeEncoder, level_limit, load_library
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
+from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
 from token_pruning.pruners import Unpruned
 from token_pruning.ragged import Layout
 from token_pruning.runtime.attachment import MODULE_NAME
-from token_pruning.runtime.inputs import model_output, pack_inputs
+from token_pruning.runtime.inputs import check_arguments, check_ids, input_tables, model_output, pack_inputs
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of
+from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -40,8 +43,8 @@ def compile(
     comes in; on the native kernels they are the same to the last bit.
 
     Args:
-        model: of a supported family, with any head or without. BERT, RoBERTa, ELECTRA, DistilBERT and models like them
-            run on native kernels, others on PyTorch.
+        model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it.
+            BERT, RoBERTa, ELECTRA, DistilBERT and models like them run on native kernels, others on PyTorch.
         dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
@@ -54,13 +57,17 @@ def compile(
         The engine.
 
     Raises:
-        UnsupportedModelError: for a model of another family.
+        UnsupportedModelError: for a model of another family, one with weights that are not in memory, or one with
+            modules that neither the kernels nor the loop on PyTorch would run as they are.
         ConfigError: for a wrong dtype or number of threads, int8 without native kernels, or a ``TOKEN_PRUNING_KERNELS``
             that is unknown or beyond the processor.
     """
     choice("dtype", dtype, get_args(EngineDtype))
     threads = torch.get_num_threads() if threads is None else positive_integer("threads", threads)
-    inner = hugging_face_model(model)
+    inner = with_merged_adapters(hugging_face_model(model))
+    for name, weight in inner.named_parameters():
+        if weight.is_meta:
+            raise UnsupportedModelError(f"weight {name} is not in memory, but on the device meta; load the whole model")
     if inner.main_input_name != "input_ids":
         raise UnsupportedModelError(f"{type(inner).__name__} takes {inner.main_input_name}; an engine takes input_ids")
     if reads is not None:
@@ -93,6 +100,7 @@ def _make_encoder(
     lines = [f"dtype: {chosen}{why}", f"threads: {threads}"]
     if library is not None and limit is not None and not reason:
         return NativeEncoder(library, family, chosen, limit, threads, embeddings), lines
+    refuse_foreign(family)
     reason = f"kernels: PyTorch, because {reason}"
     if chosen == "int8":
         raise ConfigError(f"dtype 'int8' needs the native kernels; {reason}")
@@ -106,13 +114,7 @@ def _why_not_native(family: Family) -> str:
         return f"the native ones have no {family.config.model_type!r} layers"
     if family.activation not in ACTIVATIONS:
         return f"the native ones have no activation {family.activation!r}"
-    parts = [family.embedding_modules(), *(family.layer_modules(layer) for layer in family.layers)]
-    for module in (module for part in parts for module in vars(part).values() if module is not None):
-        if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
-            return f"the native ones cannot compute a {type(module).__module__}.{type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a {type(module).__name__} has forward hooks, which the native ones would skip"
-    return ""
+    return foreign_to_native(family)
 
 
 def _unpruned_copy(module: nn.Module, stand_ins: Mapping[nn.Module, nn.Module | None] = MappingProxyType({})) -> Any:
@@ -148,6 +150,7 @@ class Engine:
         self.config = copy.deepcopy(model.config)
         if is_pruned(model):
             attachment = attachment_of(model)
+            attachment.token_pruner.fit_vocabulary()
             token_pruner = copy.deepcopy(attachment.token_pruner, {id(attachment): None})
             self.token_pruner = token_pruner.to("cpu").eval().requires_grad_(False)
         else:
@@ -164,6 +167,7 @@ class Engine:
         some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
         needs_embeddings = some_never_enter and not self._first_only
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
+        self._family, self._model_class = stub.family, type(model)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
         # A head is everything of the model but its base, which the stub stands in for.
         self._head = stub if model is base else _unpruned_copy(model, {base: stub})
@@ -173,7 +177,7 @@ class Engine:
     @torch.inference_mode()
     def __call__(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -182,8 +186,8 @@ class Engine:
         """Run the model on a padded batch.
 
         Args:
-            input_ids: ``[batch, width]`` int64 or int32.
-            attention_mask: ``[batch, width]``, non-zero for valid tokens (default: all).
+            input_ids: ``[batch, width]`` int64 or int32; required.
+            attention_mask: ``[batch, width]``, 1 for valid tokens and 0 for padding (default: all valid).
             token_type_ids: ``[batch, width]`` segment ids (default: 0).
             position_ids: ``[batch, width]`` (default: what the model gives them).
             kwargs: what the model's head takes, such as ``labels``.
@@ -193,8 +197,9 @@ class Engine:
             removed tokens their last state.
 
         Raises:
-            ConfigError: for tensors of wrong shapes or dtypes, ids outside the vocabulary, sequences longer than the
-                model's positions, or outputs that a ragged engine cannot give.
+            ConfigError: for tensors of wrong types, shapes or dtypes, ids outside their tables, sequences longer than
+                the model's positions, arguments that the model does not have.
+            UnsupportedModelError: for outputs that a ragged engine cannot give.
         """
         inputs = {
             "input_ids": input_ids,
@@ -202,7 +207,11 @@ class Engine:
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
         }
-        return self._head(**{name: value for name, value in inputs.items() if value is not None}, **kwargs)
+        given = {name: value for name, value in inputs.items() if value is not None} | kwargs
+        check_arguments(self._family, given, self._model_class)
+        if answers_with_spans(self._head):
+            return with_span_loss(self._head, self.config, given)
+        return self._head(**given)
 
     @torch.inference_mode()
     def run_packed(
@@ -229,18 +238,17 @@ class Engine:
         """
         if self._needs_padding:
             raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head pools a padded batch")
-        _check_ids("input_ids", input_ids, 1)
+        _check_on_cpu("input_ids", check_ids("input_ids", input_ids, 1))
         mask = _mask_of(cu_seqlens, input_ids.shape[0])
-        padded = {
-            "input_ids": torch.full(mask.shape, self._padding, dtype=torch.int64).masked_scatter_(
-                mask, input_ids.long()
-            )
-        }
+        padded = {"input_ids": input_ids.new_full(mask.shape, self._padding).masked_scatter_(mask, input_ids)}
         for name, value in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
             if value is not None:
-                _check_ids(name, value, 1)
-                _check_shape(name, value, input_ids.shape)
-                padded[name] = torch.zeros(mask.shape, dtype=value.dtype).masked_scatter_(mask, value)
+                _check_on_cpu(name, check_ids(name, value, 1))
+                if value.shape != input_ids.shape:
+                    raise ConfigError(
+                        f"{name} has shape {list(value.shape)}; it must be {list(input_ids.shape)}, as input_ids"
+                    )
+                padded[name] = value.new_zeros(mask.shape).masked_scatter_(mask, value)
         output = self._head(**padded, attention_mask=mask, **{_PACKED: True})
         if not self._one_each:
             for name in list(output):  # heads saw one long sequence [1, tokens]
@@ -270,8 +278,16 @@ class _CompiledBase(nn.Module):
         self.rest = _unpruned_copy(base, {part: None for part in left_out if part is not None})
         self.config = self.rest.config
         self.family = type(family)(self.rest)
-        self._sizes = _table_sizes(base)
-        self._max_positions = family.shape(base.config).max_positions
+        self._tables = input_tables(base)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a head looks for in its base model."""
+        if name == "embeddings":
+            raise UnsupportedModelError(
+                f"the head of this model reads the embeddings of its {type(self.rest).__name__}, which an engine has "
+                "packed; use the pruned model itself"
+            )
+        return super().__getattr__(name)
 
     def forward(
         self,
@@ -283,24 +299,21 @@ class _CompiledBase(nn.Module):
     ) -> Any:
         packed = kwargs.pop(_PACKED, False)
         self._check_options(input_ids, kwargs)
-        assert input_ids is not None
-        _check_ids("input_ids", input_ids, 2)
-        given = {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        for name, value in given.items():
+        for name, value in (
+            ("input_ids", input_ids),
+            ("token_type_ids", token_type_ids),
+            ("position_ids", position_ids),
+        ):
             if value is not None:
-                _check_ids(name, value, 2)
-                _check_shape(name, value, input_ids.shape)
-        if attention_mask is not None:
-            _check_shape("attention_mask", attention_mask, input_ids.shape)
-            attention_mask = attention_mask.to("cpu")
-        if self._sizes["token_type_ids"] is None:
-            given["token_type_ids"] = None
-        tokens = pack_inputs(self.family, input_ids=input_ids, attention_mask=attention_mask, **given)
-        for name, values in (
-            ("input_ids", tokens.ids), ("position_ids", tokens.positions), ("token_type_ids", tokens.token_types)
-        ):  # fmt: skip
-            if values is not None:
-                self._check_range(name, values)
+                _check_on_cpu(name, value)
+        tokens = pack_inputs(
+            self.family,
+            self._tables,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids if self._tables["token_type_ids"] else None,
+            position_ids=position_ids,
+        )
         engine = self._engine
         states = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only)
         return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
@@ -322,68 +335,31 @@ class _CompiledBase(nn.Module):
                 raise UnsupportedModelError(
                     f"{name}=True is not possible in an engine, where layers hold different tokens"
                 )
-        for name in ("inputs_embeds", *self.family.refused_inputs):
-            if options.get(name) is not None:
-                raise ConfigError(f"{name} is given; an engine takes input_ids only")
-
-    def _check_range(self, name: str, values: Tensor) -> None:
-        """Raises ConfigError unless the valid tokens' values are all rows of the table they index."""
-        size = self._sizes[name]
-        if size is None or values.numel() == 0:
-            return
-        low, high = (int(x) for x in values.aminmax())
-        if low < 0 or high >= size:
-            wrong = high if high >= size else low
-            if name == "position_ids":
-                raise ConfigError(
-                    f"position_ids reach {wrong}; the model has positions for sequences of at most "
-                    f"{self._max_positions} tokens: truncate the input"
-                )
-            raise ConfigError(f"{name} holds {wrong}; the model has ids from 0 to {size - 1}")
+        if options.pop("inputs_embeds", None) is not None:
+            raise ConfigError("inputs_embeds is given; an engine takes input_ids only")
 
 
-def _table_sizes(base: Any) -> dict[str, int | None]:
-    """Rows of the tables that inputs index; None where there is no table."""
-    embeddings = getattr(base, "embeddings", None)
-    tables = {
-        "input_ids": base.get_input_embeddings(),
-        "position_ids": getattr(embeddings, "position_embeddings", None),
-        "token_type_ids": getattr(embeddings, "token_type_embeddings", None),
-    }
-    return {name: getattr(table, "num_embeddings", None) for name, table in tables.items()}
-
-
-def _check_ids(name: str, ids: Any, dimensions: int) -> None:
-    integers = (torch.int64, torch.int32)
-    if not isinstance(ids, Tensor):
-        raise ConfigError(f"{name} is a {type(ids).__name__}; it must be a tensor")
-    if ids.dtype not in integers or ids.dim() != dimensions or ids.device.type != "cpu":
-        raise ConfigError(
-            f"{name} is a {ids.dtype} tensor of shape {list(ids.shape)} on {ids.device}; it must be int64 or int32, "
-            f"{'[batch, width]' if dimensions == 2 else 'one-dimensional'}, on the CPU"
-        )
-
-
-def _check_shape(name: str, value: Tensor, shape: torch.Size) -> None:
-    if value.shape != shape:
-        raise ConfigError(f"{name} has shape {list(value.shape)}; it must be {list(shape)}, as input_ids")
+def _check_on_cpu(name: str, value: Any) -> None:
+    """Raises ConfigError for a tensor elsewhere."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise ConfigError(f"{name} is on {value.device}; an engine takes tensors on the CPU")
 
 
 def _mask_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """``[batch, longest]`` bool, True for a token."""
-    _check_ids("cu_seqlens", cu_seqlens, 1)
+    _check_on_cpu("cu_seqlens", check_ids("cu_seqlens", cu_seqlens, 1))
     ends = cu_seqlens.tolist()
     lengths = cu_seqlens.diff()
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or bool((lengths < 0).any()):
         shown = ends if len(ends) <= 8 else [*ends[:4], "…", *ends[-3:]]
         raise ConfigError(f"cu_seqlens is {shown}; it must rise from 0 to the number of tokens, {tokens}")
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    return torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
 
 
 def _replace_linears(module: nn.Module, encoder: Encoder, vocabulary: int) -> None:
     """Give a head the encoder's kind of linear layers."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear and not child._forward_hooks and not child._forward_pre_hooks:
+        if type(child) is nn.Linear and not not_plain(child):
             setattr(module, name, encoder.head_linear(child, vocabulary))
         else:
             _replace_linears(child, encoder, vocabulary)

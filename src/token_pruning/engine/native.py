@@ -155,7 +155,7 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, float32."""
         rows = x.to(torch.float32).reshape(-1, self.in_features).contiguous()
-        out = torch.empty(rows.shape[0], self.out_features, dtype=torch.float32)
+        out = torch.empty(rows.shape[0], self.out_features, dtype=torch.float32, device="cpu")
         failed = self._library.tp_linear_apply(
             self._handle, rows.data_ptr(), rows.shape[0], out.data_ptr(), self._threads
         )
@@ -292,6 +292,8 @@ class NativeEncoder:
             first_only: see there.
             seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
         """
+        if not tokens.layout.batch_size:
+            return torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu")
         entering, kept, dropped = token_pruner.enter(tokens)
         traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
         segments = None
@@ -329,12 +331,15 @@ class NativeEncoder:
         if not bool(filled.all()):  # the native side knows no empty sequences
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
         rows = cu_seqlens.numel() - 1 if first_only else layout.total
-        out = torch.empty(rows, self.shape.hidden_size, dtype=torch.float32)
-        survived = torch.zeros(layout.total, dtype=torch.int32)
-        received = torch.full((layers, layout.total), torch.nan, dtype=torch.float32) if recorded else None
+        out = torch.empty(rows, self.shape.hidden_size, dtype=torch.float32, device="cpu")
+        survived = torch.zeros(layout.total, dtype=torch.int32, device="cpu")
+        received = None
+        if recorded:
+            received = torch.full((layers, layout.total), torch.nan, dtype=torch.float32, device="cpu")
         method = token_pruner.pruner
         absolute = type(method).keep is FixedThreshold.keep
-        hosts = torch.zeros(layout.total, dtype=torch.uint8) if method.summary_tokens != "none" else None
+        summaries = method.summary_tokens != "none"
+        hosts = torch.zeros(layout.total, dtype=torch.uint8, device="cpu") if summaries else None
         prunes = bytes(
             [method.prunes(layer, layers) for layer in range(1, layers + 1)]
             if recorded
@@ -421,7 +426,7 @@ def _records(
         summaries = None
         if hosts is not None:
             summary = (survived < layer)[left]
-            summaries = Summaries(summary, torch.full(summary.shape, torch.nan, dtype=torch.float32))
+            summaries = Summaries(summary, torch.full(summary.shape, torch.nan, dtype=torch.float32, device="cpu"))
         records[layer] = LayerRecord(entering, leaving, scores=scores, summaries=summaries)
     return records
 

@@ -15,6 +15,7 @@ class Albert(Family):
 
     model_types = ("albert",)
     output_class = BaseModelOutputWithPooling
+    replaced = ("attention", "attention.attention_dropout")
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:

@@ -80,7 +80,7 @@ class EmbeddingModules:
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The modules of one post-LN layer, in the order they run, for the native engine."""
+    """The modules of one post-LN layer for the native engine."""
 
     query: nn.Linear
     key: nn.Linear
@@ -90,6 +90,7 @@ class LayerModules:
     feed_forward_up: nn.Linear
     feed_forward_down: nn.Linear
     output_norm: nn.LayerNorm
+    activation: nn.Module
 
 
 class Family(ABC):
@@ -103,6 +104,8 @@ class Family(ABC):
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
         refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
+        replaced: modules within a layer, such as ``"attention"``, that are not called: the family's own parts compute
+            what these would. So is the layer itself, and all that is around it.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -114,6 +117,7 @@ class Family(ABC):
     )
     native: ClassVar[bool] = False
     refused_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "past_key_values")
+    replaced: ClassVar[tuple[str, ...]] = ("attention",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family."""

@@ -14,6 +14,7 @@ class Bert(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     native = True
+    replaced = ("attention", "attention.self", "attention.self.dropout")
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
         """Three linear layers."""
@@ -59,6 +60,7 @@ class Bert(Family):
             feed_forward_up=layer.intermediate.dense,
             feed_forward_down=layer.output.dense,
             output_norm=layer.output.LayerNorm,
+            activation=layer.intermediate.intermediate_act_fn,
         )
 
 

@@ -15,6 +15,7 @@ class DistilBert(Family):
     model_types = ("distilbert",)
     output_class = BaseModelOutput
     native = True
+    replaced = ("attention", "attention.dropout", "ffn")
 
     @classmethod
     def shape(cls, config: Any) -> ModelShape:
@@ -78,6 +79,7 @@ class DistilBert(Family):
             feed_forward_up=layer.ffn.lin1,
             feed_forward_down=layer.ffn.lin2,
             output_norm=layer.output_layer_norm,
+            activation=layer.ffn.activation,
         )
 
     @property

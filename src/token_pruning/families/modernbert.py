@@ -16,6 +16,7 @@ class ModernBert(Rotary):
 
     model_types = ("modernbert",)
     output_class = BaseModelOutput
+    replaced = ("attn",)
     # Multiple choice looks for the first token where the mask has it, in states of all places.
     first_token_heads = ("ForSequenceClassification",)
 

@@ -20,6 +20,7 @@ class MPNet(Roberta):
     model_types = ("mpnet",)
     output_class = BaseModelOutputWithPooling
     native = False
+    replaced = ("attention", "attention.attn", "attention.attn.dropout")
 
     @classmethod
     def padding(cls, config: Any) -> int:

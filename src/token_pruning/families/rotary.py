@@ -20,6 +20,7 @@ class Rotary(Family):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     ffn_matrices: ClassVar[int] = 3
+    replaced = ("self_attn",)
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)

@@ -98,7 +98,7 @@ def pack(hidden_states: Tensor, layout: Layout) -> Tensor:
 def unpack(rows: Tensor, indices: Tensor, batch_size: int, width: int) -> Tensor:
     """``[tokens, dim]`` back to ``[batch, width, dim]``; places no row belongs to are zero."""
     flat = rows.new_zeros(batch_size * width, rows.shape[-1])
-    return flat.index_copy(0, indices, rows).view(batch_size, width, -1)
+    return flat.index_copy(0, indices, rows).view(batch_size, width, rows.shape[-1])
 
 
 def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:

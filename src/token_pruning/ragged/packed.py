@@ -239,8 +239,8 @@ def _cached_attention(
     """
     sequences, heads, width, _ = q.shape
     step = max(1, _CACHED_PROBABILITIES // max(1, heads * width * width))
-    context = torch.empty(sequences, width, heads, q.shape[-1], dtype=v.dtype)
-    received = torch.empty(sequences, width, dtype=torch.float32)
+    context = v.new_empty(sequences, width, heads, q.shape[-1])
+    received = v.new_empty(sequences, width, dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
         for start in range(0, sequences, step):
             part = slice(start, start + step)

@@ -5,16 +5,21 @@ Both are plain objects in place of the modules' ``forward``, so that copies and 
 
 import copy
 import inspect
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from token_pruning.errors import ConfigError, UnsupportedModelError
+from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
+from token_pruning.families.intact import hooks_of, refuse, refuse_foreign, replaced_modules
 from token_pruning.pruners import Pruner
-from token_pruning.runtime.inputs import model_output, pack_inputs
+from token_pruning.ragged import PackedTokens
+from token_pruning.runtime.inputs import check_arguments, input_tables, model_output, pack_inputs
 from token_pruning.runtime.loop import PackedLoop, PaddedLoop
+from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
 Execution = Literal["packed", "masked"]
@@ -36,8 +41,13 @@ class Attachment:
         base: Any = model.base_model
         family = family_of(base.config)
         self.family: Family = family(base)
+        refuse_foreign(self.family)
+        self.replaced = list(replaced_modules(self.family))
         self.shape = family.shape(base.config)
         self.reads: Reads = family.reads(model) if reads is None else reads
+        head_reads_first = model is not base and "first" in (self.reads, family.reads(model))
+        if "forward" in model.__dict__ and (head_reads_first or answers_with_spans(model)):
+            refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
         self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
@@ -52,8 +62,10 @@ class Attachment:
             config.reads = reads
         model.add_module(MODULE_NAME, self.token_pruner)
         self.forwards: list[_Forward] = [_BaseForward(self)]
-        if model is not base and "first" in (self.reads, family.reads(model)):
+        if head_reads_first:
             self.forwards.append(_HeadForward(self))
+        elif answers_with_spans(model):
+            self.forwards.append(_SpanForward(self))
 
     def detach(self) -> None:
         """Undo everything."""
@@ -61,6 +73,31 @@ class Attachment:
             forward.remove()
         delattr(self.model, MODULE_NAME)
         _replace_config(self.model, self.model.config, self.original_config)
+
+    def _check_call(self) -> None:
+        """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
+
+        Raises:
+            UnsupportedModelError: for hooks that would be skipped, and for tracing and transforms of the model.
+        """
+        for name, module in self.replaced:
+            if why := hooks_of(module):
+                refuse(name, module, why)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
+                "Export the dense model, or use token_pruning.compile"
+            )
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and (self.packed or transform.key() == torch._C._functorch.TransformType.Vmap):
+            raise UnsupportedModelError(
+                "torch.func cannot transform a pruned model, but for gradients in the slow reference: "
+                'prune(model, pruner, execution="masked")'
+            )
+
+    def pack(self, **inputs: Any) -> PackedTokens:
+        """See :func:`token_pruning.runtime.inputs.pack_inputs`."""
+        return pack_inputs(self.family, input_tables(self.base), **inputs)
 
     def run(self, options: dict[str, Any], *, by_head: bool) -> Any:
         """The base model's forward.
@@ -73,11 +110,11 @@ class Attachment:
         Returns:
             The base model's output class.
         """
-        for name in self.family.refused_inputs:
-            if options.get(name) is not None:
-                raise ConfigError(f"{name} is given; a pruned {type(self.base).__name__} cannot take it")
+        self._check_call()
+        self.token_pruner.fit_vocabulary()
+        check_arguments(self.family, options)
         first_only = self.reads == "first" and (by_head or self.base is self.model)
-        tokens = pack_inputs(self.family, **self.family.inputs(options))
+        tokens = self.pack(**self.family.inputs(options))
         wanted = {
             name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
             for name in ("output_attentions", "output_hidden_states")
@@ -109,12 +146,15 @@ class _Forward:
 
     def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment, self.module = attachment, module
-        self.before = module.__dict__.get("forward")  # another library's, on this instance
         module.forward = self  # type: ignore[assignment]
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        return inspect.unwrap(type(self.module).forward).__code__
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -127,10 +167,7 @@ class _Forward:
 
     def remove(self) -> None:
         """Give the module its own forward back."""
-        if self.before is None:
-            del self.module.forward
-        else:
-            self.module.forward = self.before
+        del self.module.forward
 
 
 class _BaseForward(_Forward):
@@ -156,6 +193,18 @@ class _HeadForward(_Forward):
         view: Any = object.__new__(_view_class(cls))
         object.__setattr__(view, "__dict__", model.__dict__)
         return cls.forward(view, *args, **kwargs)
+
+
+class _SpanForward(_Forward):
+    """The forward of a model that answers with a span of its input: its own, but for the loss."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(attachment, attachment.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.attachment.model
+        own: Any = partial(type(model).forward, model)
+        return with_span_loss(own, model.config, self.options(args, kwargs))
 
 
 _VIEW_CLASSES: dict[type, type] = {}

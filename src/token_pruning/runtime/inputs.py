@@ -1,5 +1,9 @@
 """From what a model is called with to packed tokens, and from last states to what it returns."""
 
+import functools
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -9,9 +13,49 @@ from token_pruning.errors import ConfigError
 from token_pruning.families import Family
 from token_pruning.ragged import Layout, PackedTokens, layout_from_mask, pack, unpack
 
+_INTEGERS = (torch.int64, torch.int32)
+# What heads and trainers hand to any base model, whose forward takes it as one of **kwargs.
+_ALWAYS_TAKEN = {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "token_type_ids"}
+
+
+def check_arguments(family: Family, options: Mapping[str, Any], head: type | None = None) -> None:
+    """Hold the arguments of a forward against what it knows by name.
+
+    transformers' own models take any argument, and ignore those they do not know.
+
+    Args:
+        family: bound to the base model.
+        options: by name; those that are None count as not given.
+        head: the class of the whole model, whose forward it is; the base model's unless given.
+
+    Raises:
+        ConfigError: for an argument that the family refuses, or that the model does not have.
+    """
+    cls = type(family.base) if head is None else head
+    known = _ALWAYS_TAKEN | _arguments(type(family.base)) | _arguments(cls)  # type: ignore[arg-type]
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name in family.refused_inputs:
+            raise ConfigError(f"{name} is given; a pruned or compiled {type(family.base).__name__} cannot take it")
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = (
+                f"did you mean {near[0]}?"
+                if near
+                else f"it takes {', '.join(sorted(known - {*family.refused_inputs}))}"
+            )
+            raise ConfigError(f"{name} is given; a {cls.__name__} has no such argument: {hint}")
+
+
+@functools.cache
+def _arguments(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters) - {"self", "kwargs"}
+
 
 def pack_inputs(
     family: Family,
+    tables: Mapping[str, int | None],
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -23,49 +67,126 @@ def pack_inputs(
 
     Args:
         family: bound to the base model.
-        input_ids: ``[batch, width]`` integers.
-        attention_mask: ``[batch, width]``, non-zero for valid tokens (default: all).
-        token_type_ids: ``[batch, width]`` or something that broadcasts to it.
+        tables: from :func:`input_tables`.
+        input_ids: ``[batch, width]`` int64 or int32.
+        attention_mask: ``[batch, width]`` of any dtype, 1 for valid tokens and 0 for padding (default: all valid).
+        token_type_ids: ``[batch, width]`` int64 or int32, or something that broadcasts to it; a model without token
+            types takes no notice.
         position_ids: the same (default: what the family gives them).
-        inputs_embeds: ``[batch, width, dim]`` in place of ``input_ids``.
+        inputs_embeds: ``[batch, width, dim]`` floating point in place of ``input_ids``.
 
     Raises:
-        ConfigError: unless exactly one of ids and embeddings is given, or for an empty input, a mask of another shape
-            or sequences longer than the model's positions.
+        ConfigError: unless exactly one of ids and embeddings is given; for a wrong type, dtype or shape, sequences of
+            no width, a mask with other values than 0 and 1, sequences longer than the model's positions; and on a CPU
+            for valid tokens whose id, token type or position is outside its table.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ConfigError("give exactly one of input_ids and inputs_embeds")
-    given = input_ids if input_ids is not None else inputs_embeds
-    assert given is not None
+    given = check_ids("input_ids", input_ids, 2) if inputs_embeds is None else _check_embeds(inputs_embeds)
     shape, device = given.shape[:2], given.device
-    if 0 in shape:
-        raise ConfigError(f"the input has shape {list(shape)}, without any token; leave empty batches out")
-    if attention_mask is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
-    elif attention_mask.shape != shape:
-        raise ConfigError(
-            f"attention_mask has shape {list(attention_mask.shape)}; it must be {list(shape)}, as the input"
-        )
-    else:
-        mask = attention_mask.to(device, torch.bool)
+    if not shape[1]:
+        raise ConfigError(f"the input has shape {list(shape)}, without a place for any token")
+    everything = torch.ones(shape, dtype=torch.bool, device=device)
+    mask = everything if attention_mask is None else _valid(attention_mask, given)
     layout = layout_from_mask(mask)
     most = family.shape(family.config).max_positions
-    if most is not None and shape[1] > most and max(layout.lengths) > most:
+    if most is not None and shape[1] > most and max(layout.lengths, default=0) > most:
         raise ConfigError(
             f"the sequence length is {max(layout.lengths)} tokens; the model has positions for at most {most}: "
             "truncate the input"
         )
-    if position_ids is None:
-        position_ids = family.positions(input_ids, mask)
 
-    def packed(values: Tensor | None) -> Tensor | None:
+    def packed(name: str, values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return pack(values.expand(*shape, *values.shape[2:]), layout)
+        try:
+            wide = values.to(device).expand(*shape, *values.shape[2:])
+        except RuntimeError:
+            raise ConfigError(
+                f"{name} has shape {list(values.shape)}; it must be {list(shape)}, as the input"
+            ) from None
+        rows = pack(wide, layout)
+        _check_range(name, rows, tables.get(name), most)
+        return rows
 
-    positions = packed(position_ids)
-    assert positions is not None
-    return PackedTokens(packed(input_ids), positions, packed(token_type_ids), layout, embeds=packed(inputs_embeds))
+    types = None if token_type_ids is None else check_ids("token_type_ids", token_type_ids)
+    positions = family.positions(input_ids, mask) if position_ids is None else check_ids("position_ids", position_ids)
+    packed_positions = packed("position_ids", positions)
+    assert packed_positions is not None
+    return PackedTokens(
+        packed("input_ids", input_ids),
+        packed_positions,
+        packed("token_type_ids", types),
+        layout,
+        embeds=packed("inputs_embeds", inputs_embeds),
+    )
+
+
+def check_ids(name: str, ids: Any, dimensions: int | None = None) -> Tensor:
+    """A tensor of ids, as it is.
+
+    Raises:
+        ConfigError: for something else, another dtype, or another number of dimensions than the one asked for.
+    """
+    if not isinstance(ids, Tensor):
+        raise ConfigError(f"{name} is a {type(ids).__name__}; it must be a tensor")
+    if ids.dtype not in _INTEGERS or dimensions not in (None, ids.dim()):
+        shape = {None: "", 1: ", one-dimensional", 2: ", [batch, width]"}[dimensions]
+        raise ConfigError(
+            f"{name} is a {ids.dtype} tensor of shape {list(ids.shape)}; it must be int64 or int32{shape}"
+        )
+    return ids
+
+
+def _check_embeds(embeds: Any) -> Tensor:
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or not embeds.is_floating_point():
+        found = f"{embeds.dtype} {list(embeds.shape)}" if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ConfigError(f"inputs_embeds is {found}; it must be a floating-point tensor [batch, width, dim]")
+    return embeds
+
+
+def _valid(attention_mask: Any, given: Tensor) -> Tensor:
+    """The mask as ``[batch, width]`` bool."""
+    shape = given.shape[:2]
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+        found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ConfigError(f"attention_mask has shape {found}; it must be {list(shape)}, as the input")
+    mask = attention_mask.to(given.device, torch.bool)
+    if attention_mask.device.type == "cpu" and attention_mask.dtype != torch.bool and not torch.compiler.is_compiling():
+        odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
+        if odd.numel():
+            raise ConfigError(f"attention_mask holds {odd[0].item():g}; it must be 1 for a token and 0 for padding")
+    return mask
+
+
+def input_tables(base: Any) -> dict[str, int | None]:
+    """Rows of the tables that inputs index, by the input's name; None where there is no table."""
+    embeddings = getattr(base, "embeddings", None)
+    tables = {
+        "input_ids": base.get_input_embeddings(),
+        "position_ids": getattr(embeddings, "position_embeddings", None),
+        "token_type_ids": getattr(embeddings, "token_type_embeddings", None),
+    }
+    return {name: getattr(table, "num_embeddings", None) for name, table in tables.items()}
+
+
+def _check_range(name: str, values: Tensor, size: int | None, max_positions: int | None) -> None:
+    """Raises ConfigError unless the valid tokens' values are all rows of the table they index.
+
+    On another device than the CPU that would wait for it; what is compiled checks by itself.
+    """
+    if size is None or values.numel() == 0 or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(x) for x in values.aminmax())
+    if low >= 0 and high < size:
+        return
+    wrong = high if high >= size else low
+    if name == "position_ids":
+        raise ConfigError(
+            f"position_ids reach {wrong}; the model has positions for sequences of at most {max_positions} tokens: "
+            "truncate the input"
+        )
+    raise ConfigError(f"{name} holds {wrong}; the model has ids from 0 to {size - 1}")
 
 
 def model_output(

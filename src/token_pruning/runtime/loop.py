@@ -47,8 +47,11 @@ class PackedLoop:
 
         Returns:
             The last states: ``[batch, dim]`` of first tokens where only these are wanted (zeros for a sequence without
-            tokens), else ``[tokens, dim]`` of all.
+            tokens), else ``[tokens, dim]`` of all. A batch of no sequences is not recorded.
         """
+        if not self.tokens.layout.batch_size:  # modules cannot reshape a batch of nothing
+            weight: Tensor = next(self.family.base.parameters())
+            return weight.new_zeros(0, self.family.shape(self.family.config).hidden_size)
         rows = self.enter()
         for number, layer in enumerate(self.family.layers, start=1):
             rows = self._checkpointed(number, layer, rows)

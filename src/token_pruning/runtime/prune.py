@@ -170,7 +170,7 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     pruner = replace(pruner, thresholds=tuple(thresholds))
     values = pruner.initial_thresholds(token_pruner.num_layers)
     with torch.no_grad():
-        token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+        token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32, device=token_pruner.thresholds.device))
     token_pruner.pruner = pruner
     write_keys(attachment.model.config, pruner)
 

@@ -1,5 +1,6 @@
 """What pruning adds to a model: the method, and the tensors it decides by."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,6 +56,21 @@ class TokenPruner(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.fit_vocabulary()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def fit_vocabulary(self) -> None:
+        """Follow a vocabulary that may have been resized: new entries score the mean, as unknown ones do."""
+        scores, gate = self.vocabulary_scores, self.pruner.vocabulary
+        if scores is None or gate is None or self.attachment is None:
+            return
+        more = self.attachment.base.get_input_embeddings().num_embeddings - len(scores)
+        if more:
+            mean = scores[scores.isfinite()].mean()
+            self.vocabulary_scores = torch.cat([scores[: len(scores) + more], mean.expand(max(0, more))])
+            self.pruner = replace(self.pruner, vocabulary=replace(gate, scores=self.vocabulary_scores))
 
     @property
     def soft(self) -> bool:

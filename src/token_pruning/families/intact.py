@@ -1,0 +1,168 @@
+"""Whether a model is what its family takes it for.
+
+The loop, and the native engine even more, compute themselves what some modules of a model would: a layer, its
+attention, the encoder around them. That is right only while these are transformers' own. A subclass with a forward of
+its own, a patch of a forward, or a hook would be skipped without a word; so each of them is looked for, and named.
+
+What is computed through the module itself (projections, LayerNorms, embeddings, poolers; see the family's file) may be
+anything, for the loop. What the native engine also reads itself is listed in :func:`foreign_to_native`.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from token_pruning.errors import UnsupportedModelError
+from token_pruning.families.base import Family, LayerModules, ModelShape
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def replaced_modules(family: Family) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose forward the family's loop takes the place of, with their names in the base model.
+
+    The base model's own forward is among them.
+    """
+    names = {module: name for name, module in family.base.named_modules()}
+    within: set[nn.Module] = set()
+    for layer in family.layers:
+        within |= {layer} | {layer.get_submodule(part) for part in family.replaced if _has(layer, part)}
+    around = {names[layer].rpartition(".")[0] for layer in family.layers}
+    for name in [*around]:
+        while name:
+            within.add(family.base.get_submodule(name))
+            name = name.rpartition(".")[0]
+    yield "", family.base
+    for module in within:
+        yield names[module], module
+
+
+def _has(layer: nn.Module, part: str) -> bool:
+    try:
+        layer.get_submodule(part)
+    except AttributeError:
+        return False
+    return True
+
+
+def refuse_foreign(family: Family) -> None:
+    """Let a model pass that the loop computes as it is.
+
+    Raises:
+        UnsupportedModelError: otherwise; it names the module and what is wrong with it.
+    """
+    for name, module in replaced_modules(family):
+        if why := skipped(family, module):
+            refuse(name, module, why)
+
+
+def refuse(name: str, module: nn.Module, why: str) -> NoReturn:
+    """Raise UnsupportedModelError for a module whose forward is not called, and that would have to be."""
+    raise UnsupportedModelError(
+        f"{name or 'the model'}, a {type(module).__name__}, {why}; pruning computes that module's part itself, "
+        "so take this off first"
+    )
+
+
+def skipped(family: Family, module: nn.Module) -> str:
+    """What of a module is lost when its forward is not called; empty if nothing."""
+    patched = module.__dict__.get("forward")
+    if patched is not None and not hasattr(patched, "attachment"):  # the latter is pruning itself
+        return "has a forward that another library has put in place of its own"
+    home = _home(module)
+    package = type(family).__module__.partition(".")[0]  # a family of one's own may be for models of one's own
+    own = (_home(family.base), "transformers.activations")
+    if home not in own and home.partition(".")[0] not in ("torch", package):
+        return f"has a forward that is not its family's, but of {home}"
+    return hooks_of(module)
+
+
+def _home(module: nn.Module) -> str:
+    """The Python module that the forward of a module's class is written in."""
+    return str(getattr(inspect.unwrap(type(module).forward), "__module__", ""))
+
+
+def hooks_of(module: nn.Module) -> str:
+    """Says so if a module has hooks; not of transformers' own, which only watch."""
+    for name in _HOOKS:
+        for hook in getattr(module, name).values():
+            if str(getattr(hook, "__module__", "")).partition(".")[0] != "transformers":
+                return f"has {name.strip('_').replace('_', ' ')}, which would be skipped"
+    return ""
+
+
+def foreign_to_native(family: Family) -> str:
+    """What about a model the native engine would compute wrongly; empty if nothing.
+
+    The engine reads these by itself, and each is checked here:
+
+    * every module of the embeddings and the encoder: its forward, in place and in its class, and its hooks;
+    * the class of what has weights: a plain Linear, LayerNorm or Embedding, no subclass or wrapper;
+    * the class of every weight: no quantised or distributed tensor, but floating point, and in memory;
+    * that a LayerNorm has a weight and a bias, the sizes of all weights, and that no embedding has a ``max_norm``;
+    * the LayerNorms' epsilon, which is one for all of them;
+    * the activation, by its module and not only by its name in the config.
+    """
+    tables = family.embedding_modules()
+    parts: list[tuple[Any, tuple[int, ...] | None]] = [
+        (module, None) for module in (tables.word, tables.position, tables.token_type, tables.projection)
+    ]
+    parts.append((tables.norm, tuple(tables.word.weight.shape[1:])))
+    for layer in map(family.layer_modules, family.layers):
+        expected = ACT2FN[family.activation]
+        if type(layer.activation) is not type(expected):
+            found = f"{type(layer.activation).__name__}, not the {type(expected).__name__}"
+            return f"an activation is a {found} of config.json's {family.activation!r}"
+        parts += _layer_parts(layer, family.shape(family.config))
+    for module, size in parts:
+        if module is not None and (why := not_plain(module, size)):
+            return why
+    for name, other in family.base.named_modules():
+        called = name.partition(".")[0] in ("pooler", "token_pruner")  # through itself, or pruning's own
+        if not called and (why := skipped(family, other)):
+            return f"{name or 'the model'}, a {type(other).__name__}, {why}"
+    epsilons = {module.eps for module, _ in parts if isinstance(module, nn.LayerNorm)}
+    return f"the LayerNorms have several epsilons, {sorted(epsilons)}" if len(epsilons) > 1 else ""
+
+
+def _layer_parts(layer: LayerModules, shape: ModelShape) -> list[tuple[Any, tuple[int, ...] | None]]:
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.query_size
+    return [
+        *((module, (heads, hidden)) for module in (layer.query, layer.key, layer.value)),
+        (layer.attention_output, (hidden, heads)),
+        (layer.attention_norm, (hidden,)),
+        (layer.feed_forward_up, (inner, hidden)),
+        (layer.feed_forward_down, (hidden, inner)),
+        (layer.output_norm, (hidden,)),
+    ]
+
+
+def not_plain(module: Any, size: tuple[int, ...] | None = None) -> str:
+    """Why the native kernels cannot take a Linear, LayerNorm or Embedding for what its weights say; empty if they can.
+
+    Args:
+        module: the module.
+        size: the shape that its weight must have; None for any.
+    """
+    what = f"a {type(module).__module__}.{type(module).__name__}"
+    if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
+        return f"the native ones cannot compute {what}"
+    if "forward" in module.__dict__:
+        return f"{what} has another forward in place of its own"
+    if why := hooks_of(module):
+        return f"{what} {why}"
+    for name, tensor in module._parameters.items():
+        if tensor is None:
+            if isinstance(module, nn.Linear):
+                continue
+            return f"{what} has no {name}"
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.is_meta:
+            return f"the {name} of {what} is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+    if size is not None and tuple(module.weight.shape) != size:
+        return f"the weight of {what} has shape {list(module.weight.shape)}, not {list(size)}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return f"{what} has a max_norm"
+    return ""
