@@ -443,3 +443,37 @@ def test_calibrated_from_the_command_line(folder: Path, capsys: pytest.CaptureFi
     assert command(f"{line} plain --no-vocabulary") == 0
     candidates = read(folder / "plain", "calibration.json")["candidates"]
     assert not any(candidate["vocabulary_threshold"] for candidate in candidates)
+
+
+@pytest.mark.parametrize("entries", [VOCABULARY + 9, VOCABULARY - 9])
+@torch.no_grad()
+def test_a_vocabulary_that_is_resized(entries: int, tmp_path: Path) -> None:
+    """New entries score the mean of those that have a score; all of it is saved, loaded, compiled and copied."""
+    scores = torch.arange(VOCABULARY) / VOCABULARY
+    scores[:3] = torch.inf
+    model = tp.prune(
+        tiny_model(), tp.FixedThreshold(final_token_threshold=0.01, vocabulary=tp.VocabularyGate(scores, 0.5))
+    )
+    model.resize_token_embeddings(entries, mean_resizing=False)
+    batch = ragged_batch([12, 7, 3])
+    batch["input_ids"].clamp_(max=entries - 1)
+    batch["input_ids"][0, 3] = entries - 1
+    with tp.record(model) as trace:
+        expected = model(**batch).logits
+    expected_scores = torch.cat([scores, scores[3:].mean().expand(9)]) if entries > VOCABULARY else scores[:entries]
+    assert_close(model.token_pruner.vocabulary_scores[3:], expected_scores[3:], 1e-6)
+    kept = [
+        sum(expected_scores[x] >= 0.5 for x in row[1:n]) + 1
+        for row, n in zip(batch["input_ids"], [12, 7, 3], strict=True)
+    ]
+    assert trace.attention_lengths[0].tolist() == kept
+    model.save_pretrained(tmp_path)
+    for other in (tp.from_pretrained(tmp_path), copy.deepcopy(model)):
+        assert_close(other(**batch).logits, expected, 1e-5)
+    assert_close(tp.compile(model, "float32")(**batch).logits, expected, 1e-4)
+    saved = tp.prune(
+        tiny_model(), tp.FixedThreshold(vocabulary=tp.VocabularyGate(scores, 0.5), final_token_threshold=0.01)
+    )
+    saved.resize_token_embeddings(entries, mean_resizing=False)
+    saved.save_pretrained(tmp_path / "before it ever ran")
+    assert len(tp.from_pretrained(tmp_path / "before it ever ran").token_pruner.vocabulary_scores) == entries

@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import token_pruning as tp
 from tests.families.shared import PRUNERS, batch_of, kept_model, valid
-from tests.tiny import EVERY_FAMILY, LONGEST, MORE_HEADS, VOCABULARY, assert_close, assert_equal, pruned, tiny_model
+from tests.tiny import (
+    EVERY_FAMILY,
+    LONGEST,
+    MORE_HEADS,
+    VOCABULARY,
+    assert_close,
+    assert_equal,
+    pruned,
+    tiny_config,
+    tiny_model,
+)
 
 every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
 every_way = pytest.mark.parametrize("way", ["packed", "masked", "engine"])
@@ -85,6 +96,14 @@ def test_no_sequences_give_an_empty_result(family: str, way: str) -> None:
             output = call(torch.zeros(0, 5, dtype=torch.long), attention_mask=torch.zeros(0, 5))
         assert output[0].shape == {"sequence": (0, 3), "token": (0, 5, 3), "encoder": (0, 5, 32)}[head]
         assert not trace.passes
+
+
+@pytest.mark.parametrize("cls", [hf.BertLMHeadModel, hf.RobertaForCausalLM, hf.ElectraForCausalLM])
+@pytest.mark.parametrize("call", [lambda model: tp.prune(model, RELATIVE), tp.compile])
+def test_a_causal_language_model_is_refused(cls: Any, call: Callable[[Any], Any]) -> None:
+    model = cls(tiny_config("bert" if cls is hf.BertLMHeadModel else cls.config_class.model_type))
+    with pytest.raises(tp.UnsupportedModelError, match=f"{cls.__name__} predicts every next token"):
+        call(model)
 
 
 @every_way

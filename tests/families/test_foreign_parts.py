@@ -217,7 +217,7 @@ def test_weights_and_settings_that_are_not_what_config_says(change: Callable[[An
 def test_weights_that_are_not_in_memory_are_refused() -> None:
     with torch.device("meta"):
         model = type(tiny_model())(tiny_model().config)
-    with pytest.raises(tp.UnsupportedModelError, match="weight bert.embeddings.word_embeddings.weight is not in memory"):
+    with pytest.raises(tp.UnsupportedModelError, match=r"embeddings.word_embeddings.weight is not in memory"):
         tp.compile(model, "float32")
 
 

@@ -256,6 +256,11 @@ class Engine:
                     output[name] = output[name].squeeze(0)
         return output
 
+    @property
+    def is_native(self) -> bool:
+        """Whether it runs on the package's own kernels, and not on PyTorch."""
+        return isinstance(self._encoder, NativeEncoder)
+
     def explain(self) -> str:
         """Which kernels were chosen, and why; a line each."""
         lines = [*self._lines, *self._encoder.explain(), f"pruning: {self.token_pruner.pruner!r}"]

@@ -188,13 +188,17 @@ def hugging_face_model(model: Any) -> PreTrainedModel:
     """The model itself, or the one inside a PEFT model.
 
     Raises:
-        UnsupportedModelError: if it is none.
+        UnsupportedModelError: if it is none, or a causal language model.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a Hugging Face model; supported are {', '.join(supported_model_types())}"
+        )
+    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} predicts every next token, so that none can be dropped; only encoders can"
         )
     return model
 

@@ -1,0 +1,336 @@
+"""Random models, pruners and batches: model and engine against the reference that masks, or one clear error from all.
+
+    python -m tests.fuzz.engine_cases --seconds 600 --seed 0       # says how many cases there were, and which failed
+    python -m tests.fuzz.engine_cases --seed 0 --group 17          # one group again, with its traceback
+
+A group is one model with a few pruners; a case is one batch through one engine.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import token_pruning as tp
+from tests.families.shared import ALL_HEADS
+from tests.tiny import (
+    EVERY_FAMILY,
+    FAMILIES,
+    decision_margin,
+    outputs,
+    pruned,
+    same_survivors,
+    tiny_config,
+)
+from token_pruning.engine.native import DTYPES, KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.families import shape_of
+
+VOCABULARY, POSITIONS = 60, 48
+PRUNERS, BATCHES = 4, 5  # of a group, and of each of its pruners
+EXACT, ROUNDED = 2e-4, 0.6  # of the largest number: float32, and the lower precisions at worst
+NEAR = 2e-5  # a decision nearer than this may fall either way
+
+
+class Hashed(tp.Pruner, registered=False):
+    """Decides by nothing that rounding could change."""
+
+    prune_mode = "hashed"
+
+    def keep(self, tokens: Any) -> Tensor:
+        columns = tokens.layout.indices % tokens.layout.width
+        return (columns * 2654435761 + tokens.layer * 40503) % 97 >= 35
+
+
+@dataclass
+class Tally:
+    """What happened to the cases."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def random_model(rng: random.Random) -> tuple[str, str, Any]:
+    """A family, a head, and a model of them with random sizes, weights, biases and norms."""
+    family = rng.choice(FAMILIES if rng.random() < 0.5 else EVERY_FAMILY)
+    head = rng.choice(["sequence", "regression", "token", "question", "masked_lm", "encoder"])
+    heads = rng.choice([1, 2, 4])
+    head_dim = rng.choice([8, 12, 16, 32]) if family not in ("nomic_bert", "gte") else rng.choice([8, 16])
+    names = {"dim": "hidden_size", "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size"}
+    sizes = {
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "intermediate_size": rng.choice([16, 33, 64]),
+    }
+    if family in ("nomic_bert", "gte", "eurobert", "jina_embeddings_v3", "modernbert"):
+        sizes["intermediate_size"] = 32
+    if family == "eurobert":
+        sizes |= {"num_key_value_heads": rng.choice([1, heads]), "head_dim": head_dim}
+    if family == "distilbert":
+        sizes = {new: sizes[old] for new, old in names.items()}
+    if family == "modernbert":
+        sizes["local_attention"] = rng.choice([4, 10])
+    sizes["num_labels"] = {"regression": 1, "question": 2}.get(head, 3)
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
+    config = tiny_config(family, layers=rng.randint(1, 3), **sizes, **settings)
+    torch.manual_seed(rng.getrandbits(31))
+    model = ALL_HEADS[head].from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+            elif rng.random() < 0.1:
+                parameter *= rng.choice([0.0, 0.5, 1.5])
+    return family, head, model
+
+
+def random_pruner(rng: random.Random, layers: int) -> tp.Pruner:
+    """Any method with settings that drop nothing, something or nearly all."""
+    gate = tp.VocabularyGate(torch.arange(VOCABULARY) / VOCABULARY, rng.choice([0.0, 0.1, 0.4, 0.9]))
+    common: dict[str, Any] = {
+        "summary_tokens": rng.choice(["none", "none", "shared", "segment"]),
+        "prune_layers": rng.choice([None, None, [1], list(range(1, layers + 1, 2))]),
+        "vocabulary": rng.choice([None, None, gate]),
+        "scoring_mode": rng.choice(["mean", "mean_norm", "relative"]),
+        "max_seq_length": rng.choice([16, 128]),
+    }
+    softly = common | {"summary_tokens": "none"}
+    unit = {"mean": 1 / common["max_seq_length"], "mean_norm": 0.1, "relative": 1.0}[common["scoring_mode"]]
+    thresholds = [rng.choice([0.0, 0.5, 1.0, 1.5]) * unit for _ in range(layers)]
+    return rng.choice(
+        [
+            lambda: tp.FixedThreshold(final_token_threshold=rng.uniform(0, 2) * unit, **common),
+            lambda: tp.FixedThreshold(thresholds=thresholds, **common),
+            lambda: tp.LearnedThreshold(final_token_threshold=rng.uniform(0, 2) * unit, **softly),
+            lambda: tp.TopK(token_keep_rate=rng.uniform(-0.5, 1), keep_all_layers=rng.randint(0, 2), **common),
+            lambda: tp.RelativeThreshold(token_threshold=rng.uniform(0, 1), **common),
+            lambda: tp.RisingThreshold(final_token_threshold=rng.uniform(0, 1), **common),
+            lambda: Hashed(**common),
+            lambda: tp.Unpruned(),
+        ]
+    )()
+
+
+def random_batch(rng: random.Random, config: Any) -> dict[str, Tensor]:
+    """Padding on either side or within, sequences of nothing, or no mask; token types and positions, or none."""
+    longest = min(POSITIONS, shape_of(config).max_positions or POSITIONS)
+    rows, width = rng.randint(1, 5), rng.choice([1, 2, 7, 16, 17, 33, longest])
+    generator = torch.Generator().manual_seed(rng.getrandbits(31))
+    ids = torch.randint(4, VOCABULARY, (rows, width), generator=generator)
+    mask = torch.ones_like(ids)
+    kind = rng.choice(["right", "right", "left", "holes", "none"])
+    for row in mask if kind != "none" else ():
+        valid = rng.choice([0, 1, width, rng.randint(1, width)])
+        if kind == "left":
+            row[: width - valid] = 0
+        else:
+            row[valid:] = 0
+        if kind == "holes":
+            row &= torch.rand(width, generator=generator) < 0.7
+    ids[mask == 0] = getattr(config, "pad_token_id", None) or 0
+    batch = {"input_ids": ids.to(rng.choice([torch.int64, torch.int64, torch.int32]))}
+    if kind != "none":
+        batch["attention_mask"] = mask.to(rng.choice([torch.int64, torch.bool, torch.float32]))
+    if getattr(config, "type_vocab_size", 0) > 1 and rng.random() < 0.5:
+        batch["token_type_ids"] = (torch.arange(width) > width // 2).long().expand(rows, width)
+    if rng.random() < 0.15:
+        batch["position_ids"] = torch.randint(2, longest, (rows, width), generator=generator)
+    return batch
+
+
+def spoilt(rng: random.Random, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The batch with one thing wrong."""
+    ids, spoilt = batch["input_ids"], dict[str, Any](batch)
+    name, value = rng.choice(
+        [
+            ("input_ids", ids.clone().fill_(rng.choice([-1, VOCABULARY, 2**31 - 1]))),
+            ("input_ids", ids.float()),
+            ("input_ids", ids[0]),
+            ("input_ids", ids[:, :0]),
+            ("input_ids", ids.tolist()),
+            ("attention_mask", torch.ones(ids.shape[0], ids.shape[1] + 1)),
+            ("attention_mask", torch.full(ids.shape, rng.choice([2.0, -1.0, torch.nan, -torch.inf, 0.5]))),
+            ("attention_mask", torch.ones(ids.shape)[:, None, None]),
+            ("position_ids", ids.float()),
+            ("position_ids", torch.zeros(ids.shape[0] + 1, ids.shape[1], dtype=torch.long)),
+        ]
+    )
+    spoilt[name] = value
+    if name == "input_ids":
+        spoilt.pop("attention_mask", None)
+    return spoilt
+
+
+def check_batch(
+    batch: dict[str, Any], model: Any, pruner: tp.Pruner, engines: dict[str, Any], row: int
+) -> Counter[str]:
+    """The same batch through the model and every engine: a case each.
+
+    Returns:
+        How many cases were of what kind.
+
+    Raises:
+        AssertionError: where results differ.
+    """
+    with pruned(model, pruner, "masked"), tp.record(model) as reference:
+        expected = outputs(model(**batch))
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    sure = isinstance(pruner, Hashed | tp.Unpruned) or decision_margin(reference, trace_layers(model)) >= NEAR
+    with pruned(model, pruner), tp.record(model) as trace:
+        found = outputs(model(**batch))
+    if sure:
+        assert same_survivors(trace, reference), "the model keeps other tokens than the reference"
+        compare("the model", found, expected, mask, EXACT)
+    for name, engine in engines.items():
+        with tp.record(engine) as trace:
+            found = outputs(engine(**batch))
+        if engine.is_native:
+            check_bits(name, engine, batch, found, row)
+        if sure and "float32" in name:
+            assert same_survivors(trace, reference), f"{name} keeps other tokens than the reference"
+        if sure and same_survivors(trace, reference):
+            compare(name, found, expected, mask, EXACT if "float32" in name else ROUNDED)
+        for key, value in found.items():  # a head that takes the mean of no tokens gives NaN, pruned or not
+            assert torch.equal(value.isfinite(), expected[key].isfinite()), f"{name}: {key} is not finite"
+    return Counter({"equal" if sure else "near a tie": len(engines)})
+
+
+def compare(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], mask: Tensor, allowed: float) -> None:
+    """Equal at valid tokens, up to a fraction of the largest number."""
+    assert found.keys() == expected.keys(), f"{name} returns {sorted(found)}, not {sorted(expected)}"
+    for key, value in expected.items():
+        actual = found[key]
+        assert actual.shape == value.shape, f"{name}: {key} is {list(actual.shape)}, not {list(value.shape)}"
+        if value.shape[:2] == mask.shape:
+            value, actual = value[mask], actual[mask]
+        if not value.numel():
+            continue
+        value, actual = value.nan_to_num(), actual.nan_to_num()
+        difference, scale = (actual - value).abs().max().item(), max(1.0, value.abs().max().item())
+        assert difference <= allowed * scale, f"{name}: {key} differs by {difference:.1e} of {scale:.1e}"
+
+
+def check_bits(name: str, engine: Any, batch: dict[str, Any], found: dict[str, Tensor], row: int) -> None:
+    """Native results are the same to the last bit again, unrecorded, and for a sequence alone."""
+    again = outputs(engine(**batch))
+    alone = outputs(engine(**{key: x[row : row + 1] for key, x in batch.items()}))
+    for key, value in found.items():
+        assert equal(value, again[key]), f"{name}: {key} is another when repeated"
+        if value.dim() and len(value) == len(batch["input_ids"]):
+            assert equal(alone[key][0], value[row]), f"{name}: {key} of sequence {row} depends on its batch"
+
+
+def equal(first: Tensor, second: Tensor) -> bool:
+    """To the last bit, NaN included."""
+    return torch.equal(first.nan_to_num(1e30), second.nan_to_num(1e30))
+
+
+def trace_layers(model: Any) -> int:
+    return shape_of(model.config).num_layers
+
+
+def run_group(seed: int, group: int, tally: Tally) -> None:
+    """All cases of a group; a failure ends it."""
+    rng = random.Random(f"{seed}:{group}")
+    family, head, model = random_model(rng)
+    for _ in range(PRUNERS):
+        pruner = random_pruner(rng, trace_layers(model))
+        engines = engines_of(model, pruner, rng)
+        for case in range(BATCHES):
+            where = f"--seed {seed} --group {group}: {family}, {head}, {pruner}, batch {case}"
+            batch = random_batch(rng, model.config)
+            try:
+                if rng.random() < 0.1:
+                    check_refused(spoilt(rng, batch), model, pruner, engines)
+                    tally.counts["refused"] += len(engines)
+                else:
+                    tally.counts += check_batch(batch, model, pruner, engines, rng.randrange(len(batch["input_ids"])))
+            except Exception as error:
+                tally.failures.append(f"{where}: {type(error).__name__}: {error}")
+                raise
+
+
+def engines_of(model: Any, pruner: tp.Pruner, rng: random.Random) -> dict[str, Any]:
+    """One for every kernel level, one on PyTorch, and two in lower precision; those that the family has."""
+    library = load_library()
+    levels = LEVELS[: 1 + (-1 if library is None else int(library.tp_best_level()))]
+    asked = [(level, "float32") for level in (*levels, "torch")]
+    asked += [(rng.choice(levels), dtype) for dtype in DTYPES if dtype != "float32" and levels]
+    engines = {}
+    with pruned(model, pruner):
+        for level, dtype in asked:
+            os.environ[KERNELS_VARIABLE] = level
+            native = not engines or any(engine.is_native for engine in engines.values())
+            if native or level == "torch":  # without native layers every level would be PyTorch
+                engines[f"{level}, {dtype}"] = tp.compile(model, dtype, threads=rng.randint(1, 2))
+    return engines
+
+
+def check_refused(batch: dict[str, Any], model: Any, pruner: tp.Pruner, engines: dict[str, Any]) -> None:
+    """One clear error of the package from all."""
+    with pruned(model, pruner, "masked"):
+        _must_refuse("the reference", model, batch)
+    with pruned(model, pruner):
+        _must_refuse("the model", model, batch)
+    for name, engine in engines.items():
+        _must_refuse(name, engine, batch)
+
+
+def _must_refuse(name: str, call: Any, batch: dict[str, Any]) -> None:
+    try:
+        call(**batch)
+    except tp.TokenPruningError as error:
+        assert "\n" not in str(error)
+    else:
+        raise AssertionError(f"{name} accepted what is wrong")
+
+
+def run(seconds: float, seed: int, groups: range | None = None) -> Tally:
+    """Groups, until the time is over or they are done."""
+    tally, until, group = Tally(), time.monotonic() + seconds, 0
+    before = os.environ.get(KERNELS_VARIABLE)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for group in groups if groups is not None else range(10**9):
+                if time.monotonic() > until:
+                    break
+                try:
+                    run_group(seed, group, tally)
+                except Exception:
+                    if groups is not None and len(groups) == 1:
+                        traceback.print_exc()
+    finally:
+        if before is None:
+            os.environ.pop(KERNELS_VARIABLE, None)
+        else:
+            os.environ[KERNELS_VARIABLE] = before
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--group", type=int, help="this one alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    groups = None if arguments.group is None else range(arguments.group, arguments.group + 1)
+    tally = run(arguments.seconds, arguments.seed, groups)
+    for failure in tally.failures:
+        print(failure)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.counts.items()))
+    print(f"engine: {sum(tally.counts.values())} cases ({kinds}), {len(tally.failures)} failures")
+    return bool(tally.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
