@@ -168,11 +168,11 @@ def thresholds_by_the_book(pruner: tp.Pruner, layers: int) -> list[float] | None
     return [pruner.final_token_threshold * layer / layers for layer in range(1, layers + 1)]
 
 
-def topk_count(rate_at_end: float, layer: int, layers: int, tokens: int) -> int:
-    """``round(n · rate)``, half to even; everything in the first three layers."""
-    if layer <= 3:
+def topk_count(rate_at_end: float, layer: int, layers: int, tokens: int, keep_all: int = 3) -> int:
+    """``round(n · rate)``, half to even; everything in the first layers."""
+    if layer <= keep_all:
         return tokens
-    rate = rate_at_end + (1 - rate_at_end) * (layers - layer) / (layers - 3)
+    rate = rate_at_end + (1 - rate_at_end) * (layers - layer) / (layers - keep_all)
     return max(1, round(tokens * max(0.0, rate)))
 
 
@@ -181,7 +181,7 @@ def keep_by_the_book(
 ) -> tuple[list[bool], float]:
     """Which tokens of one sequence stay, and how near the nearest decision was to going the other way."""
     if isinstance(pruner, tp.TopK):
-        count = topk_count(pruner.token_keep_rate, layer, layers, input_tokens)
+        count = topk_count(pruner.token_keep_rate, layer, layers, input_tokens, pruner.keep_all_layers)
         ranked = sorted(range(1, len(scores)), key=lambda i: -scores[i])  # stable: the earlier of equals comes first
         chosen = {0, *ranked[: count - 1]}
         gap = 1.0
