@@ -8,6 +8,7 @@ import transformers
 from token_pruning.checkpoint import Checkpoint, load_model
 from token_pruning.errors import CheckpointError
 from token_pruning.lab.data import Task, TextExamples
+from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.features import label_order, labelled_features
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
@@ -45,7 +46,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
-    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's."""
+    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's.
+
+    Raises:
+        ConfigError: for a multi-label head or a regression with several outputs, but for ``new_head``.
+    """
+    if not new_head:
+        refuse_several_answers(checkpoint)
     if (other := other_architecture(checkpoint, "none")) is not None:
         logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, other)
     labels = task.labels
