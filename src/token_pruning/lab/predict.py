@@ -61,6 +61,7 @@ def predict_file(options: PredictOptions) -> None:
     if pruner is not None:
         checkpoint.prune(model, pruner)
     features = tokenize(tokenizer, examples, model, options.max_length)
+    examples.note.say()
     collate = collator(tokenizer, options.bf16)
     found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
     rows = answers(torch.from_numpy(found.logits), model.config, options.restore)

@@ -109,8 +109,8 @@ def load_unlabelled(path: Path) -> TextExamples:
             raise DataError(f"{path}: the file holds no sentences; at least one is needed")
         empty = sum(not line.strip() for line in lines)
         extra = f", {empty} of them empty" if empty else ""
-        note = f"{_printable(path)}: {counted(len(lines), 'text')}, one per line{extra}"
-        return TextExamples(first=lines, second=None, labels=None, note=Note(note))
+        note = Note(f"{_printable(path)}: {counted(len(lines), 'text')}, one per line{extra}")
+        return TextExamples(first=lines, second=None, labels=None, note=note)
     table = read_table(path, (*FORMATS, ".txt"))
     columns = _text_columns(table)
     texts = [_text_column(table, column, missing="") for column in columns]

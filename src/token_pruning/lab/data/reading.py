@@ -133,13 +133,18 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def _plain(error: Exception) -> str:
+    """What an error says, on one line and without control characters."""
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in str(error))
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _plain(error)
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
 
@@ -171,6 +176,14 @@ def _separator(text: str) -> tuple[str, str, int]:
 
 
 def _csv_rows(path: Path, text: str, separator: str, line: int = 1) -> list[tuple[int, list[str]]]:
+    # Where rows end with \n, Python's writer (and so pandas) leaves a \r in a text unquoted, and the reverse.
+    end = re.match(r"[^\r\n]*(\r\n|\r|\n)", text)
+    inner = {"\n": ("\r", r"\r(?!\n)"), "\r": ("\n", r"(?<!\r)\n")}.get(end[1] if end else "")
+    if inner is not None and inner[0] not in text:
+        inner = None
+    stand_in = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text) if inner else ""
+    if inner is not None:
+        text = re.sub(inner[1], stand_in, text)
     # A quotation mark that opens a field and is never closed would swallow rows: `strict` makes it an error.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     limit = csv.field_size_limit(_FIELD_LIMIT)
@@ -178,11 +191,14 @@ def _csv_rows(path: Path, text: str, separator: str, line: int = 1) -> list[tupl
     before = line - 1
     try:
         for fields in reader:
+            if inner is not None:
+                fields = [field.replace(stand_in, inner[0]) for field in fields]
             rows.append((line, fields))
             line = before + reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}, line {line}: {error}; a field with quotation marks must be quoted, the marks in it doubled"
+            f"{path}, line {line}: {_plain(error)}; "
+            "a field with quotation marks must be quoted, the marks in it doubled"
         ) from None
     finally:
         csv.field_size_limit(limit)
@@ -277,7 +293,7 @@ def _parse(path: Path, text: str, line: int | None = None) -> Any:
     except _TwiceError as error:
         raise DataError(f"{path}{'' if line is None else f', line {line}'}: {error}") from None
     except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        reason = "nested too deep" if isinstance(error, RecursionError) else _plain(error)
         raise DataError(f"{path}{'' if line is None else f', line {line}'}: not JSON: {reason}") from None
 
 
@@ -418,8 +434,8 @@ def _read_parquet(path: Path) -> Table:
         columns = [column.to_pylist() for column in found.columns]
         metadata = {key: json.loads(value) for key, value in (found.schema.metadata or {}).items() if key in _METADATA}
     except Exception as error:  # a damaged file fails in many ways
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as Parquet: {reason[:200]}") from None
+        reason = _plain(error)[:200] or type(error).__name__
+        raise DataError(f"{path}: cannot be read as Parquet: {reason}") from None
     _check_names(path, names)
     table = _by_column(path, dict(zip(names, columns, strict=True)))
     if not table.rows:

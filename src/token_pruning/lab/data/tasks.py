@@ -103,6 +103,12 @@ class TaskData:
     train: TextExamples | None
     validation: dict[str, TextExamples]
 
+    def say(self) -> None:
+        """Say once how each file was read; commands do when nothing can be refused any more."""
+        for examples in (self.train, *self.validation.values()):
+            if examples is not None:
+                examples.note.say()
+
 
 _SENTENCES = ("sentence1", "sentence2")
 _BINARY = ("0", "1")

@@ -17,8 +17,8 @@ from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
 from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.evaluation import Collate, Features, predict
-from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.files import write_tensors
+from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.load import other_architecture
 from token_pruning.lab.training.options import flag
 from token_pruning.lab.training.run_dir import RUN_FILE, TEACHER_LOGITS

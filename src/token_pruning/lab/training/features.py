@@ -28,10 +28,7 @@ def tokenize(tokenizer: Any, examples: TextExamples, model: Any, max_length: int
 
 
 def encode(tokenizer: Any, examples: TextExamples, max_length: int) -> list[dict[str, Any]]:
-    """As :func:`tokenize`, for no model in particular.
-
-    Once all is known to fit, standard error gets the line that says how the examples' file was read.
-    """
+    """As :func:`tokenize`, for no model in particular."""
     special = tokenizer.num_special_tokens_to_add(pair=examples.second is not None)
     needed = special + (1 if examples.second is None else 2)
     if max_length < needed:
@@ -40,7 +37,6 @@ def encode(tokenizer: Any, examples: TextExamples, max_length: int) -> list[dict
             f"{flag('max_length')} is {max_length}; the tokenizer adds {special} tokens to a {texts}, so at least "
             f"{needed} are needed"
         )
-    examples.note.say()
     encoded = tokenizer(examples.first, examples.second, truncation=True, max_length=max_length)
     return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
 
