@@ -106,6 +106,12 @@ def test_values_that_are_not_allowed(capsys: pytest.CaptureFixture[str]) -> None
         assert message in refused(capsys, f"{command} {words}")
 
 
+def test_names_that_are_not_one_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"id2label": {"0": "a", "1": "b", "2": "a"}}
+    write_checkpoint(Path("CKPT"), labels=3, problem_type="multi_label_classification", **ALL_KEPT, **names)
+    assert "id2label names two outputs alike: a, b, a; " in refused(capsys, "predict --restore CKPT --input in.txt")
+
+
 def test_a_dense_checkpoint_is_told_of_dense(capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(Path("CKPT"))
     assert "prune_mode is missing: the checkpoint is dense; --dense predicts with it" in refused(

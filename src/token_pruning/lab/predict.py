@@ -90,6 +90,7 @@ def answers(logits: torch.Tensor, config: Any, name: str) -> list[dict[str, Any]
 
     Raises:
         DataError: if a logit is NaN or infinite.
+        ConfigError: if two labels or scores have one name.
     """
     bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
@@ -101,6 +102,8 @@ def answers(logits: torch.Tensor, config: Any, name: str) -> list[dict[str, Any]
     if kind == "score":
         return [{"score": score} for score in logits[:, 0].tolist()]
     names = [str(config.id2label[number]) for number in range(logits.shape[1])]
+    if kind != "classes" and len(set(names)) < len(names):
+        raise ConfigError(f"{name}: id2label names two outputs alike: {', '.join(names)}; each needs its own name")
     if kind == "classes":
         probability, label = logits.softmax(-1).max(-1)
         return [

@@ -245,8 +245,7 @@ def _with_header(table: Table, rows: Iterable[tuple[int, list[str]]]) -> Table:
         return table
     (header_line, header), *body = filled
     columns = [column.strip() for column in header]
-    while columns and not columns[-1] and not any(any(fields[len(columns) - 1 :]) for _, fields in body):
-        columns.pop()
+    del columns[max(_last_filled(fields) for fields in [columns, *(fields for _, fields in body)]) :]
     _check_names(table.path, columns, f", line {header_line}")
     named = [(place, column) for place, column in enumerate(columns) if column]
     table.left_out += [
@@ -262,6 +261,11 @@ def _with_header(table: Table, rows: Iterable[tuple[int, list[str]]]) -> Table:
         table.places.append(f"line {line}")
         table.rows.append({column: fields[place] for place, column in named})
     return table
+
+
+def _last_filled(fields: Sequence[str]) -> int:
+    """How many fields there are up to the last one that is not empty."""
+    return next((place for place in range(len(fields), 0, -1) if fields[place - 1]), 0)
 
 
 def _check_names(path: Path, columns: Sequence[str], place: str = "") -> None:
