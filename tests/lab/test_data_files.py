@@ -516,5 +516,7 @@ def test_only_the_first_process_tells(
 
 
 def test_a_wide_header_takes_no_time_to_speak_of(write: Writer) -> None:
+    commas = "," * 100_000
+    assert len(load_unlabelled(write("b.csv", f"text{commas}\nx{commas}\n"))) == 1
     names = [f"c{number}" for number in range(100_000)]  # quadratic time would be minutes
     assert len(load_unlabelled(write("a.csv", ",".join([*names, "text"]) + "\n" + "x," * 100_000 + "y\n"))) == 1

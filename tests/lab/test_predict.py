@@ -143,6 +143,16 @@ def test_other_commands_refuse_several_answers(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(1, "CKPT has 1 output; task SST2 has 2 classes"), (3, "CKPT has 3 outputs; task SST2 has 2 classes")],
+)
+def test_a_head_for_another_task(capsys: pytest.CaptureFixture[str], labels: int, message: str) -> None:
+    write_sst2(Path("glue"))
+    write_checkpoint(Path("CKPT"), labels=labels, **ALL_KEPT)
+    assert message in refused(capsys, "eval --restore CKPT --masking-mode hard --task SST2 --data-dir glue")
+
+
 def test_every_file_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(Path("CKPT"), **ALL_KEPT)
     Path("a.csv").write_text("idx,text,label\n0,good,0\n1,bad,1\n2,cat,-1\n3,dog,0\n")

@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 
 from token_pruning.checkpoint import Checkpoint, load_model
-from token_pruning.errors import CheckpointError
+from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.lab.data import Task, TextExamples
 from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.features import label_order, labelled_features
@@ -49,11 +49,17 @@ def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = Fals
     """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's.
 
     Raises:
-        ConfigError: for a multi-label head or a regression with several outputs, but for ``new_head``.
+        ConfigError: but for ``new_head``, for a multi-label head, a regression with several outputs, or another number
+            of outputs than the task's.
     """
-    if not new_head:
+    other = other_architecture(checkpoint, "none")
+    if other is None and not new_head:
         refuse_several_answers(checkpoint)
-    if (other := other_architecture(checkpoint, "none")) is not None:
+        if checkpoint.num_outputs != task.num_labels:
+            wanted = "is a regression" if task.is_regression else f"has {task.num_labels} classes"
+            outputs = "1 output" if checkpoint.num_outputs == 1 else f"{checkpoint.num_outputs} outputs"
+            raise ConfigError(f"{checkpoint.path} has {outputs}; task {task.name} {wanted}: they must agree")
+    if other is not None:
         logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, other)
     labels = task.labels
     head: dict[str, Any] = {"num_labels": task.num_labels}
