@@ -271,6 +271,11 @@ def test_how_far_outputs_are_apart_depends_on_what_they_mean() -> None:
     assert calibration._distance(dense, pruned + 7, None) == pytest.approx(calibration._distance(dense, pruned))
 
 
+def test_max_drop_is_for_one_answer_per_example() -> None:
+    with pytest.raises(ConfigError, match=r"one class or score per example; labels has the shape \[48, 3\]"):
+        tp.calibrate(shared_model("bert", "sequence"), examples(labels=torch.ones(48, 3)), max_drop=1.0)
+
+
 def test_a_correlation_with_a_constant_is_zero() -> None:
     model = tiny_model(num_labels=1)
     nn.init.zeros_(model.classifier.weight)

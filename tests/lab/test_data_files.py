@@ -394,6 +394,8 @@ CLASSES = "label: label (2 classes: 0, 1)"
          f"text: review; {CLASSES}; left out: title, year, tag"),
         ("a.csv", "text,label,,\r\nx,0,,\r\ny,1,,\r\n,,,\r\n,,,\r\n", f"text: text; {CLASSES}"),
         ("a.csv", "sep=;\r\ntext;label\r\nx;0\r\ny;1\r\n", f"text: text; {CLASSES}"),
+        ("a.csv", 'label, text\n0, "x"\n1, y\n', f"text: text; {CLASSES}"),
+        ("a.csv", "text|label\nx|0\ny|1\n", f"text: text; {CLASSES}"),
         ("a.csv", "text\tlabel\rx\t0\ry\t1\r", f"text: text; {CLASSES}"),
         ("a.csv", "text;label\nx;0\ny;1\nz;-1\n", f"text: text; {CLASSES}; left out: 1 row without a label (-1)"),
         ("a.csv", "text,label\nx,0.0\ny,1.0\nz,\n,\nw,nan\n",

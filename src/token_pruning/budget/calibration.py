@@ -146,6 +146,10 @@ def _checked_batch(examples: Examples, padding: int, max_drop: float | None) -> 
         number("max_drop", max_drop, above=0)
         if "labels" not in batch:
             raise ConfigError("max_drop needs labelled examples; labels is missing")
+        if batch["labels"].dim() != 1:
+            raise ConfigError(
+                f"max_drop needs one class or score per example; labels has the shape {list(batch['labels'].shape)}"
+            )
     return batch
 
 

@@ -15,6 +15,7 @@ from token_pruning.errors import DataError
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _FIELD_LIMIT = 2**31 - 1
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _BOMS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _QUOTED = re.compile(r'"(?:[^"]|"")*+"')
 _FIELD = re.compile(r'(?:"((?:[^"]|"")*+)"|([^"\t\r\n]*+))(\t|\r\n|\r|\n|\Z)')
@@ -70,7 +71,7 @@ def read_table(path: Path, allowed: Sequence[str] = FORMATS) -> Table:
     if suffix == ".parquet":
         table = _read_parquet(path)
     elif suffix in (".csv", ".tsv"):
-        table = _read_separated(path, read_text(path), ".csv" if suffix == ".csv" else ".tsv")
+        table = _read_separated(path, read_text(path), suffix)
     else:
         table = _read_json(path, read_text(path), lines=suffix == ".jsonl")
     if not table.rows:
@@ -153,46 +154,55 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_separated(path: Path, text: str, suffix: str) -> Table:
     table = Table(path, [])
-    start = 1
     if suffix == ".tsv":
-        rows = _tab_separated(table, text)
-    else:
-        separator, text, start = _separator(text)
-        if separator != ",":
-            table.remarks.append(f"separated by {'semicolons' if separator == ';' else 'tabs'}")
-        rows = _csv_rows(path, text, separator, start)
-    return _with_header(table, rows)
+        return _with_header(table, _tab_separated(table, text))
+    separator, text, start = _separator(text)
+    if separator != ",":
+        table.remarks.append(f"separated by {_SEPARATORS[separator]}")
+    return _with_header(table, _csv_rows(path, text, separator, start, spaced=_is_spaced(text, separator)))
 
 
 def _separator(text: str) -> tuple[str, str, int]:
     """A CSV's separator, its text without Excel's ``sep=`` line, and the number of its first line."""
-    first, number = text.lstrip("\r\n"), 1
+    first = text.lstrip("\r\n")
     head = re.match(r'"?sep=([,;\t])"?[ ,;\t]*(?:\r\n|\r|\n)', first)
     if head:
         return head[1], first[head.end() :], 2
-    header = re.split("[\r\n]", _QUOTED.sub("", first[:100_000]), maxsplit=1)[0]
-    found = next((mark for mark in ",;\t" if mark in header), ",")
-    return found, text, number
+    header = _bare_header(text)
+    found = next((mark for mark in _SEPARATORS if mark in header), ",")
+    return found, text, 1
 
 
-def _csv_rows(path: Path, text: str, separator: str, line: int = 1) -> list[tuple[int, list[str]]]:
+def _bare_header(text: str) -> str:
+    """The first line without what is quoted in it."""
+    return re.split("[\r\n]", _QUOTED.sub("", text.lstrip("\r\n")[:100_000]), maxsplit=1)[0]
+
+
+def _is_spaced(text: str, separator: str) -> bool:
+    """Whether a space follows every separator of the header, as people write by hand; it is no part of the fields."""
+    _, *others = _bare_header(text).split(separator)
+    return bool(others) and all(column.startswith(" ") for column in others)
+
+
+def _csv_rows(
+    path: Path, text: str, separator: str, line: int = 1, *, spaced: bool = False
+) -> list[tuple[int, list[str]]]:
     # Where rows end with \n, Python's writer (and so pandas) leaves a \r in a text unquoted, and the reverse.
     end = re.match(r"[^\r\n]*(\r\n|\r|\n)", text)
-    inner = {"\n": ("\r", r"\r(?!\n)"), "\r": ("\n", r"(?<!\r)\n")}.get(end[1] if end else "")
-    if inner is not None and inner[0] not in text:
-        inner = None
-    stand_in = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text) if inner else ""
-    if inner is not None:
-        text = re.sub(inner[1], stand_in, text)
+    inner, bare = {"\n": ("\r", r"\r(?!\n)"), "\r": ("\n", r"(?<!\r)\n")}.get(end[1] if end else "", ("", ""))
+    stand_in = ""
+    if inner and inner in text:
+        stand_in = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
+        text = re.sub(bare, stand_in, text)
     # A quotation mark that opens a field and is never closed would swallow rows: `strict` makes it an error.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaced, strict=True)
     limit = csv.field_size_limit(_FIELD_LIMIT)
     rows: list[tuple[int, list[str]]] = []
     before = line - 1
     try:
         for fields in reader:
-            if inner is not None:
-                fields = [field.replace(stand_in, inner[0]) for field in fields]
+            if stand_in:
+                fields = [field.replace(stand_in, inner) for field in fields]
             rows.append((line, fields))
             line = before + reader.line_num + 1
     except csv.Error as error:
