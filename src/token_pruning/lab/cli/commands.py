@@ -83,8 +83,9 @@ def add_predict(commands: Any) -> None:
     parser = commands.add_parser(
         "predict",
         help="label the texts of a file",
-        description="Label every text of a CSV, TSV, JSON, JSONL or TXT file: one JSON object per line with the label "
-        "and its probability, or the score of a regression.",
+        description="Label every text of a CSV, TSV, JSON, JSONL, Parquet or TXT file: one JSON object per line with "
+        "the label and its probability, of a multi-label classifier the labels and every probability, or the scores of "
+        "a regression.",
     )
     add_options(parser, PredictOptions)
     parser.set_defaults(run=_predict)
@@ -99,7 +100,7 @@ def add_analyze(commands: Any) -> None:
         "(dense if it names no prune_mode), and write analysis.md with tables and plots, analysis.json with every "
         "figure, and trajectories.html with the tokens of a few texts.",
     )
-    own_file = {"help": "instead of --task: your own CSV, TSV, JSON or JSONL"}
+    own_file = {"help": "instead of --task: your own CSV, TSV, JSON, JSONL or Parquet"}
     add_options(parser, DataOptions, ("task", "data_dir", "validation_file"), validation_file=own_file)
     add_options(parser, AnalyzeOptions)
     parser.set_defaults(run=_analyze)

@@ -48,7 +48,8 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
     data: TaskData | None = None
     if options.input is not None:
         model: Any = load_model(checkpoint)
-        features = tokenize(tokenizer, load_unlabelled(options.input), model, base.max_length)
+        texts = load_unlabelled(options.input)
+        features = tokenize(tokenizer, texts, model, base.max_length)
     else:
         data = load_data(checkpoint)
         model = load_classifier(checkpoint, data.task)
@@ -66,6 +67,7 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
         vocabulary=vocabulary_gate(model, features[:VOCABULARY_EXAMPLES]) if options.vocabulary else None,
         seed=base.seed,
     )
+    (texts.note if data is None else data).say()
     print(format_calibration(result))
     run_dir.start(options.identity(), resume=resume)
     if data is not None:

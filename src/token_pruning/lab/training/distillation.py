@@ -18,6 +18,7 @@ from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.evaluation import Collate, Features, predict
 from token_pruning.lab.files import write_tensors
+from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.load import other_architecture
 from token_pruning.lab.training.options import flag
 from token_pruning.lab.training.run_dir import RUN_FILE, TEACHER_LOGITS
@@ -74,6 +75,7 @@ def read_teacher(name: str) -> Checkpoint:
     teacher = read_checkpoint(name)
     if (other := other_architecture(teacher)) is not None:
         raise ConfigError(f"--teacher {name} is {other}; only sequence-classification and regression models can teach")
+    refuse_several_answers(teacher, "--teacher")
     return teacher
 
 

@@ -95,5 +95,6 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
+    data.say()
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)

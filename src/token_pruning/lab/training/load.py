@@ -6,8 +6,9 @@ from typing import Any
 import transformers
 
 from token_pruning.checkpoint import Checkpoint, load_model
-from token_pruning.errors import CheckpointError
+from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.lab.data import Task, TextExamples
+from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.features import label_order, labelled_features
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
@@ -45,8 +46,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
-    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's."""
-    if (other := other_architecture(checkpoint, "none")) is not None:
+    """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's.
+
+    Raises:
+        ConfigError: but for ``new_head``, for a multi-label head, a regression with several outputs, or another number
+            of outputs than the task's.
+    """
+    other = other_architecture(checkpoint, "none")
+    if other is None and not new_head:
+        refuse_several_answers(checkpoint)
+        if checkpoint.num_outputs != task.num_labels:
+            wanted = "is a regression" if task.is_regression else f"has {task.num_labels} classes"
+            outputs = "1 output" if checkpoint.num_outputs == 1 else f"{checkpoint.num_outputs} outputs"
+            raise ConfigError(f"{checkpoint.path} has {outputs}; task {task.name} {wanted}: they must agree")
+    if other is not None:
         logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, other)
     labels = task.labels
     head: dict[str, Any] = {"num_labels": task.num_labels}

@@ -58,6 +58,9 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     """
     plan = plan_training(options, load_data)
     built = _build(plan)  # what may still be refused; from here on files are written
+    plan.data.say()
+    if plan.budget_texts is not None:
+        plan.budget_texts.note.say()
     if plan.first_process:
         plan.run_dir.start(options.identity(), resume=plan.resume)
     folder = plan.run_dir.path if plan.first_process else None
