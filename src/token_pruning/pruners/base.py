@@ -158,6 +158,15 @@ def method_keys() -> set[str]:
     return {"prune_mode", "masking_mode", *(_OTHER_KEYS.get(name, name) for name in names)}
 
 
+def ignored_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys that belong to methods, but to none of ``config``'s ``prune_mode``: they change nothing."""
+    mode = config["prune_mode"]
+    classes = [cls for cls in (_METHODS.get(mode), _LEARNED.get(mode)) if cls is not None]
+    own = {_OTHER_KEYS.get(f.name, f.name) for cls in classes for f in fields(cls)}
+    names = method_keys() - own - {"prune_mode", "masking_mode"}
+    return sorted(key for key in names if config.get(key) is not None)
+
+
 def pruner_from_config(
     config: Mapping[str, Any],
     thresholds: tuple[float, ...] | None = None,

@@ -189,7 +189,7 @@ def step_seconds(start: str, data: TaskData, *, bf16: bool) -> float:
 def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dict[str, Any]:
     """Everything the report shows; dense and pruned models are timed in turn, in one run."""
     examples = data.validation["validation"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["dense"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["dense"], trust_remote_code=False)
     models = {
         "dense": transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["dense"]),
         "soft": from_pretrained(checkpoints["soft"]),

@@ -72,7 +72,7 @@ def _about(model: Any, options: TrainOptions, step: int | None) -> dict[str, Any
         "step": step,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
-        "dtype": "bfloat16 autocast" if options.bf16 else "float32",
+        "dtype": "bfloat16 autocast" if options.bf16 else str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }

@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+import torch
 import transformers
 
 from token_pruning.checkpoint import Checkpoint, load_model
+from token_pruning.checkpoint.settings import foreign_errors, quiet
 from token_pruning.errors import CheckpointError
 from token_pruning.lab.data import Task, TextExamples
 from token_pruning.lab.training.features import label_order, labelled_features
@@ -28,20 +30,32 @@ def other_architecture(checkpoint: Checkpoint, nothing: str = "no model") -> str
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer.
+    """The checkpoint's tokenizer. It gives no token types where the model has one type only, as in single texts.
 
     Raises:
-        CheckpointError: if its files are missing or unreadable.
+        CheckpointError: if its files are missing or unreadable, it has no pad token, or tokens that the model does not
+            have.
     """
-    if not any((checkpoint.path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
-    try:
+    path, config = checkpoint.path, checkpoint.config
+    if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
+        raise CheckpointError(f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
+    with quiet(), foreign_errors(f"{path} has no tokenizer that can be loaded"):
         if checkpoint.is_ibert:
-            return transformers.RobertaTokenizerFast.from_pretrained(checkpoint.path)
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.path} has no tokenizer that can be loaded: {reason}") from None
+            tokenizer: Any = transformers.RobertaTokenizerFast.from_pretrained(path)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{path / 'tokenizer_config.json'}: pad_token is missing; batches need one")
+    vocabulary = config.get("vocab_size")
+    if vocabulary is not None and largest >= vocabulary:
+        raise CheckpointError(
+            f"{path}: the tokenizer has token ids up to {largest}; vocab_size is {vocabulary}, so they must be below"
+        )
+    if config.get("type_vocab_size") == 1:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return tokenizer
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
@@ -55,9 +69,19 @@ def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = Fals
         head["label2id"] = {label: number for number, label in enumerate(labels)}
     # Said outright: a checkpoint of another task may name another.
     head["problem_type"] = "regression" if task.is_regression else "single_label_classification"
-    return load_model(
+    return load_float32(
         checkpoint, model_class=transformers.AutoModelForSequenceClassification, new_head=new_head, **head
     )
+
+
+def load_float32(checkpoint: Checkpoint, **arguments: Any) -> Any:
+    """:func:`token_pruning.checkpoint.load_model` in float32, whatever the checkpoint's weights are stored in.
+
+    Sums of a training's small steps, and of scores that decide, need it; autocast (``--bf16``) is asked for.
+    """
+    model: Any = load_model(checkpoint, dtype=torch.float32, **arguments)
+    model.config.output_attentions = model.config.output_hidden_states = False  # nothing here reads them
+    return model
 
 
 def load_split(checkpoint: Checkpoint, task: Task, examples: TextExamples, max_length: int) -> tuple[Any, Any, Any]:
