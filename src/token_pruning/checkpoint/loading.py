@@ -155,10 +155,11 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
         )
     found = _read_weights(path, (_THRESHOLDS, _VOCABULARY_SCORES, "pruner.keep_threshold"))
     for name, tensor in found.items():
-        if not tensor.is_floating_point() or tensor.dim() > 1 or tensor.isnan().any():
+        bad = tensor.isnan() if name == _VOCABULARY_SCORES else ~tensor.isfinite()  # special tokens score infinity
+        if not tensor.is_floating_point() or tensor.dim() > 1 or bad.any():
+            shown = f"{list(tensor.shape)}{' with ' + str(tensor[bad][0].item()) if bad.any() else ''}"
             raise CheckpointError(
-                f"{path}: weight {name} is {tensor.dtype} of shape {list(tensor.shape)}"
-                f"{' with NaN' if tensor.isnan().any() else ''}; it must be floating-point numbers in one row"
+                f"{path}: weight {name} is {tensor.dtype} of shape {shown}; it must be one row of finite numbers"
             )
     if _THRESHOLDS in found:
         checkpoint.thresholds = tuple(found[_THRESHOLDS].to(torch.float32).reshape(-1).tolist())
@@ -288,11 +289,12 @@ def _load(
             output_loading_info=True,
             **kwargs,
         )
-    if not any_shape:
-        _check_loaded(model, info, checkpoint.path, new_head)
     ours = (_THRESHOLDS, _VOCABULARY_SCORES)  # transformers does not know them; pruning loads them
     unexpected = info["unexpected_keys"]
-    return model, {**info, "unexpected_keys": type(unexpected)(name for name in unexpected if name not in ours)}
+    info = {**info, "unexpected_keys": type(unexpected)(name for name in unexpected if name not in ours)}
+    _check_shapes(model, info, checkpoint.path, anything=any_shape, new_head=new_head)
+    _check_names(model, info, checkpoint.path, config.get("architectures") or [])
+    return model, info
 
 
 def _architecture(config: Mapping[str, Any], file: Path) -> Any:
@@ -331,18 +333,34 @@ def _check_size(model_class: Any, config: Any, path: Path) -> None:
         )
 
 
-def _check_loaded(model: Any, info: dict[str, Any], path: Path, new_head: bool) -> None:
-    """Weights of another shape, or encoder weights that are not there, would be random numbers."""
+def _check_shapes(model: Any, info: dict[str, Any], path: Path, *, anything: bool, new_head: bool) -> None:
+    """Weights of another shape would be random numbers."""
     for name, found, wanted in sorted(info["mismatched_keys"]):
-        if new_head and not name.startswith(f"{model.base_model_prefix}."):
+        if anything or (new_head and not name.startswith(f"{model.base_model_prefix}.")):
             logger.warning("%s: %s has shape %s: a new one of %s is trained", path, name, list(found), list(wanted))
             continue
         raise CheckpointError(f"{path}: weight {name} has shape {list(found)}; config.json asks for {list(wanted)}")
-    bare = model.base_model is model
-    prefix = "" if bare else f"{model.base_model_prefix}."
+
+
+def _check_names(model: Any, info: dict[str, Any], path: Path, architectures: list[str]) -> None:
+    """Weights that are not there would be random numbers: of the encoder, or of the head that the checkpoint has.
+
+    Another head than the checkpoint's is new, to be trained; a base model's pooler may be missing, since many have none.
+    """
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    own_head = bool(prefix) and type(model).__name__ in architectures
+    new = []
     for name in sorted(info["missing_keys"]):
-        if name.startswith(prefix) and ".pooler." not in f".{name}" and not name.startswith("token_pruner."):
-            raise CheckpointError(f"{path}: weight {name} is missing; the encoder would start from random numbers")
+        if name.startswith("token_pruner."):
+            continue
+        if own_head or (name.startswith(prefix) and ".pooler." not in f".{name}"):
+            raise CheckpointError(f"{path}: weight {name} is missing; it would start from random numbers")
+        new.append(name)
+    if new and prefix:
+        logger.warning("%s has no weights for %s: they are new, and random until trained", path, ", ".join(new))
+    unused = sorted(name for name in info["unexpected_keys"] if prefix and name.startswith(prefix))
+    if unused:
+        logger.warning("%s: config.json leaves out %d of the encoder's weights, such as %s", path, len(unused), unused[0])
 
 
 def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:

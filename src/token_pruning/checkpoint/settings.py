@@ -200,6 +200,8 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("dtype", "torch_dtype"), partial(choice, allowed=_FLOATS)),
     **dict.fromkeys(("quant_mode", "is_decoder", "output_attentions", "output_hidden_states"), _boolean),
     "chunk_size_feed_forward": _not_chunked,
+    # BERT's relative_key models are gone from transformers, which would take them for absolute ones.
+    "position_embedding_type": partial(choice, allowed=("absolute", "rope", "rotary")),
     **dict.fromkeys(("return_dict", "use_return_dict"), _not_as_tuple),
     "reads": partial(choice, allowed=get_args(Reads)),
     "quantization_config": _no_quantisation,

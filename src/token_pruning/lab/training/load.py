@@ -1,6 +1,5 @@
 """From a checkpoint folder to its tokenizer, and to a classifier for a task."""
 
-import logging
 from typing import Any
 
 import torch
@@ -15,17 +14,10 @@ from token_pruning.lab.training.features import label_order, labelled_features
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 _CLASSIFIER = "ForSequenceClassification"
 
-logger = logging.getLogger(__name__)
 
-
-def other_architecture(checkpoint: Checkpoint, nothing: str = "no model") -> str | None:
-    """None for a sequence-classification or regression model, else what the checkpoint is instead.
-
-    Args:
-        checkpoint: whose ``architectures`` counts.
-        nothing: what one without is called.
-    """
-    architecture = str((checkpoint.config.get("architectures") or [nothing])[0])
+def other_architecture(checkpoint: Checkpoint) -> str | None:
+    """None for a sequence-classification or regression model, else what ``architectures`` says it is instead."""
+    architecture = str((checkpoint.config.get("architectures") or ["no model"])[0])
     return None if architecture.endswith(_CLASSIFIER) else architecture
 
 
@@ -60,8 +52,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
     """The checkpoint's model with a head for the task, a new one if it has none, or ``new_head`` and another task's."""
-    if (other := other_architecture(checkpoint, "none")) is not None:
-        logger.warning("%s has no classification head (%s): a new one is trained", checkpoint.path, other)
     labels = task.labels
     head: dict[str, Any] = {"num_labels": task.num_labels}
     if labels is not None and not label_order(checkpoint.label_names() or [], labels):
