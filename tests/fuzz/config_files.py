@@ -35,7 +35,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers as hf
 
-import token_pruning as tp
 from tests.tiny import tiny_config
 from tests.workspace import SPECIAL, WORDS
 from token_pruning.lab.cli import main
@@ -76,19 +75,21 @@ _VALUES: list[Any] = [
     "absolute_threshold", "rising_threshold", "mean", "mean_norm", "relative", "shared", "segment", "first", "all",
     "gelu", "relu", "silu", "linear", "float16", "bfloat16", "float32", "float64", "int8", "auto", "eager", "sdpa",
     "flash_attention_2", "regression", "single_label_classification", "multi_label_classification", "bert", "roberta",
-    "distilbert", "gpt2", "ibert", "modernbert", "ü\u2028\x00", "\ud800", "../../etc/passwd", "a\nb", "[PAD]", "x" * 5000, [],
-    {}, [None], [0], [1, 2], [0.001, 0.002], [0.1], ["a"], ["a", "b"], [[1]], [True], [math.nan, 0], {"0": "a"},
-    {"0": "a", "1": "b"}, {"1": "a", "0": "b"}, {"0": "a", "2": "b"}, {"0": 0, "1": 1}, {"0": "a", "1": "a"},
+    "distilbert", "gpt2", "ibert", "modernbert", "ü\u2028\x00", "\ud800", "../../etc/passwd", "a\nb", "[PAD]",
+    "x" * 5000, [], {}, [None], [0], [1, 2], [0.001, 0.002], [0.1], ["a"], ["a", "b"], [[1]], [True], [math.nan, 0],
+    {"0": "a"},    {"0": "a", "1": "b"}, {"1": "a", "0": "b"}, {"0": "a", "2": "b"}, {"0": 0, "1": 1}, {"0": "a", "1": "a"},
     {"a": 0, "b": 1}, {"a": "b"}, {"x": {"y": {"z": []}}}, {"0": ["q"]}, ["BertModel"], ["BertTokenizer"],
     ["RobertaForSequenceClassification"], ["AutoModel"], ["AutoTokenizer"], ["pipeline"], ["PreTrainedModel"],
     ["BertForMaskedLM"], {"AutoModel": "code.Own", "AutoTokenizer": ["code.Own", None], "AutoConfig": "code.Own"},
     {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"rope_type": "default", "rope_theta": 10.0},
     {"special": True}, {"content": "[PAD]"}, {"type": "Nonsense"},
 ]  # fmt: skip
-_WORDS = ["", " ", "0", "-1", "-3", "1", "2", "nan", "inf", "-inf", "1e400", "abc", "none", "soft", "hard", "mixed", "topk",
-          "4294967296", "99999999999999999999", "0.5", "1.5", "1e-5", "1e30", "threshold", "absolute_threshold", "step-1",
-          "0,1", "drain", "missing", "texts.txt", "CKPT", ".", "ü", "--dense", "-", "--", "x.csv",
-          "mean", "relative", "segment", "0x10", "1_0", "٣", "True"]  # fmt: skip
+_WORDS = [
+    "", " ", "0", "-1", "-3", "1", "2", "nan", "inf", "-inf", "1e400", "abc", "none", "soft", "hard", "mixed", "topk",
+    "4294967296", "99999999999999999999", "0.5", "1.5", "1e-5", "1e30", "threshold", "absolute_threshold", "step-1",
+    "0,1", "drain", "missing", "texts.txt", "CKPT", ".", "ü", "--dense", "-", "--", "x.csv", "mean", "relative",
+    "segment", "0x10", "1_0", "٣", "True",
+]  # fmt: skip
 _OPTIONS = [
     "--restore", "--input", "--output", "--dense", "--bs", "--batch-size", "--batch_size", "--max-length",
     "--max_length", "--bf16", "--masking-mode", "--masking_mode", "--arch", "--task", "--train-file",
@@ -135,19 +136,22 @@ class Fuzzer:
     def case(self, seed: int, number: int) -> "Case":
         """One case: files that were changed, and a command line."""
         rng = random.Random(f"{seed}:{number}")
-        family = rng.choice([*self.bases, "bert", "bert"])
-        shutil.rmtree(self.work, ignore_errors=True)
-        shutil.copytree(self.bases[family], self.work / "CKPT")
-        changes: list[str] = []
-        argv = self._command(rng)
+        case = self.unchanged(rng.choice([*self.bases, "bert", "bert"]), self._command(rng))
+        argv, changes = case.argv, case.changes
         if rng.random() < 0.25:
-            argv = _changed_words(rng, argv)
+            case.argv = _changed_words(rng, argv)
             changes.append("command line")
         else:
             for _ in range(rng.choice([1, 1, 1, 2])):
                 with suppress(Exception):  # the second change may find nothing left to change
                     changes.append(rng.choice(_MUTATIONS)(rng, self.work / "CKPT"))
-        return Case(self.work, argv, changes, family)
+        return case
+
+    def unchanged(self, family: str, argv: list[str]) -> "Case":
+        """A family's checkpoint as it was made, and a command line; the folder is that of the last case."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.bases[family], self.work / "CKPT")
+        return Case(self.work, argv, [], family)
 
     def _command(self, rng: random.Random) -> list[str]:
         chance = rng.random()
@@ -249,6 +253,8 @@ def _write_base(folder: Path, family: str, keys: dict[str, Any]) -> Path:
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(SPECIAL + WORDS) + "\n", encoding="utf-8")
     hf.BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
+    if family != "electra":  # whose tokenizer is there twice
+        vocabulary.unlink()
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | keys), encoding="utf-8")
     return folder
@@ -314,8 +320,9 @@ def _of_text(rng: random.Random, file: Path) -> str:
             file.mkdir()
         return f"{file.name} {kind}"
     changed = {
-        "truncated": text[:place], "empty": b"", "mark": b"\xef\xbb\xbf" + text, "bytes": text[:place] + b"\xff\x00" + text[place:],
-        "deep": b'{"a":' * 100_000, "number": text.replace(b"1", b"1" * 5000, 1), "comma": text[:-1] + b",}",
+        "truncated": text[:place], "empty": b"", "mark": b"\xef\xbb\xbf" + text,
+        "bytes": text[:place] + b"\xff\x00" + text[place:], "deep": b'{"a":' * 100_000,
+        "number": text.replace(b"1", b"1" * 5000, 1), "comma": text[:-1] + b",}",
         "list": b"[" + text + b"]",
     }[kind]  # fmt: skip
     file.write_bytes(changed)
@@ -395,8 +402,9 @@ def _of_folder(rng: random.Random, folder: Path) -> str:
 
         weights = load_file(folder / "model.safetensors")
         weights["token_pruner.thresholds"] = rng.choice([
-            torch.tensor([math.nan, 0.1]), torch.tensor([0.1]), torch.tensor(0.1), torch.tensor([1, 2]), torch.rand(2, 2),
-            torch.tensor([math.inf, 0.0]), torch.tensor([0.001, 0.002], dtype=torch.float16), torch.zeros(0),
+            torch.tensor([math.nan, 0.1]), torch.tensor([0.1]), torch.tensor(0.1), torch.tensor([1, 2]),
+            torch.rand(2, 2), torch.tensor([math.inf, 0.0]), torch.tensor([0.001, 0.002], dtype=torch.float16),
+            torch.zeros(0),
         ])  # fmt: skip
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return f"folder: {kind}"
@@ -445,7 +453,7 @@ def _bent(rng: random.Random, value: Any) -> Any:
         )
     keys = list(value)
     return rng.choice(
-        [dict(list(value.items())[:-1]), keys, {**value, "new": rng.choice(_VALUES)}, {key: None for key in keys}]
+        [dict(list(value.items())[:-1]), keys, {**value, "new": rng.choice(_VALUES)}, dict.fromkeys(keys)]
     )
 
 

@@ -345,7 +345,7 @@ def _check_shapes(model: Any, info: dict[str, Any], path: Path, *, anything: boo
 def _check_names(model: Any, info: dict[str, Any], path: Path, architectures: list[str]) -> None:
     """Weights that are not there would be random numbers: of the encoder, or of the head that the checkpoint has.
 
-    Another head than the checkpoint's is new, to be trained; a base model's pooler may be missing, since many have none.
+    Another head than the checkpoint's is new, to be trained; many base models have no pooler.
     """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     own_head = bool(prefix) and type(model).__name__ in architectures
@@ -360,7 +360,9 @@ def _check_names(model: Any, info: dict[str, Any], path: Path, architectures: li
         logger.warning("%s has no weights for %s: they are new, and random until trained", path, ", ".join(new))
     unused = sorted(name for name in info["unexpected_keys"] if prefix and name.startswith(prefix))
     if unused:
-        logger.warning("%s: config.json leaves out %d of the encoder's weights, such as %s", path, len(unused), unused[0])
+        logger.warning(
+            "%s: config.json leaves out %d of the encoder's weights, such as %s", path, len(unused), unused[0]
+        )
 
 
 def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """From a checkpoint folder to its tokenizer, and to a classifier for a task."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +38,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             tokenizer: Any = transformers.RobertaTokenizerFast.from_pretrained(path)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        largest = max(tokenizer.get_vocab().values(), default=-1)
+        entries = tokenizer.get_vocab()
         tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
+    _check_vocabulary(path / "tokenizer.json", entries)
+    largest = max(entries.values(), default=-1)
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"{path / 'tokenizer_config.json'}: pad_token is missing; batches need one")
     vocabulary = config.get("vocab_size")
@@ -48,6 +52,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if config.get("type_vocab_size") == 1:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
+
+
+def _check_vocabulary(file: Path, entries: dict[str, int]) -> None:
+    """A vocabulary that is not read makes every word unknown, without a word from transformers.
+
+    Raises:
+        CheckpointError: if the tokenizer has fewer entries than its file.
+    """
+    if not file.exists():
+        return
+    with foreign_errors(f"{file} cannot be read"):
+        vocabulary = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    if not isinstance(vocabulary, dict | list) or not 0 < len(vocabulary) <= len(entries):
+        found = len(vocabulary) if isinstance(vocabulary, dict | list) else repr(vocabulary)
+        raise CheckpointError(
+            f"{file}: model.vocab is {found}, the tokenizer has {len(entries)} entries; it must be read whole"
+        )
 
 
 def load_classifier(checkpoint: Checkpoint, task: Task, *, new_head: bool = False) -> Any:
