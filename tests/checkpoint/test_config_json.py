@@ -55,6 +55,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
         ("architectures", "BertModel", "list of class names"),
         ("architectures", [3], "list of class names"),
         ("hidden_act", "gelou", "gelu"),
+        ("pooler_hidden_act", "GELU", "gelu"),
         ("dtype", "float17", "float32, float16, bfloat16, float64"),
         ("torch_dtype", 32, "float32, float16, bfloat16, float64"),
         ("problem_type", "ranking", "regression, single_label"),

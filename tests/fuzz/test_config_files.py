@@ -45,6 +45,7 @@ FOUND: list[tuple[str, str, list[Any], Any, list[str]]] = [
     ("roberta", "config.json", ["pad_token_id"], None, PREDICT),
     ("modernbert", "config.json", ["head_dim"], 1, EVAL),
     ("bert", "config.json", ["position_embedding_type"], "relative_key", PREDICT),
+    ("deberta-v2", "config.json", ["pooler_hidden_act"], "eager", [*PREDICT, "--dense"]),
     ("bert", "config.json", ["id2label"], ["a", "b"], PREDICT),
     ("bert", "config.json", ["id2label"], {"0": 0, "1": 1}, PREDICT),
     ("bert", "config.json", ["architectures"], ["AutoTokenizer"], PREDICT),

@@ -71,6 +71,23 @@ class Checkpoint:
             return []
         return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))] or None
 
+    def model_config(self) -> transformers.PretrainedConfig:
+        """``config.json`` as transformers reads it, defaults filled in.
+
+        Raises:
+            CheckpointError: for what transformers refuses.
+            UnsupportedModelError: for an unsupported ``model_type``.
+        """
+        file, model_type = self.path / "config.json", self.config.get("model_type")
+        if model_type not in supported_model_types() and not self.is_ibert:
+            raise UnsupportedModelError(
+                f"{file}: model_type is {model_type!r}; supported are "
+                f"{', '.join([*supported_model_types(), *IBERT_MODEL_TYPES])}"
+            )
+        config = as_roberta_config(self.config) if self.is_ibert else dict(self.config)
+        with quiet(), foreign_errors(f"{file} makes no model"):
+            return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+
     def sha256(self) -> str:
         """Over the weights' files and ``config.json`` as they are now, in hexadecimal digits.
 
@@ -257,12 +274,7 @@ def _load(
     checkpoint: Checkpoint, model_class: Any, new_head: bool, kwargs: dict[str, Any]
 ) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
     """The dense model, and what transformers says of its weights, without those that belong to the pruning."""
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in supported_model_types() and not checkpoint.is_ibert:
-        raise UnsupportedModelError(
-            f"{checkpoint.path / 'config.json'}: model_type is {model_type!r}; supported are "
-            f"{', '.join([*supported_model_types(), *IBERT_MODEL_TYPES])}"
-        )
+    own = checkpoint.model_config()
     config = as_roberta_config(checkpoint.config) if checkpoint.is_ibert else checkpoint.config
     if model_class is None:
         model_class = _architecture(config, checkpoint.path / "config.json")
@@ -270,16 +282,15 @@ def _load(
     kwargs = {"trust_remote_code": False, **kwargs}
     with quiet(), foreign_errors(f"{checkpoint.path} cannot be loaded"):
         if checkpoint.is_ibert:
-            arguments = {k: v for k, v in config.items() if k != "model_type"}
-            given = kwargs.pop("config", None)
-            own = transformers.RobertaConfig(**{**arguments, **_config_overrides(kwargs)}) if given is None else given
+            own = kwargs.pop("config", None) or own
+            for name, value in _config_overrides(kwargs).items():
+                setattr(own, name, value)
             weights = as_roberta_weights(_read_weights(checkpoint.path), checkpoint.path)
             source: dict[str, Any] = {"config": own, "state_dict": weights}
             if hasattr(model_class, "_model_mapping"):  # an Auto class would want a path to choose by
                 model_class = model_class._model_mapping[type(own)]
                 kwargs.pop("trust_remote_code")
         else:
-            own = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
             source = {"use_safetensors": True}
         _check_size(model_class, own, checkpoint.path)
         model, info = model_class.from_pretrained(

@@ -130,6 +130,9 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         for key, check in _CHECKS.items():
             if config.get(key) is not None:
                 check(key, config[key])
+        for key, value in config.items():
+            if key.endswith(("_act", "activation")) and value is not None:
+                choice(key, value, sorted(ACT2FN))
         _check_outputs(config)
         _check_spelling(config)
     except TokenPruningError as error:
@@ -196,7 +199,6 @@ _CHECKS: dict[str, Check] = {
     "id2label": _id2label,
     "label2id": _label2id,
     "problem_type": partial(choice, allowed=_PROBLEMS),
-    **dict.fromkeys(("hidden_act", "activation", "hidden_activation"), partial(choice, allowed=sorted(ACT2FN))),
     **dict.fromkeys(("dtype", "torch_dtype"), partial(choice, allowed=_FLOATS)),
     **dict.fromkeys(("quant_mode", "is_decoder", "output_attentions", "output_hidden_states"), _boolean),
     "chunk_size_feed_forward": _not_chunked,

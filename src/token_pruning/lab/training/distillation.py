@@ -94,11 +94,12 @@ def default_teacher(checkpoint: Checkpoint) -> str:
     seen, folder = set(), checkpoint.path
     while folder.resolve() not in seen:  # folders that were overwritten may name each other
         seen.add(folder.resolve())
-        run = _run_of(folder)
-        if run is None or not (name := run.get("teacher") or run.get("restore")):
+        run = _run_of(folder) or {}
+        name = run.get("teacher") or run.get("restore")
+        if not isinstance(name, str):
             break
-        if run.get("teacher") or not Path(name).is_dir() or not _was_pruned(read_checkpoint(name)):
-            return str(name)
+        if not Path(name).is_dir() or not _was_pruned(read_checkpoint(name)):
+            return name
         folder = Path(name)
     raise ConfigError(
         f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"

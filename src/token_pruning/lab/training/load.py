@@ -30,7 +30,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         CheckpointError: if its files are missing or unreadable, it has no pad token, or tokens that the model does not
             have.
     """
-    path, config = checkpoint.path, checkpoint.config
+    path, config = checkpoint.path, checkpoint.model_config()
     if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
         raise CheckpointError(f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
     with quiet(), foreign_errors(f"{path} has no tokenizer that can be loaded"):
@@ -44,12 +44,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     largest = max(entries.values(), default=-1)
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"{path / 'tokenizer_config.json'}: pad_token is missing; batches need one")
-    vocabulary = config.get("vocab_size")
+    vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
         raise CheckpointError(
             f"{path}: the tokenizer has token ids up to {largest}; vocab_size is {vocabulary}, so they must be below"
         )
-    if config.get("type_vocab_size") == 1:
+    if getattr(config, "type_vocab_size", None) == 1:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
