@@ -58,6 +58,8 @@ FOUND: list[tuple[str, str, list[Any], Any, list[str]]] = [
     ("bert", "tokenizer.json", ["model", "vocab"], None, PREDICT),
     ("bert", "tokenizer.json", ["model", "vocab"], {}, PREDICT),
     ("bert", "tokenizer.json", ["model", "vocab", "good"], 50, PREDICT),
+    ("bert", "config.json", ["chunk_size_feed_forward"], None, [*PREDICT, "--dense"]),
+    ("modernbert", "tokenizer.json", ["post_processor", "pair", 0, "SpecialToken", "id"], "float16", PREDICT),
     ("bert", "tokenizer_config.json", ["pad_token"], None, PREDICT),
 ]  # fmt: skip
 
