@@ -33,7 +33,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     path, config = checkpoint.path, checkpoint.model_config()
     if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
         raise CheckpointError(f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
-    with quiet(), foreign_errors(f"{path} has no tokenizer that can be loaded"):
+    with (
+        quiet(),
+        foreign_errors(f"{path} has no tokenizer that can be loaded: its files are broken, or of a newer version"),
+    ):
         if checkpoint.is_ibert:
             tokenizer: Any = transformers.RobertaTokenizerFast.from_pretrained(path)
         else:
