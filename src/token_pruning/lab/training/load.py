@@ -42,6 +42,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         entries = tokenizer.get_vocab()
+        tokenizer(["a b", "c"], truncation=True, max_length=8)
         tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
     _check_vocabulary(path / "tokenizer.json", entries)
     largest = max(entries.values(), default=-1)
