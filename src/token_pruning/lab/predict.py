@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from token_pruning.checkpoint import load_model, read_checkpoint
+from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
@@ -16,7 +16,7 @@ from token_pruning.lab.files import write_text
 from token_pruning.lab.heads import head_kind
 from token_pruning.lab.options import InferenceOptions, option
 from token_pruning.lab.training.features import collator, tokenize
-from token_pruning.lab.training.load import load_tokenizer, other_architecture
+from token_pruning.lab.training.load import load_float32, load_tokenizer, other_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def predict_file(options: PredictOptions) -> None:
     pruner = None if options.dense else checkpoint.pruner()
     examples = load_unlabelled(options.input)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint)
+    model = load_float32(checkpoint)
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:

@@ -28,7 +28,6 @@ def add_train(commands: Any) -> None:
         "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
         "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
         "token_threshold, scoring_mode. A killed run continues when the same command is given again.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     add_options(parser, TrainOptions, restore={"required": False})
@@ -43,7 +42,6 @@ def add_eval(commands: Any) -> None:
         help="evaluate a checkpoint: metrics, FLOPs three ways, tokens kept, seconds",
         description="Evaluate a checkpoint with its tokens removed, or dense with --masking-mode none. Writes "
         "eval_results.json to --output-dir, or else to eval/ inside the checkpoint.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     names = ("restore", "arch", "masking_mode", "batch_size", "max_length", "bf16", "output_dir")
@@ -60,7 +58,6 @@ def add_calibrate(commands: Any) -> None:
         description="Choose thresholds on a few hundred examples, by how little the model's outputs change, and save "
         "the pruned checkpoint. --target-flops needs no labels: the training examples of a task, or the texts of any "
         "file (--input). --max-drop finds the cheapest pruning whose estimated loss stays inside the bound.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     add_options(
