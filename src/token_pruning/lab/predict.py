@@ -1,17 +1,16 @@
 """Labelling the texts of a file."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.errors import ConfigError, DataError
+from token_pruning.errors import ConfigError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
-from token_pruning.lab.files import write_text
+from token_pruning.lab.files import try_file, write_standard_output, write_text
 from token_pruning.lab.options import InferenceOptions, option
 from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.load import load_tokenizer, other_architecture
@@ -27,7 +26,7 @@ class PredictOptions(InferenceOptions):
 
     restore: str = option(help="checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
     input: Path = option(help="one or two text columns, or one text per line (.txt)")
-    output: Path | None = option(None, help="where to write (default: standard output)")
+    output: Path | None = option(None, help="where to write; missing folders are made (default: standard output)")
     dense: bool = option(False, help="leave the checkpoint's pruning off")
 
 
@@ -40,6 +39,8 @@ def predict_file(options: PredictOptions) -> None:
     Raises:
         TokenPruningError: for a bad checkpoint, file or value.
     """
+    if options.output is not None:
+        try_file("--output", options.output)
     checkpoint = read_checkpoint(options.restore)
     if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
@@ -68,9 +69,6 @@ def predict_file(options: PredictOptions) -> None:
         ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if options.output is None:
-        sys.stdout.write(text)
-        return
-    try:
+        write_standard_output(text)
+    else:
         write_text(options.output, text)
-    except OSError as error:
-        raise DataError(f"{options.output} cannot be written: {error}") from None

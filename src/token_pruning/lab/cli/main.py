@@ -1,13 +1,19 @@
 """Parsing and dispatch. A user's mistake is one line on standard error and exit status 2."""
 
 import argparse
+import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 import transformers
+from tqdm import tqdm
 
 from token_pruning.errors import TokenPruningError
 from token_pruning.lab.cli.commands import (
@@ -33,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; the process's by default.
 
     Returns:
-        The exit status: 0, 2 for a user's mistake, 130 if interrupted.
+        The exit status: 0, 2 for a user's mistake, 130 if interrupted, 143 if terminated, 141 if nobody reads standard
+        output any more.
     """
     parser = _Parser(
         prog="token-pruning", description="Train, evaluate and use encoders that drop the tokens they do not need."
@@ -53,29 +60,97 @@ def paper_main(argv: Sequence[str]) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Everything that ends a command early is one line."""
+    _mend_streams()
+    try:
+        with _termination_as_exception():
+            try:
+                return _carry_out(parser, argv)
+            finally:
+                if sys.exc_info()[0] in (None, SystemExit):
+                    sys.stdout.flush()  # here, where what goes wrong can still be said
+    except KeyboardInterrupt as stop:
+        status, said = (143, "terminated") if isinstance(stop, _Terminated) else (130, "interrupted")
+        notes = "".join(f"; {note}" for note in getattr(stop, "__notes__", ()))
+        return _leave(status, f"{said}{notes}")
+    except BrokenPipeError:  # of standard output: whoever read it has enough
+        _drop_standard_output()
+        return _leave(141)
+    except OSError as error:
+        with suppress(OSError):
+            sys.stdout.flush()
+        _drop_standard_output()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _leave(2, f"{parser.prog}: error: {where}{error.strerror or error}")
+
+
+def _carry_out(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     arguments = parser.parse_args([_dashed(argument) for argument in argv])
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     transformers.logging.disable_progress_bar()  # the bars of loading and writing weights, not those of training
     try:
         arguments.run(arguments)
     except TokenPruningError as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return _leave(2)
+        return _leave(2, f"{parser.prog}: error: {error}")
     except ModuleNotFoundError as error:
         extra = "sweep" if error.name == "optuna" else "demo"
-        print(f"{parser.prog}: error: {error.name} is missing; pip install 'token-pruning[{extra}]'", file=sys.stderr)
-        return _leave(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return _leave(130)
+        return _leave(2, f"{parser.prog}: error: {error.name} is missing; pip install 'token-pruning[{extra}]'")
     return 0
 
 
-def _leave(status: int) -> int:
-    """One process of several must not wait for the others, nor they for it."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever cleans up after Ctrl-C does so after this."""
+
+
+@contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    """Within, SIGTERM ends a command as Ctrl-C does.
+
+    Not where several processes train together: one that waits for another in C would not hear it.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _mend_streams() -> None:
+    """Letters that the terminal cannot show become escapes, and streams that are closed swallow everything."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for the whole process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _drop_standard_output() -> None:
+    """What is still to be written there would fail again when the process ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _leave(status: int, message: str | None = None) -> int:
+    """Say why, on one line. One process of several must not wait for the others, nor they for it."""
+    if message is not None:
+        with suppress(OSError):
+            for bar in list(getattr(tqdm, "_instances", ())):  # else the message stands at the end of a bar
+                bar.close()
+            print(" ".join(message.split()), file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(status)
     return status
 

@@ -5,6 +5,7 @@ import shlex
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from token_pruning.lab.options import flag_of, options_of, spelling
@@ -82,7 +83,14 @@ def _reading(kind: Any) -> dict[str, Any]:
         kind = next(part for part in get_args(kind) if part is not types.NoneType)
     if get_origin(kind) in (list, Sequence):
         return {"type": get_args(kind)[0], "nargs": "+"}
-    return {"type": str if get_origin(kind) is Literal else kind}
+    return {"type": str if get_origin(kind) is Literal else _path if kind is Path else kind}
+
+
+def _path(text: str) -> Path:
+    """A path; an empty one, as of a shell's variable that is not set, would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; it must be a path")
+    return Path(text)
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.load import load_split
 from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
 from token_pruning.lab.training.plan import DataSource, training_examples
-from token_pruning.lab.training.run_dir import RUN_FILE, RunDir
+from token_pruning.lab.training.run_dir import LOCK_FILE, RUN_FILE, RunDir, held
 from token_pruning.lab.training.train import train
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 from token_pruning.runtime.prune import prunable
@@ -76,12 +76,23 @@ def run_sweep(options: SweepOptions, load_data: DataSource) -> Path:
         raise ConfigError(f"--restore {options.base.restore} is pruned already; a sweep starts from a dense checkpoint")
     # As run.json of a trial has it: the same from wherever the command is given again.
     options = replace(options, base=replace(options.base, restore=str(checkpoint.path.resolve())))
-    data = load_data(checkpoint)
+    # Processes share a study by its storage; each has an output folder of its own.
+    with held(options.output_dir):
+        return _run_sweep(options, checkpoint, load_data(checkpoint))
+
+
+def _run_sweep(options: SweepOptions, checkpoint: Checkpoint, data: TaskData) -> Path:
     training_examples(data)
     if options.validate_on == "train":
         data = validate_on_training_set(data, options.base.seed)
-    sweep = _Sweep(options, checkpoint, data, _open_study(options))
-    sweep.run()
+    try:
+        _Sweep(options, checkpoint, data, _open_study(options)).run()
+    except KeyboardInterrupt as stop:
+        stop.__notes__ = ["the same command continues the study"]
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"the study's database cannot be read or written: {reason}") from None
     return options.output_dir / "pareto.md"
 
 
@@ -406,7 +417,6 @@ def _open_study(options: SweepOptions) -> Any:
     """
     url = options.storage
     if url is None:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
         file = (options.output_dir / "study.db").resolve()
         url = str(sqlalchemy.URL.create("sqlite", database=str(file))).replace("{", "{{").replace("}", "}}")
     timeout = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -452,7 +462,7 @@ def _clean(folder: Path, *, keep_model: bool) -> None:
     """Leave the figures, and the model if it is wanted."""
     for entry in folder.iterdir():
         scratch = entry.is_dir() and entry.name.startswith(("checkpoint-", "runs"))
-        if entry.name in ("eval_results.json", RUN_FILE) or (keep_model and not scratch):
+        if entry.name in ("eval_results.json", RUN_FILE, LOCK_FILE) or (keep_model and not scratch):
             continue
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 

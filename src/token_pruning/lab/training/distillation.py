@@ -160,14 +160,14 @@ def teacher_logits(
         if file.exists():
             return _read(file, metadata, (len(features), teacher.num_outputs))
     logits = _compute(teacher, features, collate, batch_size, bf16, device)
-    problem: Exception | None = None
     for file in files:
         try:
             write_tensors(file, {_TENSOR: logits}, metadata)
-            return logits
-        except (OSError, SafetensorError) as error:
-            problem = error
-    raise CheckpointError(f"{files[-1]} cannot be written: {problem}")
+            break
+        except ConfigError:
+            if file == files[-1]:
+                raise
+    return logits
 
 
 def _digest(features: Features, bf16: bool) -> str:

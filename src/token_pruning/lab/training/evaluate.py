@@ -10,6 +10,7 @@ import torch
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.lab.data import TaskData
 from token_pruning.lab.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
+from token_pruning.lab.files import try_folder
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.features import collator, labelled_features
 from token_pruning.lab.training.load import load_classifier, load_tokenizer
@@ -87,6 +88,8 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         TokenPruningError: for every mistake of the user.
     """
     checkpoint = with_keys(read_checkpoint(options.restore), options.pruning)
+    folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
+    try_folder("--output-dir" if options.output_dir else "the default --output-dir", folder)
     pruner = None if options.masking_mode == "none" else pruner_of(checkpoint, options)
     data = load_data(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -95,5 +98,4 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
-    folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)
