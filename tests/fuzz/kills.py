@@ -8,6 +8,7 @@ and forks a child per start, so that a kill costs about a second.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -25,33 +26,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+import sklearn.metrics
 import torch
-import torch.utils.tensorboard  # noqa: F401 - imported here, not in every child
+import torch.utils.tensorboard
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import token_pruning.lab.predict
 import token_pruning.lab.sweep.study
-import token_pruning.lab.training.calibrated  # noqa: F401
+import token_pruning.lab.training.calibrated
 from tests.workspace import write_checkpoint, write_sst2
 from token_pruning.lab.cli import main
 from token_pruning.lab.files import STAGING_PREFIX
 from token_pruning.lab.sweep import report as sweep_report
 from token_pruning.lab.training.run_dir import RunDir
 
+IMPORTED = (scipy, sklearn, torch.utils.tensorboard, token_pruning)  # here, not in every child
 SAVED_EVERY = 2  # steps
 _TRAIN = f"--task SST2 --data-dir glue --lr 1e-4 --bs 8 --save-step {SAVED_EVERY} --output-dir out"
-_SWEEP = "--task SST2 --data-dir glue --restore DENSE --output-dir out --trials 4 --epoch 1 --bs 16 --lr 1e-4"
+_SWEEP = "--task SST2 --data-dir glue --restore DENSE --output-dir out --trials 3 --epoch 1 --bs 16 --lr 1e-4"
 COMMANDS = {
     "dense": f"train --restore DENSE --masking-mode none --epoch 1 {_TRAIN}",
     "soft": f"train --restore CKPT --masking-mode soft --target-flops 0.6 --epoch 1 --no-load {_TRAIN}",
     "hard": f"train --restore CKPT --masking-mode hard --epoch 1 {_TRAIN}",
+    "mixed": f"train --restore CKPT --masking-mode mixed --target-flops 0.6 --epoch 1 --no-load {_TRAIN}",
     "sweep": f"sweep {_SWEEP} --methods calibrated manual --summary-tokens none --prune-margin 100",
     "calibrate": "calibrate --restore DENSE --task SST2 --data-dir glue --target-flops 0.6 --output-dir out",
     "predict": "predict --restore CKPT --input in.txt --output out/found.jsonl",
     "eval": "eval --restore CKPT --task SST2 --data-dir glue --output-dir out",
 }
-_TOGETHER = {"soft": 3, "hard": 2, "dense": 2, "sweep": 2, "calibrate": 1, "predict": 1, "eval": 1}  # how often
+_SHARES = {
+    "soft": 2,
+    "mixed": 2,
+    "hard": 2,
+    "dense": 2,
+    "sweep": 2,
+    "calibrate": 1,
+    "predict": 1,
+    "eval": 1,
+}  # how often
 _WRITES = os.O_WRONLY | os.O_RDWR
 
 
@@ -237,7 +251,7 @@ class Fuzzer:
         yield from half_written(folder)
         if finished:
             yield from (f"left over: {path}" for path in folder.rglob(STAGING_PREFIX + "*"))
-        if kind in ("dense", "soft", "hard"):
+        if kind in ("dense", "soft", "hard", "mixed"):
             # At most one interval is lost: what was logged before is in a checkpoint.
             last = int(before[-1].name.split("-")[1]) if before else 0
             if reached and last < max(reached) - SAVED_EVERY:
@@ -265,9 +279,10 @@ def half_written(folder: Path) -> Iterator[str]:
             yield f"{path} is half-written: {error}"
     for checkpoint in folder.rglob("checkpoint-*"):
         names = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
-        if checkpoint.is_dir() and (missing := {*names, "trainer_state.json"} - {p.name for p in checkpoint.iterdir()}):
-            if not any(part.startswith(STAGING_PREFIX) for part in checkpoint.relative_to(folder).parts):
-                yield f"{checkpoint} lacks {', '.join(sorted(missing))}"
+        if not checkpoint.is_dir() or any(part.startswith(STAGING_PREFIX) for part in checkpoint.parts):
+            continue
+        if missing := {*names, "trainer_state.json"} - {path.name for path in checkpoint.iterdir()}:
+            yield f"{checkpoint} lacks {', '.join(sorted(missing))}"
 
 
 def results(kind: str, folder: Path) -> dict[str, Any]:
@@ -296,11 +311,13 @@ def _without_seconds(value: Any) -> Any:
 
 
 @contextmanager
-def fork_server(folder: Path) -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """What children find: one thread, and a sweep that does not draw and does not wait."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    gc.collect()
+    gc.freeze()
     plot: Callable[..., bytes] = sweep_report.pareto_plot
     sweep_report.pareto_plot = lambda tasks: b""
     try:
@@ -312,16 +329,20 @@ def fork_server(folder: Path) -> Iterator[None]:
 def fuzz(seconds: float, seed: int, kinds: list[str]) -> dict[str, Tally]:
     """Episodes one after the other until the time is over."""
     until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, delete=True) as place, fork_server(Path(place)):
-        fuzzer = Fuzzer(Path(place), seed)
-        turn = [kind for kind in kinds for _ in range(_TOGETHER[kind])]
+    place = Path(tempfile.mkdtemp(prefix="kills-"))
+    with fork_server():
+        fuzzer = Fuzzer(place, seed)
+        turn = [kind for kind in kinds for _ in range(_SHARES[kind])]
         while time.monotonic() < until:
             fuzzer.random.shuffle(turn)
             for kind in turn:
                 if time.monotonic() < until:
+                    failures = fuzzer.tallies[kind].failures
+                    known = len(failures)
                     fuzzer.episode(kind, kills=fuzzer.random.randint(1, 8))
-                    for failure in fuzzer.tallies[kind].failures[-1:]:
-                        print(failure, flush=True)
+                    print(*failures[known:], sep="\n", end="\n" * (len(failures) > known), flush=True)
+    if not any(tally.failures for tally in fuzzer.tallies.values()):
+        shutil.rmtree(place)  # else it may be looked at
     return {kind: fuzzer.tallies[kind] for kind in kinds}
 
 

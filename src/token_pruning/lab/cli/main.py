@@ -1,5 +1,6 @@
 """Parsing and dispatch. A user's mistake is one line on standard error and exit status 2."""
 
+import _thread
 import argparse
 import io
 import logging
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import transformers
 from tqdm import tqdm
@@ -63,7 +64,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Everything that ends a command early is one line."""
     _mend_streams()
     try:
-        with _termination_as_exception():
+        with _termination_as_exception(), _no_interrupt_lost():
             try:
                 return _carry_out(parser, argv)
             finally:
@@ -121,6 +122,33 @@ def _termination_as_exception() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Ctrl-C may come while Python calls back from where no exception can rise, such as a weak reference's end.
+
+    There it would be printed and forgotten. It is sent again as soon as that is over.
+    """
+    before, timers = sys.unraisablehook, []
+
+    def again(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        number = signal.SIGTERM if issubclass(unraisable.exc_type, _Terminated) else signal.SIGINT
+        timer = threading.Timer(0.01, _thread.interrupt_main, [number])
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 def _mend_streams() -> None:

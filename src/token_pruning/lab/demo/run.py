@@ -87,7 +87,12 @@ def run_demo(options: DemoOptions) -> Path:
         TokenPruningError: if the model cannot be found or the output folder holds something else.
     """
     with held(options.output_dir):
-        return _demo(options)
+        try:
+            return _demo(options)
+        except KeyboardInterrupt as stop:
+            if (options.output_dir / _SIZE_FILE).exists():
+                stop.__notes__ = ["the same command continues"]
+            raise
 
 
 def _demo(options: DemoOptions) -> Path:

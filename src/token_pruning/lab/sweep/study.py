@@ -1,7 +1,8 @@
 """The study: trials shared by any number of processes through one Optuna storage, killed ones continued.
 
 A trial that was killed is known by its heartbeat, which stops. Whoever sees that first marks the trial as failed and
-puts its parameters back into the queue, with its folder, so that training goes on from its last checkpoint.
+puts its parameters back into the queue, with its folder, so that training goes on from its last checkpoint. Where the
+study's database lies in the output folder, no other process runs trials: what is not finished there was killed.
 """
 
 import datetime
@@ -52,6 +53,7 @@ _NEVER_BEGAN = datetime.timedelta(minutes=10)  # the same for one without any; o
 _POLL_SECONDS = 2.0
 _FAILURES_IN_A_ROW = 3
 _FIRST_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
+_ERROR = "error"  # what a trial failed with; one without was killed
 _STEPS = (0.7548777, 0.5698403)  # of Roberts's R2 sequence, which fills a square evenly from its first points on
 COMPLETE, PRUNED = _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _CLAIMED = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
@@ -148,6 +150,8 @@ class _Sweep:
     def run(self) -> None:
         """Until there are enough finished trials, here or elsewhere."""
         self._same_settings()
+        if self.options.storage is None:
+            self._continue_killed()
         self.dense = self._dense()
         self.space = self._space()
         self._report()
@@ -196,6 +200,7 @@ class _Sweep:
             _requeue(self.study, self._frozen(trial))
             raise
         except TokenPruningError as error:
+            trial.set_user_attr(_ERROR, str(error))
             self.failures.append(error)
             print(f"trial {trial.number}: {method}, {describe(_parameters(trial))}: failed: {error}", flush=True)
             raise
@@ -337,6 +342,15 @@ class _Sweep:
             if unknown and datetime.datetime.now() - trial.datetime_start > _NEVER_BEGAN:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
+    def _continue_killed(self) -> None:
+        """Put what was killed, at whatever moment, back into the queue; no other process is there."""
+        for trial in self._trials():
+            running = trial.state == TrialState.RUNNING
+            if running or (trial.state == TrialState.FAIL and _ERROR not in trial.user_attrs):
+                _requeue(self.study, trial)
+            if running:
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
     def _trials(self) -> list[Any]:
         return list(self.study.get_trials(deepcopy=False))
 
@@ -399,9 +413,11 @@ class _Sampler(optuna.samplers.TPESampler):  # type: ignore[misc]
 
 
 def _requeue(study: Any, trial: Any) -> None:
-    """Put a killed trial back into the queue, with its method, its parameters and its folder."""
+    """Put a killed trial back into the queue, once, with its method, its parameters and its folder."""
     kept = {key: trial.user_attrs[key] for key in ("method", "folder") if key in trial.user_attrs}
-    if "folder" in kept:  # else nothing was begun
+    trials = study.get_trials(deepcopy=False)
+    same = [t.number for t in trials if t.user_attrs.get("folder") == kept.get("folder")]
+    if "folder" in kept and max(same) == trial.number:  # else nothing was begun, or another trial goes on with it
         study.add_trial(
             optuna.create_trial(
                 state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=kept
