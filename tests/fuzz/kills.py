@@ -107,10 +107,15 @@ def start(command: str, folder: Path, kill: tuple[int, float] | tuple[int, int] 
         kill: a signal, and the second (float) or the number of the file operation (int) at which it is sent.
     """
     out, err = folder / "stdout", folder / "stderr"
+    for file in (out, err):
+        file.write_text("")
     began = time.monotonic()
-    pid = os.fork()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a child that has not begun would not know what to say
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # other threads: those of pytest-xdist
+        pid = os.fork()
     if pid == 0:
         _child(command.split(), folder, out, err, kill)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if kill is not None and isinstance(kill[1], float):
         waited = 0
         while waited == 0 and time.monotonic() - began < kill[1]:
@@ -132,12 +137,13 @@ def _child(argv: list[str], folder: Path, out: Path, err: Path, kill: tuple[int,
     try:
         os.chdir(folder)
         for file, descriptor in ((out, 1), (err, 2)):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            os.dup2(os.open(file, os.O_WRONLY), descriptor)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8", buffering=1) for n in (1, 2))
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         warnings.simplefilter("default")
         _count_file_operations(folder, kill)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         status = main(argv)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:

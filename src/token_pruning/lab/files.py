@@ -138,13 +138,14 @@ def sync_names(folder: Path) -> None:
             os.close(descriptor)
 
 
-def try_folder(flag: str, path: Path, room: int = 0) -> None:
+def try_folder(flag: str, path: Path, room: int = 0, file: Path | None = None) -> None:
     """Refuse a folder that cannot be written to, before any work; nothing stays that was made to find out.
 
     Args:
         flag: for the message.
         path: may be missing, with its parents.
         room: bytes that are to be written at least.
+        file: what is to be written there, where the message is to name it.
 
     Raises:
         ConfigError: if it is no folder, cannot be made or written to, or has no room.
@@ -155,19 +156,22 @@ def try_folder(flag: str, path: Path, room: int = 0) -> None:
         for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
             missing.mkdir()
             made.append(missing)
+        if file is not None:
+            (folder / file.name).exists()  # raises for a name that is too long
         probe, descriptor = _new_file(folder)
         os.close(descriptor)
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{flag} {_quoted(path)} cannot be written to: {_why_not(path, error)}") from None
+        raise ConfigError(f"{flag} {_quoted(file or path)} cannot be written to: {_why_not(path, error)}") from None
     finally:
         for empty in reversed(made):
             with suppress(OSError):
                 empty.rmdir()
     if free < max(room, _ROOM):
         raise ConfigError(
-            f"{flag} {_quoted(path)} cannot be written to: {free:,} bytes are free there, {max(room, _ROOM):,} needed"
+            f"{flag} {_quoted(file or path)} cannot be written to: {free:,} bytes are free there, "
+            f"{max(room, _ROOM):,} needed"
         )
 
 
@@ -195,7 +199,8 @@ def try_file(flag: str, path: Path) -> None:
             raise ConfigError(f"{flag} {_quoted(path)} cannot be written: {reason}")
         if not stat.S_ISREG(found.st_mode):
             return
-    try_folder(flag, Path(os.path.realpath(path)).parent)
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try_folder(flag, place.parent, file=path)
 
 
 def write_standard_output(text: str) -> None:

@@ -27,6 +27,8 @@ from token_pruning.lab.cli.commands import (
     add_train,
 )
 
+_PROGRAM = "token-pruning"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -43,30 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for a user's mistake, 130 if interrupted, 143 if terminated, 141 if nobody reads standard
         output any more.
     """
-    parser = _Parser(
-        prog="token-pruning", description="Train, evaluate and use encoders that drop the tokens they do not need."
-    )
-    commands = parser.add_subparsers(
-        required=True, metavar="train | calibrate | eval | predict | analyze | sweep | demo", parser_class=_Parser
-    )
-    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_sweep, add_demo):
-        add(commands)
-    return _run(parser, sys.argv[1:] if argv is None else argv)
-
-
-def paper_main(argv: Sequence[str]) -> int:
-    """``python run.py …``: training, or evaluation with ``--eval``. Arguments and result as for :func:`main`."""
-    command = "eval" if "--eval" in argv else "train"
-    return main([command, *(argument for argument in argv if argument != "--eval")])
-
-
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    """Everything that ends a command early is one line."""
-    _mend_streams()
     try:
+        _mend_streams()
         with _termination_as_exception(), _no_interrupt_lost():
             try:
-                return _carry_out(parser, argv)
+                return _carry_out(sys.argv[1:] if argv is None else argv)
             finally:
                 if sys.exc_info()[0] in (None, SystemExit):
                     sys.stdout.flush()  # here, where what goes wrong can still be said
@@ -82,20 +65,26 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
             sys.stdout.flush()
         _drop_standard_output()
         where = f"{error.filename}: " if error.filename is not None else ""
-        return _leave(2, f"{parser.prog}: error: {where}{error.strerror or error}")
+        return _leave(2, f"{_PROGRAM}: error: {where}{error.strerror or error}")
 
 
-def _carry_out(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    arguments = parser.parse_args([_dashed(argument) for argument in argv])
+def paper_main(argv: Sequence[str]) -> int:
+    """``python run.py …``: training, or evaluation with ``--eval``. Arguments and result as for :func:`main`."""
+    command = "eval" if "--eval" in argv else "train"
+    return main([command, *(argument for argument in argv if argument != "--eval")])
+
+
+def _carry_out(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args([_dashed(argument) for argument in argv])
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     transformers.logging.disable_progress_bar()  # the bars of loading and writing weights, not those of training
     try:
         arguments.run(arguments)
     except TokenPruningError as error:
-        return _leave(2, f"{parser.prog}: error: {error}")
+        return _leave(2, f"{_PROGRAM}: error: {error}")
     except ModuleNotFoundError as error:
         extra = "sweep" if error.name == "optuna" else "demo"
-        return _leave(2, f"{parser.prog}: error: {error.name} is missing; pip install 'token-pruning[{extra}]'")
+        return _leave(2, f"{_PROGRAM}: error: {error.name} is missing; pip install 'token-pruning[{extra}]'")
     return 0
 
 
@@ -132,12 +121,18 @@ def _no_interrupt_lost() -> Iterator[None]:
     """
     before, timers = sys.unraisablehook, []
 
+    def send(number: signal.Signals) -> None:
+        if hasattr(signal, "pthread_kill"):  # ends a wait, too
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            _thread.interrupt_main(number)
+
     def again(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             before(unraisable)
             return
         number = signal.SIGTERM if issubclass(unraisable.exc_type, _Terminated) else signal.SIGINT
-        timer = threading.Timer(0.01, _thread.interrupt_main, [number])
+        timer = threading.Timer(0.01, send, [number])
         timer.daemon = True
         timers.append(timer)
         timer.start()
@@ -167,6 +162,18 @@ def _drop_standard_output() -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROGRAM, description="Train, evaluate and use encoders that drop the tokens they do not need."
+    )
+    commands = parser.add_subparsers(
+        required=True, metavar="train | calibrate | eval | predict | analyze | sweep | demo", parser_class=_Parser
+    )
+    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_sweep, add_demo):
+        add(commands)
+    return parser
 
 
 def _leave(status: int, message: str | None = None) -> int:
