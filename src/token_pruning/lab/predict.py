@@ -41,6 +41,8 @@ def predict_file(options: PredictOptions) -> None:
     """
     if options.output is not None:
         try_file("--output", options.output)
+    else:
+        write_standard_output("")  # says that it is closed before the work starts
     checkpoint = read_checkpoint(options.restore)
     if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(

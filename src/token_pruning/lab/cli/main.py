@@ -57,14 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, said = (143, "terminated") if isinstance(stop, _Terminated) else (130, "interrupted")
         notes = "".join(f"; {note}" for note in getattr(stop, "__notes__", ()))
         return _leave(status, f"{said}{notes}")
-    except BrokenPipeError:  # of standard output: whoever read it has enough
-        _drop_standard_output()
-        return _leave(141)
     except OSError as error:
-        with suppress(OSError):
-            sys.stdout.flush()
-        _drop_standard_output()
         where = f"{error.filename}: " if error.filename is not None else ""
+        try:
+            sys.stdout.flush()
+        except OSError as problem:
+            _drop_standard_output()
+            if isinstance(problem, BrokenPipeError):  # whoever read it has enough
+                return _leave(141)
+            where = "standard output: "
         return _leave(2, f"{_PROGRAM}: error: {where}{error.strerror or error}")
 
 
