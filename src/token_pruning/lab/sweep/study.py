@@ -9,7 +9,6 @@ import datetime
 import gc
 import json
 import random
-import shutil
 import time
 import warnings
 from collections import Counter
@@ -32,6 +31,7 @@ from token_pruning.budget.fitting import highest_flops, lowest_flops, prunable_l
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.lab.data import TaskData
+from token_pruning.lab.files import STAGING_PREFIX
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.options import SweepOptions
 from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_results
@@ -476,11 +476,11 @@ def _shown(url: str) -> str:
 
 def _clean(folder: Path, *, keep_model: bool) -> None:
     """Leave the figures, and the model if it is wanted."""
-    for entry in folder.iterdir():
-        scratch = entry.is_dir() and entry.name.startswith(("checkpoint-", "runs"))
+    for entry in list(folder.iterdir()):
+        scratch = entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", STAGING_PREFIX))
         if entry.name in ("eval_results.json", RUN_FILE, LOCK_FILE) or (keep_model and not scratch):
             continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        RunDir(folder).remove(entry) if entry.is_dir() else entry.unlink()
 
 
 @contextmanager
