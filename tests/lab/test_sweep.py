@@ -57,13 +57,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial without a heartbeat for a second counts as killed. Live ones beat often enough: others' grace is long."""
-    for name, value in (("HEARTBEAT_SECONDS", 1), ("GRACE_SECONDS", 1), ("_POLL_SECONDS", 0.2)):
-        monkeypatch.setattr(sweep_study, name, value)
-
-
 def sweep(*more: Any) -> int:
     return main([*LINE.split(), *map(str, more)])
 
@@ -169,7 +162,7 @@ def test_settings_for_all_methods(folder: Path) -> None:
         assert '"examples": 12' in Path("out/trials", name, "eval_results.json").read_text()
 
 
-def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_sweep_continues_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--trials", 3, "--epoch", 4, "--prune-margin", 100, "--methods", "calibrated", "manual")
     killed = process(*more, start=("-c", KILLED_IN_THE_THIRD_EPOCH))
     killed.communicate(timeout=240)
@@ -195,7 +188,8 @@ def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.
     assert "continuing from" in Path("out/trials/0001-manual.log").read_text()
     assert Counter(row["state"] for row in trials()) == {"complete": 3, "continued": 1}
     assert "3 complete. " in Path("out/pareto.md").read_text()
-    assert "(3 of 3)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "(3 of 3)" in out and "waiting" not in out
     assert sweep(*more) == 0  # nothing is left to do
     assert len(stored()) == len(after)
 
@@ -228,14 +222,17 @@ def test_hopeless_trials_are_stopped(
     assert "1 complete, 2 pruned" in Path("out/pareto.md").read_text()
 
 
-def test_an_interrupted_trial_is_queued_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("queued", [True, False])  # or killed before that
+def test_an_interrupted_trial_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch, queued: bool) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep_study._Sweep, "_run", interrupt)
+        if not queued:
+            patch.setattr(sweep_study, "_requeue", lambda *_: None)
         assert sweep("--trials", 1, "--methods", "calibrated") == 130
-    assert [trial.state.name for trial in stored()] == ["FAIL", "WAITING"]
+    assert [trial.state.name for trial in stored()] == ["FAIL", *["WAITING"] * queued]
     assert sweep("--trials", 1, "--methods", "calibrated") == 0
     first, second = stored()
     assert (second.state.name, second.params) == ("COMPLETE", first.params)

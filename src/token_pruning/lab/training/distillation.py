@@ -150,8 +150,8 @@ def teacher_logits(
         ``[examples, outputs]`` float32, in the features' order and that of the teacher's outputs.
 
     Raises:
-        CheckpointError: if the file on disk is unreadable or was made by another teacher, or none can be written.
-        ConfigError: if the examples are longer than the teacher's positions.
+        CheckpointError: if the file on disk is unreadable or was made by another teacher.
+        ConfigError: if no file can be written, or the examples are longer than the teacher's positions.
     """
     data = _digest(features, bf16)
     metadata = {"checkpoint_sha256": teacher.sha256(), "data_sha256": data, "examples": str(len(features))}
