@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_sst2(tmp_path / "glue", train=80, dev=12)
     write_checkpoint(tmp_path / "CKPT")
     return tmp_path
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial without a heartbeat for a second counts as killed. Live ones beat often enough: others' grace is long."""
+    for name, value in (("HEARTBEAT_SECONDS", 1), ("GRACE_SECONDS", 1), ("_POLL_SECONDS", 0.2)):
+        monkeypatch.setattr(sweep_study, name, value)
+
+
+class Killed(BaseException):
+    """As sudden as a signal, but in this process."""
 
 
 def sweep(*more: Any) -> int:
@@ -162,8 +174,20 @@ def test_settings_for_all_methods(folder: Path) -> None:
         assert '"examples": 12' in Path("out/trials", name, "eval_results.json").read_text()
 
 
-def test_a_killed_sweep_continues_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--trials", 3, "--epoch", 4, "--prune-margin", 100, "--methods", "calibrated", "manual")
+def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
+    more = (
+        "--storage",
+        f"sqlite:///{folder}/out/study.db",  # as if other processes might be there
+        "--trials",
+        3,
+        "--epoch",
+        4,
+        "--prune-margin",
+        100,
+        "--methods",
+        "calibrated",
+        "manual",
+    )
     killed = process(*more, start=("-c", KILLED_IN_THE_THIRD_EPOCH))
     killed.communicate(timeout=240)
     assert killed.returncode == -signal.SIGKILL
@@ -188,8 +212,7 @@ def test_a_killed_sweep_continues_at_once(folder: Path, capsys: pytest.CaptureFi
     assert "continuing from" in Path("out/trials/0001-manual.log").read_text()
     assert Counter(row["state"] for row in trials()) == {"complete": 3, "continued": 1}
     assert "3 complete. " in Path("out/pareto.md").read_text()
-    out = capsys.readouterr().out
-    assert "(3 of 3)" in out and "waiting" not in out
+    assert "(3 of 3)" in capsys.readouterr().out
     assert sweep(*more) == 0  # nothing is left to do
     assert len(stored()) == len(after)
 
@@ -222,20 +245,25 @@ def test_hopeless_trials_are_stopped(
     assert "1 complete, 2 pruned" in Path("out/pareto.md").read_text()
 
 
-@pytest.mark.parametrize("queued", [True, False])  # or killed before that
-def test_an_interrupted_trial_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch, queued: bool) -> None:
+@pytest.mark.parametrize("moment", ["interrupted", "interrupted, then killed", "killed"])
+def test_a_trial_that_was_stopped_is_continued_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
     def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
+        raise Killed if moment == "killed" else KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep_study._Sweep, "_run", interrupt)
-        if not queued:
+        if moment != "interrupted":
             patch.setattr(sweep_study, "_requeue", lambda *_: None)
-        assert sweep("--trials", 1, "--methods", "calibrated") == 130
-    assert [trial.state.name for trial in stored()] == ["FAIL", *["WAITING"] * queued]
+        with pytest.raises(Killed) if moment == "killed" else nullcontext():
+            assert sweep("--trials", 1, "--methods", "calibrated") == 130
+    expected = {"interrupted": ["FAIL", "WAITING"], "killed": ["RUNNING"]}.get(moment, ["FAIL"])
+    assert [trial.state.name for trial in stored()] == expected
     assert sweep("--trials", 1, "--methods", "calibrated") == 0
     first, second = stored()
     assert (second.state.name, second.params) == ("COMPLETE", first.params)
+    assert "waiting" not in capsys.readouterr().out
 
 
 def test_a_trial_that_another_process_took_over_is_left_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
