@@ -11,6 +11,7 @@ import stat
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,13 +180,9 @@ def bad_place(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
         elif name == "NUL":
             yield "new/a\0b", "a\\x00b"
         elif name == "read-only":
-            mkdir = os.mkdir
-            opened = os.open
 
-            def refuse(path: Any, *more: Any, **keys: Any) -> Any:
-                if "new" in str(path):
-                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-                return (mkdir if not more or more[0] == 0o777 else opened)(path, *more, **keys)
+            def refuse(path: Any, mode: int = 0o777) -> None:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
             patch.setattr(os, "mkdir", refuse)
             yield "new/a", "Read-only file system"
@@ -270,7 +267,8 @@ def test_a_second_process_is_refused_and_named_the_first(folder: Path, capsys: p
 
 def test_a_killed_holder_holds_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ready, written = os.pipe()
-    pid = os.fork()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forking beside pytest's threads
+        pid = os.fork()
     if pid == 0:
         with held(folder / "out"):
             os.write(written, b"x")
