@@ -5,7 +5,10 @@ The same as ``token-pruning train``, or with ``--eval`` as ``token-pruning eval`
 
 import sys
 
-from token_pruning.lab.cli import paper_main
-
 if __name__ == "__main__":
+    try:
+        from token_pruning.lab.cli import paper_main
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(paper_main(sys.argv[1:]))

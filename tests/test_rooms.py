@@ -11,7 +11,7 @@ import token_pruning
 ROOT = Path(token_pruning.__file__).parent
 # A room may import from those of lower floors.
 FLOORS = (
-    {"errors"},
+    {"errors", "interrupts"},
     {"checks"},
     {"ragged"},
     {"pruners", "families"},

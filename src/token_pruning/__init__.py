@@ -6,6 +6,7 @@ with tp.record(model) as trace:
     model(**batch)
 """
 
+from token_pruning import interrupts as _interrupts  # noqa: F401 - before what takes long
 from token_pruning.budget.calibration import Calibration, calibrate
 from token_pruning.budget.schedules import Schedule
 from token_pruning.budget.vocabulary import vocabulary_gate

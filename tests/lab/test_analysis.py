@@ -1,6 +1,8 @@
 """Where tokens go: quantities against plain loops, files, pages, mistakes, and training on short inputs only."""
 
+import errno
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -289,17 +291,17 @@ def test_files_are_written_whole_or_not_at_all(
 
     assert main(["analyze", *LINE.split(), "CKPT"]) == 0
     before = {file: file.read_bytes() for file in Path("out").iterdir()}
-    write = Path.write_bytes
+    synced: list[int] = []
 
-    def full(path: Path, content: bytes) -> int:
-        if path.name.endswith("layers.png"):
-            raise OSError("no space left")
-        return write(path, content)
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 3:
+            raise OSError(errno.ENOSPC, "no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(os, "fsync", full)
         assert main(["analyze", *LINE.split(), "CKPT", "--quantiles", "2"]) == 2
-    assert "--output-dir out cannot be written: no space left" in capsys.readouterr().err
+    assert "out/layers.png cannot be written: no space left" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in Path("out").iterdir()} == before
 
 

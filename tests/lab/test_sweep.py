@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial without a heartbeat for a second counts as killed. Live ones beat often enough: others' grace is long."""
     for name, value in (("HEARTBEAT_SECONDS", 1), ("GRACE_SECONDS", 1), ("_POLL_SECONDS", 0.2)):
         monkeypatch.setattr(sweep_study, name, value)
+
+
+class Killed(BaseException):
+    """As sudden as a signal, but in this process."""
 
 
 def sweep(*more: Any) -> int:
@@ -170,7 +175,19 @@ def test_settings_for_all_methods(folder: Path) -> None:
 
 
 def test_a_killed_sweep_continues(folder: Path, impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--trials", 3, "--epoch", 4, "--prune-margin", 100, "--methods", "calibrated", "manual")
+    more = (
+        "--storage",
+        f"sqlite:///{folder}/out/study.db",  # as if other processes might be there
+        "--trials",
+        3,
+        "--epoch",
+        4,
+        "--prune-margin",
+        100,
+        "--methods",
+        "calibrated",
+        "manual",
+    )
     killed = process(*more, start=("-c", KILLED_IN_THE_THIRD_EPOCH))
     killed.communicate(timeout=240)
     assert killed.returncode == -signal.SIGKILL
@@ -228,17 +245,25 @@ def test_hopeless_trials_are_stopped(
     assert "1 complete, 2 pruned" in Path("out/pareto.md").read_text()
 
 
-def test_an_interrupted_trial_is_queued_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["interrupted", "interrupted, then killed", "killed"])
+def test_a_trial_that_was_stopped_is_continued_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
     def interrupt(*args: Any) -> None:
-        raise KeyboardInterrupt
+        raise Killed if moment == "killed" else KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep_study._Sweep, "_run", interrupt)
-        assert sweep("--trials", 1, "--methods", "calibrated") == 130
-    assert [trial.state.name for trial in stored()] == ["FAIL", "WAITING"]
+        if moment != "interrupted":
+            patch.setattr(sweep_study, "_requeue", lambda *_: None)
+        with pytest.raises(Killed) if moment == "killed" else nullcontext():
+            assert sweep("--trials", 1, "--methods", "calibrated") == 130
+    expected = {"interrupted": ["FAIL", "WAITING"], "killed": ["RUNNING"]}.get(moment, ["FAIL"])
+    assert [trial.state.name for trial in stored()] == expected
     assert sweep("--trials", 1, "--methods", "calibrated") == 0
     first, second = stored()
     assert (second.state.name, second.params) == ("COMPLETE", first.params)
+    assert "waiting" not in capsys.readouterr().out
 
 
 def test_a_trial_that_another_process_took_over_is_left_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

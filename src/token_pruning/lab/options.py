@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import get_annotations
+from pathlib import Path
 from typing import Any
 
 from token_pruning.checks import positive_integer
@@ -76,8 +77,13 @@ def output_folder(flag: str, path: Any) -> None:
     """A path that is a folder, or not there yet.
 
     Raises:
-        ConfigError: for a file.
+        ConfigError: for a file, an empty path, or one that no system has.
     """
+    if not str(path):
+        raise ConfigError(f"{flag} is empty; it must be a folder, or not exist yet")
+    path = Path(path)
+    if "\0" in str(path):
+        raise ConfigError(f"{flag} is {str(path)!r}; a path has no NUL")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{flag} is {path}, a file; it must be a folder, or not exist yet")
 

@@ -1,7 +1,6 @@
 """Labelling the texts of a file."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
-from token_pruning.lab.files import write_text
+from token_pruning.lab.files import try_file, write_standard_output, write_text
 from token_pruning.lab.heads import head_kind
 from token_pruning.lab.options import InferenceOptions, option
 from token_pruning.lab.training.features import collator, tokenize
@@ -29,7 +28,7 @@ class PredictOptions(InferenceOptions):
 
     restore: str = option(help="checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
     input: Path = option(help="one or two text columns, or one text per line (.txt)")
-    output: Path | None = option(None, help="where to write (default: standard output)")
+    output: Path | None = option(None, help="where to write; missing folders are made (default: standard output)")
     dense: bool = option(False, help="leave the checkpoint's pruning off")
 
 
@@ -42,6 +41,10 @@ def predict_file(options: PredictOptions) -> None:
     Raises:
         TokenPruningError: for a bad checkpoint, file or value.
     """
+    if options.output is not None:
+        try_file("--output", options.output)
+    else:
+        write_standard_output("")  # says that it is closed before the work starts
     checkpoint = read_checkpoint(options.restore)
     if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
@@ -67,12 +70,9 @@ def predict_file(options: PredictOptions) -> None:
     rows = answers(torch.from_numpy(found.logits), model.config, options.restore)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if options.output is None:
-        sys.stdout.write(text)
-        return
-    try:
+        write_standard_output(text)
+    else:
         write_text(options.output, text)
-    except OSError as error:
-        raise DataError(f"{options.output} cannot be written: {error}") from None
 
 
 def answers(logits: torch.Tensor, config: Any, name: str) -> list[dict[str, Any]]:

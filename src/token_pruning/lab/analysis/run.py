@@ -24,7 +24,7 @@ from token_pruning.lab.analysis.quantities import (
 )
 from token_pruning.lab.data import Task, TaskData
 from token_pruning.lab.evaluation import length_order, predict
-from token_pruning.lab.files import write_files
+from token_pruning.lab.files import try_folder, write_files
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.report.page import load_template
 from token_pruning.lab.training.features import collator
@@ -57,6 +57,7 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
         TokenPruningError: for a bad checkpoint, data set or value.
     """
     load_template("trajectories.html")  # says what is missing before minutes of work
+    try_folder("--output-dir", options.output_dir)
     checkpoints = [read_checkpoint(path) for path in options.restore]
     pruners = [_pruner(checkpoint) for checkpoint in checkpoints]
     data = [load_data(checkpoint) for checkpoint in checkpoints]
@@ -167,10 +168,7 @@ def _write(options: AnalyzeOptions, about: dict[str, Any], methods: list[dict[st
     }
     if about["samples"]:
         contents["trajectories.html"] = trajectories(analysis)
-    try:
-        write_files(options.output_dir, contents)
-    except OSError as error:
-        raise ConfigError(f"--output-dir {options.output_dir} cannot be written: {error}") from None
+    write_files(options.output_dir, contents)
     print(f"written to {options.output_dir / 'analysis.md'}")
     return options.output_dir / "analysis.md"
 

@@ -40,7 +40,7 @@ from token_pruning.lab.report import write_report
 from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import training_examples
-from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.run_dir import RunDir, held
 from token_pruning.lab.training.train import train
 from token_pruning.runtime.prune import record
 
@@ -86,6 +86,16 @@ def run_demo(options: DemoOptions) -> Path:
     Raises:
         TokenPruningError: if the model cannot be found or the output folder holds something else.
     """
+    with held(options.output_dir):
+        try:
+            return _demo(options)
+        except KeyboardInterrupt as stop:
+            if (options.output_dir / _SIZE_FILE).exists():
+                stop.__notes__ = ["the same command continues"]
+            raise
+
+
+def _demo(options: DemoOptions) -> Path:
     output_dir = options.output_dir
     start = str(find_minilm(options.hub))
     print("building the task from the standard library's docstrings …")

@@ -1,14 +1,14 @@
 """The study: trials shared by any number of processes through one Optuna storage, killed ones continued.
 
 A trial that was killed is known by its heartbeat, which stops. Whoever sees that first marks the trial as failed and
-puts its parameters back into the queue, with its folder, so that training goes on from its last checkpoint.
+puts its parameters back into the queue, with its folder, so that training goes on from its last checkpoint. Where the
+study's database lies in the output folder, no other process runs trials: what is not finished there was killed.
 """
 
 import datetime
 import gc
 import json
 import random
-import shutil
 import time
 import warnings
 from collections import Counter
@@ -31,6 +31,7 @@ from token_pruning.budget.fitting import highest_flops, lowest_flops, prunable_l
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.errors import ConfigError, TokenPruningError
 from token_pruning.lab.data import TaskData
+from token_pruning.lab.files import STAGING_PREFIX
 from token_pruning.lab.sweep.methods import METHODS, Space
 from token_pruning.lab.sweep.options import SweepOptions
 from token_pruning.lab.sweep.report import Row, TaskResults, describe, write_results
@@ -41,7 +42,7 @@ from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.load import load_split
 from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
 from token_pruning.lab.training.plan import DataSource, training_examples
-from token_pruning.lab.training.run_dir import RUN_FILE, RunDir
+from token_pruning.lab.training.run_dir import LOCK_FILE, RUN_FILE, RunDir, held
 from token_pruning.lab.training.train import train
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 from token_pruning.runtime.prune import prunable
@@ -52,6 +53,7 @@ _NEVER_BEGAN = datetime.timedelta(minutes=10)  # the same for one without any; o
 _POLL_SECONDS = 2.0
 _FAILURES_IN_A_ROW = 3
 _FIRST_TRIALS_PER_METHOD = 4  # before Optuna's sampler learns from what it sees
+_ERROR = "error"  # what a trial failed with; one without was killed
 _STEPS = (0.7548777, 0.5698403)  # of Roberts's R2 sequence, which fills a square evenly from its first points on
 COMPLETE, PRUNED = _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _CLAIMED = (*_FINISHED, TrialState.RUNNING, TrialState.WAITING)
@@ -76,12 +78,23 @@ def run_sweep(options: SweepOptions, load_data: DataSource) -> Path:
         raise ConfigError(f"--restore {options.base.restore} is pruned already; a sweep starts from a dense checkpoint")
     # As run.json of a trial has it: the same from wherever the command is given again.
     options = replace(options, base=replace(options.base, restore=str(checkpoint.path.resolve())))
-    data = load_data(checkpoint)
+    # Processes share a study by its storage; each has an output folder of its own.
+    with held(options.output_dir):
+        return _run_sweep(options, checkpoint, load_data(checkpoint))
+
+
+def _run_sweep(options: SweepOptions, checkpoint: Checkpoint, data: TaskData) -> Path:
     training_examples(data)
     if options.validate_on == "train":
         data = validate_on_training_set(data, options.base.seed)
-    sweep = _Sweep(options, checkpoint, data, _open_study(options))
-    sweep.run()
+    try:
+        _Sweep(options, checkpoint, data, _open_study(options)).run()
+    except KeyboardInterrupt as stop:
+        stop.__notes__ = ["the same command continues the study"]
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"the study's database cannot be read or written: {reason}") from None
     return options.output_dir / "pareto.md"
 
 
@@ -137,6 +150,8 @@ class _Sweep:
     def run(self) -> None:
         """Until there are enough finished trials, here or elsewhere."""
         self._same_settings()
+        if self.options.storage is None:
+            self._continue_killed()
         self.dense = self._dense()
         self.space = self._space()
         self._report()
@@ -185,6 +200,7 @@ class _Sweep:
             _requeue(self.study, self._frozen(trial))
             raise
         except TokenPruningError as error:
+            trial.set_user_attr(_ERROR, str(error))
             self.failures.append(error)
             print(f"trial {trial.number}: {method}, {describe(_parameters(trial))}: failed: {error}", flush=True)
             raise
@@ -326,6 +342,15 @@ class _Sweep:
             if unknown and datetime.datetime.now() - trial.datetime_start > _NEVER_BEGAN:
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
+    def _continue_killed(self) -> None:
+        """Put what was killed, at whatever moment, back into the queue; no other process is there."""
+        for trial in self._trials():
+            running = trial.state == TrialState.RUNNING
+            if running or (trial.state == TrialState.FAIL and _ERROR not in trial.user_attrs):
+                _requeue(self.study, trial)
+            if running:
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
     def _trials(self) -> list[Any]:
         return list(self.study.get_trials(deepcopy=False))
 
@@ -388,9 +413,11 @@ class _Sampler(optuna.samplers.TPESampler):  # type: ignore[misc]
 
 
 def _requeue(study: Any, trial: Any) -> None:
-    """Put a killed trial back into the queue, with its method, its parameters and its folder."""
+    """Put a killed trial back into the queue, once, with its method, its parameters and its folder."""
     kept = {key: trial.user_attrs[key] for key in ("method", "folder") if key in trial.user_attrs}
-    if "folder" in kept:  # else nothing was begun
+    trials = study.get_trials(deepcopy=False)
+    same = [t.number for t in trials if t.user_attrs.get("folder") == kept.get("folder")]
+    if "folder" in kept and max(same) == trial.number:  # else nothing was begun, or another trial goes on with it
         study.add_trial(
             optuna.create_trial(
                 state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=kept
@@ -406,7 +433,6 @@ def _open_study(options: SweepOptions) -> Any:
     """
     url = options.storage
     if url is None:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
         file = (options.output_dir / "study.db").resolve()
         url = str(sqlalchemy.URL.create("sqlite", database=str(file))).replace("{", "{{").replace("}", "}}")
     timeout = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -450,11 +476,11 @@ def _shown(url: str) -> str:
 
 def _clean(folder: Path, *, keep_model: bool) -> None:
     """Leave the figures, and the model if it is wanted."""
-    for entry in folder.iterdir():
-        scratch = entry.is_dir() and entry.name.startswith(("checkpoint-", "runs"))
-        if entry.name in ("eval_results.json", RUN_FILE) or (keep_model and not scratch):
+    for entry in list(folder.iterdir()):
+        scratch = entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", STAGING_PREFIX))
+        if entry.name in ("eval_results.json", RUN_FILE, LOCK_FILE) or (keep_model and not scratch):
             continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        RunDir(folder).remove(entry) if entry.is_dir() else entry.unlink()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ model.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -107,7 +107,7 @@ class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {"target": self.target}, "attributes": {"multiplier": self.multiplier, "start": self.start}}
 
 
-class BudgetHolder(TrainerCallback):  # type: ignore[misc]
+class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again."""
 
     def __init__(self, batch: Mapping[str, Tensor], target: float, schedule: Schedule | None, bf16: bool) -> None:
@@ -121,9 +121,25 @@ class BudgetHolder(TrainerCallback):  # type: ignore[misc]
         """
         self.batch, self.target, self.schedule, self.bf16 = batch, target, schedule, bf16
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on with the schedule that a killed run has found."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        schedule = saved["attributes"]["schedule"] if isinstance(saved, dict) else None
+        if self.schedule is None and schedule is not None:
+            self.schedule = Schedule(schedule["name"], tuple(schedule["weights"]))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        schedule = None if self.schedule is None else asdict(self.schedule)
+        return {"args": {"target": self.target}, "attributes": {"schedule": schedule}}
+
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Fit at the beginning, and from then on at even distances."""
-        if attachment_of(model).token_pruner.soft:
+        token_pruner = attachment_of(model).token_pruner
+        # Before a run's first step the Trainer has the model in evaluation mode, where nothing is soft: a soft stage
+        # starts from fitted thresholds. One that is continued must not be fitted again.
+        learns = token_pruner.thresholds is not None and token_pruner.thresholds.requires_grad
+        if token_pruner.soft or (learns and state.global_step > 0):
             return
         every = max(1, state.max_steps // REFITS)
         if self.schedule is None or state.global_step % every == 0:

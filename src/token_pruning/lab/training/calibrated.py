@@ -12,7 +12,7 @@ from token_pruning.budget.calibration import Calibration, calibrate
 from token_pruning.budget.fitting import Fit
 from token_pruning.budget.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
 from token_pruning.budget.vocabulary import vocabulary_gate
-from token_pruning.checkpoint import read_checkpoint
+from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.lab.data import TaskData, load_unlabelled
 from token_pruning.lab.files import write_json
 from token_pruning.lab.metrics import compute_metrics
@@ -20,8 +20,8 @@ from token_pruning.lab.training.evaluate import make_evaluator
 from token_pruning.lab.training.features import labelled_features, tokenize
 from token_pruning.lab.training.load import load_classifier, load_float32, load_tokenizer
 from token_pruning.lab.training.options import CalibrateOptions
-from token_pruning.lab.training.plan import DataSource, refuse_same_folder, training_examples
-from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.plan import DataSource, refuse_same_folder, training_examples, weight_bytes
+from token_pruning.lab.training.run_dir import RunDir, held
 
 REPORT = "calibration.json"
 
@@ -39,10 +39,16 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
     Raises:
         TokenPruningError: for every mistake of the user.
     """
-    base = options.base
-    checkpoint = read_checkpoint(base.restore)
-    run_dir = RunDir(Path(base.output_dir or checkpoint.path / "calibrated"))
+    checkpoint = read_checkpoint(options.base.restore)
+    run_dir = RunDir(Path(options.base.output_dir or checkpoint.path / "calibrated"))
     refuse_same_folder(run_dir, checkpoint, "--restore")
+    with held(run_dir.path, room=weight_bytes(checkpoint)):
+        _calibrate(options, checkpoint, run_dir, load_data)
+    return run_dir.path
+
+
+def _calibrate(options: CalibrateOptions, checkpoint: Checkpoint, run_dir: RunDir, load_data: DataSource) -> None:
+    base = options.base
     resume = run_dir.check(options.identity(), overwrite=base.overwrite_output_dir)
     tokenizer = load_tokenizer(checkpoint)
     data: TaskData | None = None
@@ -76,7 +82,6 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
     run_dir.save_model(model, tokenizer)
     run_dir.finish(options.identity())
     print(f"saved to {run_dir.path}")
-    return run_dir.path
 
 
 def _metric(data: TaskData) -> Any:

@@ -153,8 +153,8 @@ def teacher_logits(
         ``[examples, outputs]`` float32, in the features' order and that of the teacher's outputs.
 
     Raises:
-        CheckpointError: if the file on disk is unreadable or was made by another teacher, or none can be written.
-        ConfigError: if the examples are longer than the teacher's positions.
+        CheckpointError: if the file on disk is unreadable or was made by another teacher.
+        ConfigError: if no file can be written, or the examples are longer than the teacher's positions.
     """
     data = _digest(features, bf16)
     metadata = {"checkpoint_sha256": teacher.sha256(), "data_sha256": data, "examples": str(len(features))}
@@ -163,14 +163,14 @@ def teacher_logits(
         if file.exists():
             return _read(file, metadata, (len(features), teacher.num_outputs))
     logits = _compute(teacher, features, collate, batch_size, bf16, device)
-    problem: Exception | None = None
     for file in files:
         try:
             write_tensors(file, {_TENSOR: logits}, metadata)
-            return logits
-        except (OSError, SafetensorError) as error:
-            problem = error
-    raise CheckpointError(f"{files[-1]} cannot be written: {problem}")
+            break
+        except ConfigError:
+            if file == files[-1]:
+                raise
+    return logits
 
 
 def _digest(features: Features, bf16: bool) -> str:

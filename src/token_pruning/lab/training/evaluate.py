@@ -11,6 +11,7 @@ from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
 from token_pruning.lab.data import TaskData
 from token_pruning.lab.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
+from token_pruning.lab.files import try_folder
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.features import collator, labelled_features
 from token_pruning.lab.training.load import load_classifier, load_tokenizer, other_architecture
@@ -92,6 +93,8 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         raise ConfigError(
             f"{options.restore} is {other}; only sequence-classification and regression models can be evaluated"
         )
+    folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
+    try_folder("--output-dir" if options.output_dir else "the default --output-dir", folder)
     pruner = None if options.masking_mode == "none" else pruner_of(checkpoint, options)
     data = load_data(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -101,5 +104,4 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
     if pruner is not None:
         checkpoint.prune(model, pruner)
     data.say()
-    folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)

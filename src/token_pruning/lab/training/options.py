@@ -8,7 +8,7 @@ from typing import Any
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.checks import choice, number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
-from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of
+from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of, output_folder
 from token_pruning.pruners import check_keys
 from token_pruning.pruners.summary import SummaryTokens
 
@@ -68,8 +68,9 @@ class TrainOptions(InferenceOptions):
         group=MODEL, check=positive_integer,
     )  # fmt: skip
     output_dir: str | None = option(
-        None, help="default: the paper's folder, checkpoints/base/TASK/… or CKPT/hard/lr_…", group=MODEL
-    )
+        None, help="default: the paper's folder, checkpoints/base/TASK/… or CKPT/hard/lr_…", group=MODEL,
+        check=output_folder,
+    )  # fmt: skip
 
     lr: float = option(
         2e-5, help="learning rate of the weights (default 4e-5; MRPC 2e-5)", group=_TRAINING, check=_above_0

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from token_pruning.lab.data import Task, TaskData, TextExamples, load_unlabelled
 from token_pruning.lab.training.budget import LR_THRESHOLD, TEMPERATURE, with_relative_scores
 from token_pruning.lab.training.distillation import Distillation, default_teacher, read_teacher
 from token_pruning.lab.training.options import DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT, TrainOptions
-from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.run_dir import RunDir, held
 from token_pruning.pruners import FixedThreshold, Pruner, check_keys
 
 DataSource = Callable[[Checkpoint], TaskData]
@@ -68,12 +69,13 @@ class TrainPlan:
         return LR_THRESHOLD if by_controller and self.options.lr_threshold is None else self.options.lr_threshold
 
 
-def plan_training(options: TrainOptions, load_data: DataSource) -> TrainPlan:
+def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack | None = None) -> TrainPlan:
     """Decide everything about a run, and refuse what can be refused; nothing is written.
 
     Args:
         options: what to do.
         load_data: gives the task's examples, from the checkpoint (whose labels may matter).
+        stack: if given, keeps the run's folder to this process, from before it is looked at.
 
     Raises:
         TokenPruningError: for every mistake of the user that shows before the model is built.
@@ -85,6 +87,8 @@ def plan_training(options: TrainOptions, load_data: DataSource) -> TrainPlan:
     teacher = _teacher(found, options)
     if teacher is not None:
         refuse_same_folder(run_dir, teacher, "--teacher")
+    if stack is not None:
+        stack.enter_context(held(run_dir.path, room=weight_bytes(found)))
     resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     data = load_data(start)
     examples = training_examples(data)
@@ -138,6 +142,11 @@ def refuse_same_folder(run_dir: RunDir, checkpoint: Checkpoint, flag: str) -> No
     """
     if run_dir.path.resolve() == checkpoint.path.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the {flag} folder; give another --output-dir")
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """What its weights take on the disk: about what a model that is made from it will."""
+    return sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
 
 
 def training_examples(data: TaskData) -> TextExamples:

@@ -1,18 +1,80 @@
 """The folder of a training run: what may be written there, and how, so that a kill never leaves half a checkpoint."""
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from token_pruning.errors import CheckpointError, ConfigError
-from token_pruning.lab.files import STAGING_PREFIX, write_json
+from token_pruning.lab.files import STAGING_PREFIX, make_folder, move_file, sync, sync_names, try_folder, write_json
 
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
 _FULL = 16 * 2**20  # bytes left free by a write that failed for want of room
 TEACHER_LOGITS = "teacher_logits"  # the folder of what was computed with a model as the teacher, or for a run
+
+
+@contextmanager
+def held(folder: Path, flag: str = "--output-dir", room: int = 0) -> Iterator[None]:
+    """Keep a folder to this process; the system frees it when the process ends, however that happens.
+
+    The folder is made if missing, and removed again if nothing was written into it. Of several processes that train
+    together the first one holds it for all.
+
+    Args:
+        folder: of a run.
+        flag: for messages.
+        room: bytes that are to be written at least.
+
+    Raises:
+        ConfigError: if the folder cannot be written to, or another process holds it.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    try_folder(flag, folder, room)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    make_folder(folder)
+    file = folder / LOCK_FILE
+    was_there = file.exists()
+    holder = _holder(file)  # read now: some versions of filelock empty the file when they try it
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"output directory {folder} is in use by {holder}; wait until it ends, or give another --output-dir"
+        ) from None
+    try:
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        with suppress(OSError):  # Windows lets nobody write into a locked file
+            file.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        yield
+    finally:
+        others = {entry.name for entry in folder.iterdir()} - {LOCK_FILE}
+        if not others or (not was_there and RUN_FILE not in others):
+            with suppress(OSError):
+                file.unlink()
+        lock.release()
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def _holder(file: Path) -> str:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 class RunDir:
@@ -78,15 +140,19 @@ class RunDir:
 
         Folders of other runs inside it stay, and so do files where no run was: they are not ours to delete.
         """
-        if self.path.is_dir():
-            ours = not resume and (self.path / RUN_FILE).exists()
-            for entry in self.path.iterdir():
-                replaced = (
-                    not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", TEACHER_LOGITS))
-                )
-                if entry.name.startswith(STAGING_PREFIX) or replaced or (ours and entry.is_file()):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        ours = not resume and (self.path / RUN_FILE).exists()
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        for entry in entries:
+            replaced = not resume and entry.is_dir() and entry.name.startswith(("checkpoint-", "runs", TEACHER_LOGITS))
+            if replaced:
+                self.remove(entry)
+            elif entry.name.startswith(STAGING_PREFIX):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        # Now no checkpoint of another run is left to be continued from.
         write_json(self.path / RUN_FILE, {"options": identity, "finished": False})
+        for entry in sorted(entries, key=lambda entry: entry.name != "config.json"):
+            if ours and entry.name not in (RUN_FILE, LOCK_FILE) and entry.is_file():
+                entry.unlink()
 
     def finish(self, identity: dict[str, Any]) -> None:
         """Mark the run as complete."""
@@ -96,6 +162,14 @@ class RunDir:
         """Complete checkpoints, oldest first."""
         found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+    def last_checkpoint(self, identity: dict[str, Any]) -> Path | None:
+        """Where an unfinished run goes on when the same is asked for again; None from the beginning, or not at all."""
+        try:
+            checkpoints = self.checkpoints() if self.check(identity, overwrite=False) else []
+        except ConfigError:
+            return None
+        return checkpoints[-1] if checkpoints else None
 
     def staging(self, name: str) -> Path:
         """Where to write a folder that is to be published under ``name``."""
@@ -109,19 +183,26 @@ class RunDir:
         """Around writing what :meth:`staging` gave: a folder that could not be written whole takes no room.
 
         Raises:
-            CheckpointError: if the disk is full; other errors are passed on.
+            CheckpointError: if it could not be written; other errors are passed on.
         """
         try:
             yield
-        except Exception as error:
+            sync(staging)
+        except BaseException as error:
             full = shutil.disk_usage(self.path).free < _FULL
             shutil.rmtree(staging, ignore_errors=True)
-            if full:
-                raise CheckpointError(
-                    f"{staging.name.removeprefix(STAGING_PREFIX)} cannot be written to {self.path}: the disk is full; "
-                    "with room made, the same command continues from the last complete checkpoint"
-                ) from error
-            raise
+            if not isinstance(error, Exception):
+                raise
+            # As torch.save puts it: "basic_ios::clear: iostream error", "PytorchStreamWriter failed".
+            by_torch = isinstance(error, RuntimeError) and "stream" in str(error).lower()
+            if not full and not by_torch and not isinstance(error, OSError | SafetensorError):
+                raise
+            reason = "the disk is full" if full else " ".join(str(error).split())
+            last = self.checkpoints()
+            then = f"; once it can, the same command continues from {last[-1].name}" if last else ""
+            raise CheckpointError(
+                f"{staging.name.removeprefix(STAGING_PREFIX)} cannot be written to {self.path}: {reason}{then}"
+            ) from error
 
     def publish(self, staging: Path) -> Path:
         """Give a written folder its final name."""
@@ -129,6 +210,7 @@ class RunDir:
         if final.exists():
             self.remove(final)
         staging.replace(final)
+        sync_names(self.path)
         return final
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
@@ -138,7 +220,8 @@ class RunDir:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-            file.replace(self.path / file.name)
+            move_file(file, self.path / file.name)
+        sync_names(self.path)
         staging.rmdir()
 
     def remove(self, folder: Path) -> None:

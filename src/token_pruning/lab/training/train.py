@@ -3,7 +3,8 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checkpoint.settings import foreign_errors
+from token_pruning.lab.files import write_json
 from token_pruning.lab.training.budget import (
     HELD_OUT_EXAMPLES,
     BudgetController,
@@ -61,7 +63,20 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     Raises:
         TokenPruningError: for every mistake of the user.
     """
-    plan = plan_training(options, load_data)
+    with ExitStack() as stack:
+        plan = plan_training(options, load_data, stack)
+        try:
+            _carry_out(plan, callbacks)
+        except KeyboardInterrupt as stop:
+            if last := plan.run_dir.last_checkpoint(options.identity()):
+                without = " without --overwrite-output-dir" if options.overwrite_output_dir else ""
+                stop.add_note(f"the same command{without} continues from {last}")
+            raise
+    return plan.run_dir.path
+
+
+def _carry_out(plan: TrainPlan, callbacks: Sequence[TrainerCallback]) -> None:
+    options = plan.options
     built = _build(plan)  # what may still be refused; from here on files are written
     plan.data.say()
     if plan.budget_texts is not None:
@@ -80,11 +95,10 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
             unprune(built.model)
         evaluate_splits(built.model)
         plan.run_dir.save_model(built.model, built.tokenizer)
-        trainer.state.save_to_json(str(plan.run_dir.path / "trainer_state.json"))
+        write_json(plan.run_dir.path / "trainer_state.json", asdict(trainer.state))
         plan.run_dir.finish(options.identity())
         print(f"saved to {plan.run_dir.path}")
     trainer.accelerator.wait_for_everyone()
-    return plan.run_dir.path
 
 
 @dataclass(frozen=True)
