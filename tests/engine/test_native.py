@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -22,7 +21,7 @@ import token_pruning as tp
 from tests.engine.test_engine import DTYPES, NATIVE, tiled_model
 from tests.tiny import assert_close, pruned, ragged_batch
 from token_pruning.engine import native
-from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.native import KERNELS_VARIABLE, load_library
 
 LENGTHS = (5, 40, 1, 17)
 SPECIAL_ID = 7  # a word that the tests below make special
@@ -81,12 +80,15 @@ def test_what_is_not_finite_in_a_weight_is_not_finite_in_the_result(
         was = weight.clone()
         index = (0, 3) if weight.dim() == 2 else (3,)
         weight[index] = bad
-        expected, found = logits(model, batch), tp.compile(model, dtype, threads=1)(**batch).logits
+        with pruned(model, tp.Unpruned()):  # packed: in a padded batch padding that is NaN spoils what is beside it
+            expected = logits(model, batch)
+        found = tp.compile(model, dtype, threads=1)(**batch).logits
         finite = expected.isfinite()  # nothing where the place is NaN; relu undoes an infinity
         assert not finite.any() or math.isinf(bad), place
         assert not (found.isfinite() & ~finite).any(), (place, found)
-        both = finite & found.isfinite()  # int8 has no infinite weights: they are NaN
-        assert both.equal(finite) or dtype == "int8", (place, found)
+        both = finite & found.isfinite()
+        # int8 has no infinite weights: they are NaN. PyTorch takes scores that are all -inf for a mask.
+        assert both.equal(finite) or dtype == "int8" or place.endswith("query.weight"), (place, found)
         assert_close(found[both], expected[both], 5e-2)
         weight.copy_(was)
 
@@ -362,7 +364,9 @@ def workspace_formula(lengths: tuple[int, ...], model: Any, level: str, dtype: s
     panel = {"portable": 8, "avx2": 16, "avx512": 32}[level]
     step, wide = 256, 4
     packed = rows * 4 * (-(-hidden // step) * step + -(-inner // step) * step)
-    of_thread = rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed + (rows * inner * wide * (dtype == "int8"))
+    of_thread = (
+        rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed + (rows * inner * wide * (dtype == "int8"))
+    )
     scratch = (rows + step) * panel * 4  # no input is wide enough for several parts
     attention = 4 * longest * (step + 2 * max(panel, hidden // heads) + 2 * panel)
     return total * ((8 + wide) * hidden + 40) + len(lengths) * 64 + threads * (of_thread + scratch + attention) + 65536
@@ -428,6 +432,7 @@ for more in range(0, 400, 20):  # MiB; in the beginning not even a thread's stac
         assert torch.isfinite(engine(**batch).logits).all()
     except MemoryError:
         refused += 1
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert torch.equal(engine(**ragged_batch((5, 9))).logits, small)
 assert 0 < refused < 20, refused
 """

@@ -300,7 +300,8 @@ struct Model {
         double mean = 0, variance = 0;
         for (double v : x) mean += v / x.size();
         for (double v : x) variance += (v - mean) * (v - mean) / x.size();
-        for (size_t i = 0; i < x.size(); i++) x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * by[i] + plus[i];
+        for (size_t i = 0; i < x.size(); i++)
+            x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * by[i] + plus[i];
         return x;
     }
     Row norm(const Row& x) const { return norm(x, gamma, beta); }
@@ -371,9 +372,7 @@ struct Model {
                 const bool dropped = i && !summary && distance < 0;
                 if (dropped) out[alive[i]] = attended;
                 if (by.summarize && (summary || dropped)) {
-                    const int which = summary         ? -1 - alive[i]
-                                      : by.by_segment ? alive[i] >= (int)ids.size() / 2
-                                                      : 0;
+                    const int which = summary ? -1 - alive[i] : by.by_segment ? alive[i] >= (int)ids.size() / 2 : 0;
                     const double weight = summary ? weights[which] : received[i];
                     for (int d = 0; d < shape.hidden; d++) merged[which][d] += weight * attended[d];
                     gathered[which] += weight;
@@ -648,7 +647,8 @@ static bool use_interface(const Candidate& level, const Model& model) {
     for (int l = PORTABLE; l <= best; l++)
         if (std::string(level.kernels->level) == (const char*[]){"portable", "avx2", "avx512", "amx"}[l]) number = l;
     std::unique_ptr<Encoder, void (*)(Encoder*)> encoder(
-        tp_encoder_new(number, (int)level.dtype, shape.layers, shape.hidden, shape.heads, shape.inner, shape.epsilon, 0),
+        tp_encoder_new(number, (int)level.dtype, shape.layers, shape.hidden, shape.heads, shape.inner, shape.epsilon,
+                       0),
         tp_encoder_free);
     if (!encoder) return false;
     Encoder* e = encoder.get();

@@ -315,7 +315,12 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
     def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
         size = module.normalized_shape[0]
         gamma = torch.ones(size, dtype=torch.float32) if module.weight is None else module.weight
-        return _Part("norm", layer, which, (gamma, torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias))
+        return _Part(
+            "norm",
+            layer,
+            which,
+            (gamma, torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias),
+        )
 
     embeddings = family.embedding_modules()
     for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
@@ -545,14 +550,14 @@ class NativeEncoder:
         received = torch.full((layers, total), torch.nan, dtype=torch.float32) if recorded else None
         method = token_pruner.pruner
         hosts = torch.zeros(total, dtype=torch.uint8) if method.summary_tokens != "none" else None
-        prunes = torch.tensor(
+        prunes = bytes(
             [method.prunes(layer, layers) for layer in range(1, layers + 1)]
             if recorded
-            else token_pruner.dropping_layers(),
-            dtype=torch.uint8,
+            else token_pruner.dropping_layers()
         )
+        assert len(prunes) == layers
         absolute = type(method).keep is FixedThreshold.keep
-        decides = not absolute and bool(prunes.any())
+        decides = not absolute and any(prunes)
         importance = torch.empty(total, dtype=torch.float32) if decides else None
         keep = torch.empty(total, dtype=torch.uint8) if decides else None
         assert tokens.ids is not None
@@ -560,13 +565,13 @@ class NativeEncoder:
             sequences=sequences,
             tokens=total,
             layers=layers,
-            threads=min(self.threads, self._library.tp_usable_cores()),
+            threads=1 if self.threads == 1 else min(self.threads, self._library.tp_usable_cores()),
             cu_seqlens=_sized(cu_seqlens, torch.int32, sequences + 1),
             ids=_sized(tokens.ids, torch.int32, total),
             positions=_sized(tokens.positions, torch.int32, total),
             token_types=_sized(tokens.token_types, torch.int32, total),
             thresholds=_sized(token_pruner.thresholds, torch.float32, layers) if absolute else None,
-            prunes=_sized(prunes, torch.uint8, layers),
+            prunes=ctypes.cast(c_char_p(prunes), c_void_p),
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             first_only=first_only,
             record=recorded,

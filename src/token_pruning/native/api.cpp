@@ -136,8 +136,9 @@ TP_EXPORT int tp_encoder_set_linear(Encoder* encoder, int layer, int which, cons
         [&] {
             Linear& place = const_cast<Linear&>(linear_at(*encoder, layer, which));
             const int hidden = encoder->shape.hidden, inner = encoder->shape.inner;
-            require(in > 0 && (layer < 0 || in == (which == 5 ? inner : hidden)) && out == (which == 4 ? inner : hidden),
-                    "a matrix of another size");
+            require(
+                in > 0 && (layer < 0 || in == (which == 5 ? inner : hidden)) && out == (which == 4 ? inner : hidden),
+                "a matrix of another size");
             place = pack_linear(encoder->kernels, encoder->memory, weight, bias, scale, in, out);
             return 0;
         },
@@ -232,7 +233,8 @@ TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const f
     return guarded(
         [&] {
             const Kernels& kernels = required_kernels(level, dtype);
-            require(in > 0 && out > 0 && kernels.fits(in, in, 32) && (!kernels.half || out % 32 == 0), "this kernel level does not fit these sizes");
+            require(in > 0 && out > 0 && kernels.fits(in, in, 32) && (!kernels.half || out % 32 == 0),
+                    "this kernel level does not fit these sizes");
             std::unique_ptr<Head> head(new Head{kernels, Slabs(0), {}});
             head->linear = pack_linear(kernels, head->memory, weight, bias, scale, in, out);
             return head.release();

@@ -73,8 +73,8 @@ struct Embeddings {
     Linear projection;  // size → hidden, where they differ
 };
 
-// What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done. `threads`,
-// `tokens` and the sizes below must be those of the call that asked for the workspace's size.
+// What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done.
+// `threads`, `tokens` and the sizes below must be those of the call that asked for the workspace's size.
 struct Request {
     int sequences;
     int tokens;  // cu_seqlens[sequences]
@@ -115,9 +115,9 @@ public:
     Encoder(const Kernels& kernels, Shape shape) : kernels(kernels), shape(shape), layers(shape.layers) {}
     // Whether everything a forward pass reads was set.
     bool complete() const;
-    // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, E the
-    // wider of H and the tables' width, S sequences, T threads, and R = N, or where that is less the longest sequence or
-    // the kernels' chunk_rows, whichever is more, rounded up to 32:
+    // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, E
+    // the wider of H and the tables' width, S sequences, T threads, and R = N, or where that is less the longest
+    // sequence or the kernels' chunk_rows, whichever is more, rounded up to 32:
     //     N · (8 + wide) · H + N · 40 + S · 64                  states, context, who is where
     //     (N + 2·S) · 4·H with summary tokens
     //     T · R · (4·H · (1 + wide) + 4·E + 8·heads)            a chunk's rows: projections, sums

@@ -285,8 +285,8 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
             to[(size_t)column * NR + r] = r < rows ? from[(size_t)r * stride + column] * factor : 0.0f;
 }
 
-// Scratch: keys [head / DEPTH][keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR queries transposed,
-// their scores [keys][NR], MR rows of context, received attention [keys][W].
+// Scratch: keys [head / DEPTH][keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR
+// queries transposed, their scores [keys][NR], MR rows of context, received attention [keys][W].
 static size_t attention_scratch(int keys, int head_size) {
     const size_t wide_head = round_up(head_size, NR);
     return ((size_t)keys * (round_up(head_size, DEPTH) + wide_head + NR + W) + (size_t)head_size * NR + MR * NR) *

@@ -190,9 +190,9 @@ int quota_cores() {
 int quota_cores_now() {
     static std::atomic<int> known{0};
     static std::atomic<long long> until{0};
-    const long long now = std::chrono::duration_cast<std::chrono::milliseconds>(
-                              std::chrono::steady_clock::now().time_since_epoch())
-                              .count();
+    const long long now =
+        std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch())
+            .count();
     if (known.load(std::memory_order_relaxed) == 0 || now >= until.load(std::memory_order_relaxed)) {
         until.store(now + 1000, std::memory_order_relaxed);
         known.store(quota_cores(), std::memory_order_relaxed);

@@ -64,7 +64,8 @@ static inline uint32_t bits(float x) {
 }
 static inline uint16_t to_half(float x) {  // to nearest, ties to even
     const uint32_t word = bits(x);
-    if ((word & 0x7fffffff) > 0x7f800000) return (uint16_t)(word >> 16 | 0x40);  // rounding could make it infinite, or 0
+    if ((word & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(word >> 16 | 0x40);  // rounding could make it infinite, or 0
     return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 static inline float to_float(float x) { return x; }
@@ -95,8 +96,8 @@ static inline float sum(Vec v) {
 struct RowScale {
     float scale, inverse;
 };
-// From the largest number's bits without its sign, which rise with it, infinity and NaN above all. A row that has one of
-// these is NaN as a whole; one whose numbers are all below 1e-35, where 127 / largest would overflow, is zero.
+// From the largest number's bits without its sign, which rise with it, infinity and NaN above all. A row that has one
+// of these is NaN as a whole; one whose numbers are all below 1e-35, where 127 / largest would overflow, is zero.
 static inline RowScale row_scale_of(int32_t most_bits) {
     float most;
     memcpy(&most, &most_bits, 4);
