@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -185,12 +185,12 @@ def test_threads_beyond_the_cores_are_not_taken(monkeypatch: Any) -> None:
     cores = os.sched_getaffinity(0)
     engine = tp.compile(small_model(), "float32", threads=32)
     expected = engine(**ragged_batch(LENGTHS)).logits
-    before = len(os.listdir("/proc/self/task"))
+    before = len([*Path("/proc/self/task").iterdir()])
     os.sched_setaffinity(0, {min(cores)})
     try:
         assert torch.equal(engine(**ragged_batch(LENGTHS)).logits, expected)
         assert "a call takes 1 of its 32 threads" in engine.explain()
-        assert len(os.listdir("/proc/self/task")) == before
+        assert len([*Path("/proc/self/task").iterdir()]) == before
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -325,13 +325,6 @@ def test_a_pickled_or_copied_engine_is_the_same_to_the_last_bit(
         data = pickle.dumps(pickle.loads(data))
 
 
-def test_an_engine_goes_to_a_process_of_its_own() -> None:
-    engine, batch = tp.compile(small_model(), "int8", threads=1), ragged_batch(LENGTHS)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found, _ = pool.apply(run_pickled, (pickle.dumps(engine), batch))
-    assert torch.equal(found, engine(**batch).logits)
-
-
 def test_a_pickled_engine_on_another_machine(monkeypatch: Any) -> None:
     engine, batch = tp.compile(small_model(), "float32", threads=1), ragged_batch(LENGTHS)
     data = pickle.dumps(engine)
@@ -364,9 +357,9 @@ def workspace_formula(lengths: tuple[int, ...], model: Any, level: str, dtype: s
     panel = {"portable": 8, "avx2": 16, "avx512": 32}[level]
     step, wide = 256, 4
     packed = rows * 4 * (-(-hidden // step) * step + -(-inner // step) * step)
-    of_thread = (
-        rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed + (rows * inner * wide * (dtype == "int8"))
-    )
+    of_thread = rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed
+    if dtype == "int8":
+        of_thread += rows * inner * wide
     scratch = (rows + step) * panel * 4  # no input is wide enough for several parts
     attention = 4 * longest * (step + 2 * max(panel, hidden // heads) + 2 * panel)
     return total * ((8 + wide) * hidden + 40) + len(lengths) * 64 + threads * (of_thread + scratch + attention) + 65536
@@ -406,7 +399,7 @@ def test_a_call_without_memory_is_a_memory_error_and_the_next_is_right(monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(native.mmap, "mmap", no_memory)
-        with pytest.raises(MemoryError, match="a call needs .* bytes"):
+        with pytest.raises(MemoryError, match=r"a call needs \d+ bytes"):
             engine(**batch)
     with monkeypatch.context() as patch:
         library: Any = load_library()
@@ -417,29 +410,37 @@ def test_a_call_without_memory_is_a_memory_error_and_the_next_is_right(monkeypat
     assert torch.isfinite(engine(**batch).logits).all()
 
 
-LIMITED = """
-import resource, sys, torch
-import token_pruning as tp
-from tests.engine.test_native import small_model, ragged_batch
-model, batch = small_model(max_position_embeddings=2048), ragged_batch((2000,) * 30)
-engine = tp.compile(model, "float32", threads=2)
-small = engine(**ragged_batch((5, 9))).logits
+ELSEWHERE = """
+import pickle, resource, sys, torch
+from tests.tiny import ragged_batch
+torch.set_num_threads(1)  # PyTorch's own threads end the process where they cannot start
+engine = pickle.load(open(sys.argv[1], "rb"))
+small, large = ragged_batch((5, 9)), ragged_batch((500,) * 8)
+expected = pickle.load(open(sys.argv[2], "rb"))
+assert torch.equal(engine(**small).logits, expected)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-refused = 0
-for more in range(0, 400, 20):  # MiB; in the beginning not even a thread's stack
+for more in range(0, 400, 8):  # MiB; in the beginning not even a thread's stack
     resource.setrlimit(resource.RLIMIT_AS, (size + more * 2**20, resource.RLIM_INFINITY))
     try:
-        assert torch.isfinite(engine(**batch).logits).all()
+        found = engine(**large).logits
     except MemoryError:
-        refused += 1
+        found = None
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert torch.equal(engine(**ragged_batch((5, 9))).logits, small)
-assert 0 < refused < 20, refused
+    assert torch.equal(engine(**small).logits, expected)
+    if found is not None:
+        break
+assert more and torch.equal(engine(**large).logits, found), more
 """
 
 
-def test_a_process_that_may_have_no_more_memory_is_told_so() -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
+def test_in_a_process_of_its_own_and_with_little_memory(tmp_path: Path) -> None:
+    """A pickled engine gives the same there to the last bit; what it has no memory for is a MemoryError."""
+    engine = tp.compile(small_model(max_position_embeddings=512), "int8", threads=2)
+    files = tmp_path / "engine", tmp_path / "logits"
+    for file, thing in zip(files, (engine, engine(**ragged_batch((5, 9))).logits), strict=True):
+        file.write_bytes(pickle.dumps(thing))
+    command = [sys.executable, "-c", ELSEWHERE, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -315,12 +315,8 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
     def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
         size = module.normalized_shape[0]
         gamma = torch.ones(size, dtype=torch.float32) if module.weight is None else module.weight
-        return _Part(
-            "norm",
-            layer,
-            which,
-            (gamma, torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias),
-        )
+        beta = torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias
+        return _Part("norm", layer, which, (gamma, beta))
 
     embeddings = family.embedding_modules()
     for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
