@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds and runs check_kernels.cpp with sanitizers.   tests/native/build.sh [address,undefined | thread] [--quick]
+# Builds and runs check_kernels.cpp with sanitizers.   tests/native/build.sh [address,undefined | thread] [--quick | --cases N [--seed S]]
 set -euo pipefail
 cd "$(dirname "$0")"
 sanitizers=${1:-address,undefined}
 shift || true
 native=../../src/token_pruning/native
-out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
+out=${BUILD:-$(mktemp -d)}  # BUILD=folder keeps what was built
+[ -n "${BUILD:-}" ] || trap 'rm -rf "$out"' EXIT
 compile="${CXX:-g++} -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=$sanitizers -fno-sanitize-recover=all"
 avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512 -w"
 x86=$(uname -m | grep -qx x86_64 && echo 1 || true)
@@ -18,7 +18,6 @@ build() {  # name, flags…
 }
 for source in $native/*.cpp check_kernels.cpp; do
   case $(basename "$source") in
-    api.cpp) ;;
     kernels_avx2.cpp) [ -z "$x86" ] || build "$source" -mavx2 -mfma ;;
     kernels_avx512.cpp) [ -z "$x86" ] || build "$source" $avx512 ;;
     kernels_amx.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 ;;

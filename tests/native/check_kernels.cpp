@@ -1,12 +1,17 @@
 // Every kernel level against plain loops in double precision, on buffers of exactly the size they are said to have.
 // `make sanitize` builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer.
+//   check [--quick] [--cases N] [--seed S]     N forward passes of random encoders besides; with --cases nothing else
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,6 +21,26 @@
 #include "../../src/token_pruning/native/threads.h"
 
 using namespace tp;
+
+// Allocations that can be made to fail: the one after so many, and all that follow.
+static std::atomic<long> allocations_left{-1};  // below 0: none fails
+static std::atomic<bool> allocation_failed{false};
+
+static void* allocate(size_t bytes, size_t alignment) {
+    if (allocations_left.load() >= 0 && allocations_left.fetch_sub(1) == 0) {
+        allocations_left.store(0), allocation_failed.store(true);
+        throw std::bad_alloc();
+    }
+    void* memory = nullptr;
+    if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), bytes ? bytes : 1)) throw std::bad_alloc();
+    return memory;
+}
+void* operator new(size_t bytes) { return allocate(bytes, alignof(std::max_align_t)); }
+void* operator new(size_t bytes, std::align_val_t alignment) { return allocate(bytes, (size_t)alignment); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 static int failures = 0, checks = 0;
 
@@ -38,7 +63,7 @@ static std::vector<float> random_numbers(size_t count, float scale = 1) {
 struct Exact {
     explicit Exact(size_t bytes) {
         if (posix_memalign(&data, 64, bytes ? bytes : 1)) std::abort();
-        std::memset(data, 0xA5, bytes);  // not zero: what is read must have been written
+        std::memset(data, 0xFF, bytes);  // NaN: what is read must have been written
     }
     ~Exact() { std::free(data); }
     Exact(const Exact&) = delete;
@@ -90,7 +115,7 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     const auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in, 0.1f),
                b = random_numbers(out), other = random_numbers((size_t)(rows + 3) * out);
     Slabs slabs(0);
-    const Linear linear = pack_linear(k, slabs, w.data(), b.data(), in, out);
+    const Linear linear = pack_linear(k, slabs, w.data(), b.data(), nullptr, in, out);
     std::vector<int> index(rows), residual_index(rows);
     for (int r = 0; r < rows; r++) index[r] = rows - 1 - r, residual_index[r] = r + 3;
     Exact packed(k.packed_rows_bytes(rows, in)), scratch(k.product_scratch(rows, in, out)), scale(rows * sizeof(float));
@@ -143,7 +168,7 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
         if (k.half && out % 32) return;
         std::vector<float> identity((size_t)out * out), zero(out);
         for (int i = 0; i < out; i++) identity[(size_t)i * out + i] = 1;
-        const Linear next = pack_linear(k, slabs, identity.data(), nullptr, out, out);
+        const Linear next = pack_linear(k, slabs, identity.data(), nullptr, nullptr, out, out);
         Exact inner(k.packed_rows_bytes(rows, out)), more(k.product_scratch(rows, out, out));
         run(Epilogue::activate_pack, inner.data, 2);
         k.multiply({&next, inner.data, nullptr, rows, 0, panels(k, next), Epilogue::store_float, Activation::gelu,
@@ -199,18 +224,35 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     check(worst_sum <= allowed, name + ": received " + std::to_string(worst_sum));
 }
 
+// How a pass decides. Decisions of the caller are random, but always the same for the same layer and token.
+struct Decisions {
+    const float* thresholds = nullptr;
+    const uint8_t* prunes = nullptr;
+    float divisor = 0;
+    bool caller = false, summarize = false, by_segment = true;
+    static bool keeps(int layer, int token) {
+        return ((unsigned)(layer * 7919 + token * 104729 + 12345) * 2654435761u >> 16) % 3 != 0;
+    }
+};
+
 // A whole encoder with random weights, and the same in double precision one sequence at a time.
 struct Model {
     Shape shape{3, 64, 2, 128, 1e-5f, Activation::gelu};
     int words = 50, positions = 520, size = 32;
-    std::vector<float> word = random_numbers(words * size), position = random_numbers(positions * size),
-                       type = random_numbers(2 * size), gamma = random_numbers(128), beta = random_numbers(128);
+    std::vector<float> word, position, type, gamma, beta, inner_gamma, inner_beta;  // the last two: the embeddings'
     std::vector<std::vector<float>> weights, biases;
     std::vector<std::pair<int, int>> sizes;  // in, out
-    Model() {
+    Model() { fill(); }
+    Model(Shape shape, int size) : shape(shape), positions(260), size(size) { fill(); }
+    bool projects() const { return size != shape.hidden; }
+    void fill() {
+        word = random_numbers(words * size), position = random_numbers(positions * size);
+        type = random_numbers(2 * size), gamma = random_numbers(shape.hidden), beta = random_numbers(shape.hidden);
+        inner_gamma = random_numbers(size), inner_beta = random_numbers(size);
         auto add = [&](int in, int out) {
+            const float scale = 1.2f / std::sqrt((float)in);
             sizes.push_back({in, out});
-            weights.push_back(random_numbers((size_t)in * out, 0.15f)), biases.push_back(random_numbers(out, 0.1f));
+            weights.push_back(random_numbers((size_t)in * out, scale)), biases.push_back(random_numbers(out, 0.1f));
         };
         add(size, shape.hidden);
         for (int l = 0; l < shape.layers; l++) {
@@ -223,7 +265,8 @@ struct Model {
         auto encoder = std::make_unique<Encoder>(k, shape);
         Slabs& memory = encoder->memory;
         auto linear = [&](int i) {
-            return pack_linear(k, memory, weights[i].data(), biases[i].data(), sizes[i].first, sizes[i].second);
+            return pack_linear(k, memory, weights[i].data(), biases[i].data(), nullptr, sizes[i].first,
+                               sizes[i].second);
         };
         auto table = [&](const std::vector<float>& values) {
             char* place = memory.take(values.size() * 4);
@@ -233,8 +276,8 @@ struct Model {
         Embeddings& e = encoder->embeddings;
         e.word = table(word), e.position = table(position), e.type = table(type);
         e.size = size, e.words = words, e.positions = positions, e.types = 2;
-        e.norm = {{gamma.begin(), gamma.begin() + size}, {beta.begin(), beta.begin() + size}};
-        e.projection = linear(0);
+        e.norm = {inner_gamma, inner_beta};
+        if (projects()) e.projection = linear(0);
         for (int l = 0, i = 1; l < shape.layers; l++) {
             Layer& layer = encoder->layers[l];
             for (Linear* to : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.up, &layer.down})
@@ -253,18 +296,24 @@ struct Model {
         }
         return y;
     }
-    Row norm(Row x) const {
+    Row norm(Row x, const std::vector<float>& by, const std::vector<float>& plus) const {
         double mean = 0, variance = 0;
         for (double v : x) mean += v / x.size();
         for (double v : x) variance += (v - mean) * (v - mean) / x.size();
         for (size_t i = 0; i < x.size(); i++)
-            x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * gamma[i] + beta[i];
+            x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * by[i] + plus[i];
         return x;
+    }
+    Row norm(const Row& x) const { return norm(x, gamma, beta); }
+    double activate(double x) const {
+        if (shape.activation == Activation::relu) return std::max(x, 0.0);
+        if (shape.activation == Activation::gelu) return gelu(x);
+        return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     }
 
     // Every token's last state, the layers it survived, and how near a decision came to going the other way. With
     // `summarize` what is dropped becomes a summary token for each half of the sequence, a row with `alive` -1 or -2.
-    double reference(const std::vector<int>& ids, const float* thresholds, bool summarize, std::vector<Row>& out,
+    double reference(const std::vector<int>& ids, const Decisions& by, std::vector<Row>& out,
                      std::vector<int>& survived) const {
         double weights[2] = {0, 0};
         const int heads = shape.heads, part = shape.hidden / heads;
@@ -274,7 +323,8 @@ struct Model {
         for (size_t t = 0; t < ids.size(); t++) {
             Row row(size);
             for (int i = 0; i < size; i++) row[i] = (double)word[ids[t] * size + i] + type[i] + position[t * size + i];
-            x.push_back(apply(0, norm(row))), alive.push_back((int)t);
+            row = norm(row, inner_gamma, inner_beta);
+            x.push_back(projects() ? apply(0, row) : row), alive.push_back((int)t);
         }
         out.assign(ids.size(), {}), survived.assign(ids.size(), 0);
         for (int l = 0; l < shape.layers; l++) {
@@ -303,7 +353,7 @@ struct Model {
             double gathered[2] = {0, 0};
             auto finish = [&](const Row& attended, int token) {
                 Row inner = apply(base + 4, attended);
-                for (double& e : inner) e = gelu(e);
+                for (double& e : inner) e = activate(e);
                 Row after = apply(base + 5, inner);
                 for (int d = 0; d < shape.hidden; d++) after[d] += attended[d];
                 next.push_back(norm(after)), left.push_back(token);
@@ -313,12 +363,16 @@ struct Model {
                 for (int d = 0; d < shape.hidden; d++) attended[d] += x[i][d];
                 attended = norm(attended);
                 const bool summary = alive[i] < 0;
-                const double distance = received[i] / n - (thresholds ? thresholds[l] : 0);
+                double distance = 1;
+                if (by.caller && by.prunes[l] && alive[i] >= 0)
+                    distance = Decisions::keeps(l, alive[i]) ? 1 : -1;
+                else if (by.thresholds && by.prunes[l])
+                    distance = received[i] / (by.divisor > 0 ? by.divisor : n) - by.thresholds[l];
                 if (i && !summary) margin = std::min(margin, std::fabs(distance));
                 const bool dropped = i && !summary && distance < 0;
                 if (dropped) out[alive[i]] = attended;
-                if (summarize && (summary || dropped)) {
-                    const int which = summary ? -1 - alive[i] : alive[i] >= (int)ids.size() / 2;
+                if (by.summarize && (summary || dropped)) {
+                    const int which = summary ? -1 - alive[i] : by.by_segment ? alive[i] >= (int)ids.size() / 2 : 0;
                     const double weight = summary ? weights[which] : received[i];
                     for (int d = 0; d < shape.hidden; d++) merged[which][d] += weight * attended[d];
                     gathered[which] += weight;
@@ -340,6 +394,25 @@ struct Model {
     }
 };
 
+// A whole forward pass, in a workspace of exactly the size that was asked for. `give_up`: after how many decisions of
+// the caller it is left as it is; its memory is all that there was of it.
+static bool run(const Encoder& encoder, Request& request, int give_up = 1 << 30) {
+    request.tokens = request.cu_seqlens[request.sequences], request.layers = encoder.shape.layers;
+    const size_t bytes = encoder.workspace_bytes(request);
+    Exact workspace(bytes);
+    request.workspace = (char*)workspace.data, request.workspace_bytes = bytes, request.waiting = false;
+    for (int asked = 0; !encoder.forward(request); asked++) {
+        if (asked == give_up) return false;
+        int row = 0;
+        for (int s = 0; s < request.sequences; s++)
+            for (int t = request.cu_seqlens[s]; t < request.cu_seqlens[s + 1]; t++)
+                if (request.survived[t] >= request.layer || (request.hosts && request.hosts[t]))
+                    request.keep[row++] = Decisions::keeps(request.layer, t - request.cu_seqlens[s]);
+        if (row != request.rows) throw std::logic_error("rows");
+    }
+    return true;
+}
+
 static void check_encoder(const Candidate& level, const Model& model, const std::vector<int>& lengths) {
     const auto encoder = model.build(*level.kernels);
     const int hidden = model.shape.hidden;
@@ -352,6 +425,9 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
     const float thresholds[] = {0.0f, 0.0098f, 0.0123f};
     for (int method : {0, 1, 2}) {  // nothing dropped, dropped, dropped into summaries
         const bool prune = method > 0, summarize = method == 2;
+        const uint8_t prunes[] = {0, 1, 1};
+        Decisions decisions;
+        decisions.thresholds = prune ? thresholds : nullptr, decisions.prunes = prunes, decisions.summarize = summarize;
         std::vector<Model::Row> expected;
         std::vector<int> survived;
         std::vector<bool> clear;  // no decision near its threshold
@@ -359,12 +435,11 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
             std::vector<Model::Row> states;
             std::vector<int> counts;
             const double margin = model.reference({ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]},
-                                                  prune ? thresholds : nullptr, summarize, states, counts);
+                                                  decisions, states, counts);
             expected.insert(expected.end(), states.begin(), states.end());
             survived.insert(survived.end(), counts.begin(), counts.end());
             clear.push_back(!prune || margin > (level.dtype == Dtype::float32 ? 1e-6 : 1e-3));
         }
-        const uint8_t prunes[] = {0, 1, 1};
         std::vector<uint8_t> segments(tokens);
         for (size_t s = 0; s < lengths.size(); s++)
             for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++) segments[t] = t - cu_seqlens[s] >= lengths[s] / 2;
@@ -382,7 +457,7 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                 request.survived = counts.data(), request.received = received.data();
                 std::vector<uint8_t> hosts(tokens);
                 if (summarize) request.segments = segments.data(), request.hosts = hosts.data();
-                check(encoder->forward(request) == 0, "forward");
+                check(run(*encoder, request), "forward");
                 double worst = 0, squares = 0, count = 0;
                 bool same = true;
                 for (size_t s = 0; s < lengths.size(); s++) {
@@ -422,7 +497,7 @@ static void check_many_callers(const Candidate& level, const Model& model) {
         request.sequences = 1, request.cu_seqlens = cu_seqlens.data(), request.ids = ids.data();
         request.positions = positions.data(), request.threads = 2, request.first_only = true, request.out = out.data();
         request.survived = counts.data();
-        encoder->forward(request);
+        run(*encoder, request);
     };
     std::vector<float> expected[4];
     for (int i = 0; i < 4; i++) call(10 * i + 1, expected[i]);
@@ -439,17 +514,268 @@ static void check_many_callers(const Candidate& level, const Model& model) {
     check(wrong == 0, level.name() + " called from six threads");
 }
 
+// How many states were compared with the reference, and how often the memory ran out.
+static long compared = 0, refusals = 0;
+
+// One forward pass of a random encoder: shapes, batch, decisions, dtype and level. Everything must be within its
+// memory; states are compared unless a decision by thresholds could go either way; a NaN stays in its sequence.
+static void random_case(const std::vector<Candidate>& all, const std::string& name) {
+    auto pick = [](int low, int high) { return low + (int)(generator() % (unsigned)(high - low + 1)); };
+    auto one_in = [&](int n) { return pick(1, n) == 1; };
+    const Candidate& level = all[generator() % all.size()];
+    const int head_sizes[] = {1, 3, 8, 16, 20, 32};
+    const int head = one_in(200) ? pick(257, 300) : head_sizes[pick(0, 5)], heads = pick(1, 3);
+    Shape shape{pick(1, 3), head * heads, heads, pick(1, 96), 1e-5f, (Activation)pick(0, 2)};
+    if (shape.hidden < 8) shape.hidden *= 8, shape.heads *= 8;  // so that LayerNorm has something to go by
+    const Model model(shape, one_in(2) ? shape.hidden : pick(8, 64));
+    if (!level.kernels->fits(shape.hidden, shape.inner, shape.head_size()) ||
+        !level.kernels->fits(model.size, model.size, 32))
+        return;
+    const auto encoder = model.build(*level.kernels);
+    std::vector<int32_t> ids, positions, types, cu_seqlens(1, 0);
+    std::vector<uint8_t> segments;
+    const int longest = one_in(50) ? 250 : one_in(5) ? 60 : 16;
+    for (int s = longest > 60 ? 1 : pick(1, 5); s > 0; s--) {
+        const int length = pick(1, longest);
+        for (int i = 0; i < length; i++)
+            ids.push_back(pick(0, model.words - 2)), positions.push_back(i), types.push_back(0),
+                segments.push_back(i >= length / 2);
+        cu_seqlens.push_back((int)ids.size());
+    }
+    const int tokens = (int)ids.size(), sequences = (int)cu_seqlens.size() - 1, hidden = shape.hidden;
+    const int method = pick(0, 2);  // nothing, thresholds, the caller
+    const bool first_only = one_in(2), record = one_in(2), summarize = method && one_in(2), by_segment = one_in(2);
+    std::vector<float> thresholds(shape.layers);
+    std::vector<uint8_t> prunes(shape.layers);
+    for (int l = 0; l < shape.layers; l++)
+        thresholds[l] = (float)pick(0, 150) / 100 / (method == 1 && one_in(2) ? 1.0f : 8.0f), prunes[l] = !one_in(4);
+    std::vector<uint8_t> effective = prunes;  // decisions in a last layer of which only first tokens are wanted
+    if (first_only && !record) effective.back() = 0;
+    Decisions decisions;
+    decisions.thresholds = method == 1 ? thresholds.data() : nullptr, decisions.prunes = effective.data();
+    decisions.divisor = one_in(2) ? 0.0f : 8.0f, decisions.caller = method == 2;
+    decisions.summarize = summarize, decisions.by_segment = by_segment;
+    // What is compared in the end, with every buffer of exactly its size.
+    struct Result {
+        std::vector<float> out;
+        std::vector<int32_t> survived;
+    };
+    auto forward = [&](const Encoder& encoder, int threads) {
+        const size_t rows = first_only ? sequences : tokens;
+        Exact out(rows * hidden * 4), received((size_t)shape.layers * tokens * 4), importance(tokens * 4), keep(tokens);
+        std::vector<int32_t> survived(tokens);
+        std::vector<uint8_t> hosts(tokens);
+        Request request{};
+        request.sequences = sequences, request.cu_seqlens = cu_seqlens.data();
+        request.ids = ids.data(), request.positions = positions.data(), request.threads = threads;
+        request.types = one_in(2) ? types.data() : nullptr, request.thresholds = decisions.thresholds;
+        request.prunes = prunes.data(), request.divisor = decisions.divisor;
+        request.first_only = first_only, request.record = record, request.out = (float*)out.data;
+        request.survived = survived.data(), request.received = one_in(2) ? (float*)received.data : nullptr;
+        if (method == 2) request.importance = (float*)importance.data, request.keep = (uint8_t*)keep.data;
+        if (summarize) request.hosts = hosts.data(), request.segments = by_segment ? segments.data() : nullptr;
+        if (method == 2 && one_in(10)) {  // given up half-way; then all over again
+            run(encoder, request, pick(0, 1));
+            std::fill(survived.begin(), survived.end(), 0), std::fill(hosts.begin(), hosts.end(), 0);
+        }
+        check(run(encoder, request), name + " forward");
+        return Result{{(float*)out.data, (float*)out.data + rows * hidden}, survived};
+    };
+    const Result found = forward(*encoder, pick(1, 3));
+    const std::string what = name + " " + level.name() + ", hidden " + std::to_string(hidden) + ", inner " +
+                             std::to_string(shape.inner) + ", tokens " + std::to_string(tokens) + ", method " +
+                             std::to_string(method) + (summarize ? " with summaries" : "");
+    for (int s = 0; s < sequences; s++) {
+        std::vector<Model::Row> states;
+        std::vector<int> counts;
+        const double margin =
+            model.reference({ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]}, decisions, states, counts);
+        if (method == 1 && margin < (level.dtype == Dtype::float32 ? 1e-4 : 1e9)) continue;
+        double worst = 0, squares = 0, count = 0;
+        for (int t = cu_seqlens[s]; t < (first_only ? cu_seqlens[s] + 1 : cu_seqlens[s + 1]); t++)
+            for (int d = 0; d < hidden; d++) {
+                const double expected = states[t - cu_seqlens[s]][d];
+                const double difference = std::fabs(found.out[(size_t)(first_only ? s : t) * hidden + d] - expected);
+                worst = difference <= worst ? worst : difference;  // NaN is worse than all
+                squares += expected * expected, count++;
+            }
+        worst /= 1 + 3 * std::sqrt(squares / count);
+        compared += (long)count;
+        const double allowed = level.dtype == Dtype::float32 ? 1e-3 : level.dtype == Dtype::bfloat16 ? 0.15 : 0.5;
+        check(worst <= allowed, what + ": " + std::to_string(worst));
+        for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++)
+            check(found.survived[t] == counts[t - cu_seqlens[s]], what + ": other tokens kept");
+    }
+    if (!one_in(8)) return;
+    // A word that is NaN, in one sequence: that one is NaN, the others are the same to the last bit.
+    Model broken = model;
+    for (int i = 0; i < model.size; i++) broken.word[(size_t)(model.words - 1) * model.size + i] = std::nanf("");
+    const int victim = pick(0, sequences - 1);
+    ids[pick(cu_seqlens[victim], cu_seqlens[victim + 1] - 1)] = model.words - 1;
+    const Result poisoned = forward(*broken.build(*level.kernels), pick(1, 3));
+    for (int s = 0; s < sequences; s++) {
+        const size_t from = (size_t)(first_only ? s : cu_seqlens[s]) * hidden;
+        const size_t to = (size_t)(first_only ? s + 1 : cu_seqlens[s + 1]) * hidden;
+        bool good = true;
+        for (size_t i = from; i < to; i++)
+            good &= s == victim ? std::isnan(poisoned.out[i]) : poisoned.out[i] == found.out[i];
+        check(good, what + ": a NaN was lost, or went to another sequence");
+    }
+}
+
+extern "C" {
+Encoder* tp_encoder_new(int, int, int, int, int, int, float, int);
+void tp_encoder_free(Encoder*);
+int tp_encoder_set_linear(Encoder*, int, int, const float*, const float*, const float*, int, int);
+int tp_encoder_get_linear(const Encoder*, int, int, float*, float*, float*, int, int);
+int tp_encoder_set_norm(Encoder*, int, int, const float*, const float*, int);
+int tp_encoder_set_table(Encoder*, int, const void*, int, int, int);
+int64_t tp_encoder_workspace_bytes(const Encoder*, const Request*);
+int tp_encoder_forward(const Encoder*, Request*);
+struct Head;
+Head* tp_linear_new(int, int, const float*, const float*, const float*, int, int);
+void tp_linear_free(Head*);
+int tp_linear_apply(const Head*, const float*, int, float*, int);
+const char* tp_last_error();
+}
+
+// Everything through the C interface. False as soon as something fails, which must be for want of memory alone.
+static bool use_interface(const Candidate& level, const Model& model) {
+    const Shape& shape = model.shape;
+    const int best = best_level();
+    int number = PORTABLE;
+    for (int l = PORTABLE; l <= best; l++)
+        if (std::string(level.kernels->level) == (const char*[]){"portable", "avx2", "avx512", "amx"}[l]) number = l;
+    std::unique_ptr<Encoder, void (*)(Encoder*)> encoder(
+        tp_encoder_new(number, (int)level.dtype, shape.layers, shape.hidden, shape.heads, shape.inner, shape.epsilon,
+                       0),
+        tp_encoder_free);
+    if (!encoder) return false;
+    Encoder* e = encoder.get();
+    auto table = [&](int which, const std::vector<float>& values, int rows) {
+        return tp_encoder_set_table(e, which, values.data(), rows, model.size, 0) == 0;
+    };
+    if (!table(0, model.word, model.words) || !table(1, model.position, model.positions)) return false;
+    if (tp_encoder_set_norm(e, -1, 0, model.inner_gamma.data(), model.inner_beta.data(), model.size)) return false;
+    for (int i = 0; i < (int)model.sizes.size(); i++)
+        if (tp_encoder_set_linear(e, i ? (i - 1) / 6 : -1, i ? (i - 1) % 6 : 0, model.weights[i].data(),
+                                  model.biases[i].data(), nullptr, model.sizes[i].first, model.sizes[i].second))
+            return false;
+    for (int i = 0; i < 2 * shape.layers; i++)
+        if (tp_encoder_set_norm(e, i / 2, i % 2, model.gamma.data(), model.beta.data(), shape.hidden)) return false;
+    static int32_t cu_seqlens[] = {0, 2}, ids[] = {1, 2}, positions[] = {0, 1};
+    static int32_t survived[2];
+    static float out[2 * 64];
+    alignas(64) static char workspace[1 << 22];
+    Request request{};
+    request.sequences = 1, request.tokens = 2, request.layers = shape.layers, request.threads = 2;
+    request.cu_seqlens = cu_seqlens, request.ids = ids, request.positions = positions;
+    request.out = out, request.survived = survived, request.workspace = workspace;
+    request.workspace_bytes = sizeof workspace;
+    if (tp_encoder_workspace_bytes(e, &request) < 0 || tp_encoder_forward(e, &request)) return false;
+    std::unique_ptr<Head, void (*)(Head*)> head(
+        tp_linear_new(PORTABLE, 0, model.weights[1].data(), nullptr, nullptr, shape.hidden, shape.hidden),
+        tp_linear_free);
+    static float x[4 * 64], y[4 * 64];
+    return head && tp_linear_apply(head.get(), x, 4, y, 2) == 0;
+}
+
+static void check_memory_runs_out(const Candidate& level, const Model& model) {
+    for (long n = 0;; n++) {
+        allocation_failed.store(false), allocations_left.store(n);
+        const bool done = use_interface(level, model);
+        allocations_left.store(-1);
+        if (!allocation_failed.load()) {
+            check(done, level.name() + " through the C interface: " + tp_last_error());
+            return;
+        }
+        refusals++;
+        check(!done && std::string(tp_last_error()) == "out of memory",
+              level.name() + " without memory: " + tp_last_error());
+    }
+}
+
+// What was packed comes out again, and packs to the same bytes.
+static void check_unpacking(const Candidate& level, int in, int out) {
+    const Kernels& k = *level.kernels;
+    if (k.half && (out % 32 || !k.fits(in, in, 32))) return;
+    auto w = random_numbers((size_t)out * in), b = random_numbers(out);
+    std::fill_n(w.begin(), in, 0.0f);
+    if (out > 2) w[in] = std::nanf(""), w[2 * in] = 1e-40f;
+    const size_t bytes = k.weight_bytes(in, out);
+    Exact memory(bytes), again(bytes);
+    Slabs slabs(0);
+    const Linear first = pack_linear(k, slabs, w.data(), b.data(), nullptr, in, out);
+    std::vector<float> weight((size_t)out * in), bias(out), scale(out);
+    unpack_linear(k, first, weight.data(), bias.data(), scale.data());
+    const Linear second = pack_linear(k, slabs, weight.data(), bias.data(), scale.data(), in, out);
+    const std::string name = level.name() + " unpacked " + std::to_string(in) + "×" + std::to_string(out);
+    check(std::memcmp(first.weight, second.weight, bytes) == 0 && bias == b, name);
+    if (level.dtype == Dtype::int8)
+        check(std::memcmp(first.scale, second.scale, out * 4) == 0, name + ": scales");
+    else
+        for (size_t i = 0; i < w.size(); i++)
+            check(std::isnan(w[i]) ? std::isnan(weight[i])
+                                   : weight[i] == (level.dtype == Dtype::float32 ? w[i] : from_half(half(w[i]))),
+                  name + ": numbers");
+}
+
+static void check_team() {
+    std::atomic<int> ran{0};
+    auto begin = [&](int, int) { ran = 0; };
+    auto throws = [&](int rank, int threads) {
+        ran++;
+        if (rank == threads - 1) throw std::runtime_error("of a worker");
+    };
+    std::string caught;
+    try {
+        run_on_team(2, begin, throws);
+    } catch (const std::runtime_error& error) {
+        caught = error.what();
+    }
+    check(caught == "of a worker", "what a thread throws reaches the caller");
+    auto works = [&](int, int) { ran++; };
+    run_on_team(1000, begin, works);
+    check(ran >= 1 && ran <= usable_cores(), "a team takes no more than the cores there are");
+}
+
 int main(int count, char** arguments) {
-    const bool quick = count > 1 && std::string(arguments[1]) == "--quick";
+    bool quick = false;
+    long cases = 0;
+    unsigned seed = 7;
+    for (int i = 1; i < count; i++) {
+        const std::string name = arguments[i];
+        if (name == "--quick")
+            quick = true;
+        else if (name == "--cases" && i + 1 < count)
+            cases = std::atol(arguments[++i]);
+        else if (name == "--seed" && i + 1 < count)
+            seed = (unsigned)std::atol(arguments[++i]);
+        else
+            return std::fprintf(stderr, "check [--quick] [--cases N] [--seed S], not %s\n", arguments[i]), 2;
+    }
+    if (cases) {
+        const std::vector<Candidate> all = levels();
+        for (long i = 0; i < cases; i++) {
+            generator.seed(seed * 1000003u + (unsigned)i);
+            random_case(all, "case " + std::to_string(i));
+        }
+        std::printf("%ld cases, seed %u: %ld numbers compared, %d checks, %d failures\n", cases, seed, compared, checks,
+                    failures);
+        return failures != 0;
+    }
     const Model model;
+    check_team();
     for (const Candidate& level : levels()) {
         if (!quick) {
+            for (int in : {1, 7, 50, 64, 192})
+                for (int out : {1, 32, 33, 64}) check_unpacking(level, in, out);
             for (int rows : {1, 2, 15, 16, 17, 31, 32, 33, 50, 64, 65})
                 for (int in : {64, 192}) check_product(level, rows, in, 64);
             for (int rows : {1, 33, 70}) check_product(level, rows, 1600, 96), check_product(level, rows, 300, 33);
             for (int in : {1, 7, 50, 255, 256, 257}) check_product(level, 13, in, in == 7 ? 1 : 40);
             for (int keys : {1, 2, 15, 16, 17, 31, 32, 33, 63, 100, 257, 512})
-                for (int head_size : {32, 64, 96, 128, 8, 20})
+                for (int head_size : {32, 64, 96, 128, 8, 20, 300})
                     check_attention(level, keys, keys > 200 ? 40 : keys, head_size);
             check_attention(level, 50, 1, 64);
         }
@@ -459,16 +785,13 @@ int main(int count, char** arguments) {
                           quick ? std::vector<int>{5, 70} : std::vector<int>{1, 2, 15, 16, 17, 31, 32, 33});
             if (!quick) check_encoder(level, model, {40}), check_encoder(level, model, {300, 260, 90});
             check_many_callers(level, model);
+            check_memory_runs_out(level, model);
         } else if (level.kernels->half) {  // the embeddings' width of 32 is no multiple of 64
-            Model wide;
-            wide.size = 128;
-            wide.word = random_numbers(wide.words * 128), wide.position = random_numbers(wide.positions * 128);
-            wide.type = random_numbers(256), wide.weights[0] = random_numbers(128 * 64, 0.1f),
-            wide.sizes[0] = {128, 64};
+            const Model wide(model.shape, 128);
             check_encoder(level, wide, {1, 17, 33, 64});
             check_many_callers(level, wide);
         }
     }
-    std::printf("%d checks, %d failures\n", checks, failures);
+    std::printf("%d checks, %ld times without memory, %d failures\n", checks, refusals, failures);
     return failures != 0;
 }

@@ -15,7 +15,14 @@ from token_pruning.checks import choice, positive_integer
 from token_pruning.engine.adapters import with_merged_adapters
 from token_pruning.engine.encoder import Encoder, TorchEncoder
 from token_pruning.engine.machine import has_amx
-from token_pruning.engine.native import ACTIVATIONS, KERNELS_VARIABLE, NativeEncoder, level_limit, load_library
+from token_pruning.engine.native import (
+    ACTIVATIONS,
+    KERNELS_VARIABLE,
+    NativeEncoder,
+    level_limit,
+    load_library,
+    memory_errors,
+)
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
@@ -32,6 +39,7 @@ EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
 _PACKED = "token_pruning_packed"  # the forward keyword argument by which run_packed asks for packed states
 
 
+@memory_errors()
 def compile(
     model: nn.Module, dtype: EngineDtype = "auto", threads: int | None = None, *, reads: Reads | None = None
 ) -> "Engine":
@@ -48,7 +56,8 @@ def compile(
         dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
-        threads: threads of one call (default: ``torch.get_num_threads()``). Calls from several Python threads run side
+        threads: threads of one call (default: ``torch.get_num_threads()``); it takes no more than the cores that the
+            process may use when it is made. Calls from several Python threads run side
             by side; while one call has the helper threads, each other call runs on its caller's thread alone. PyTorch's
             path, where that is used, follows ``torch.set_num_threads``.
         reads: as for :func:`token_pruning.prune`, for a model that is not pruned.
@@ -174,6 +183,7 @@ class Engine:
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
         _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
 
+    @memory_errors()
     @torch.inference_mode()
     def __call__(
         self,
@@ -213,6 +223,7 @@ class Engine:
             return with_span_loss(self._head, self.config, given)
         return self._head(**given)
 
+    @memory_errors()
     @torch.inference_mode()
     def run_packed(
         self,

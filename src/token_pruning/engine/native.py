@@ -1,18 +1,28 @@
-"""The native encoder: C++ kernels in a plain shared library, called through ctypes (which releases the GIL)."""
+"""The native encoder: C++ kernels in a plain shared library, called through ctypes (which releases the GIL).
 
+Nothing here is a callback: where a pruner in Python decides, the native call returns, and goes on when it is called
+again. So an exception or Ctrl-C rises like any other. All memory of a call belongs to Python: a call that is given up
+leaves nothing behind.
+"""
+
+import contextlib
+import copy
 import ctypes
 import functools
+import mmap
 import os
-from ctypes import CFUNCTYPE, POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+import time
+from collections.abc import Iterator
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError
-from token_pruning.families import EmbeddingModules, Family, LayerModules
+from token_pruning.families import Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, segments_of
@@ -26,9 +36,9 @@ DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
+_STATE_FORMAT = 1  # of a pickled engine
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
-_DECIDE = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_int32), POINTER(c_float), POINTER(c_uint8))
 
 
 class _Request(ctypes.Structure):
@@ -36,23 +46,31 @@ class _Request(ctypes.Structure):
 
     _fields_ = (
         ("sequences", c_int),
+        ("tokens", c_int),
+        ("layers", c_int),
+        ("threads", c_int),
         ("cu_seqlens", c_void_p),
         ("ids", c_void_p),
         ("positions", c_void_p),
         ("token_types", c_void_p),
-        ("threads", c_int),
         ("thresholds", c_void_p),
         ("prunes", c_void_p),
         ("divisor", c_float),
-        ("decide", _DECIDE),
-        ("first_only", ctypes.c_bool),
-        ("record", ctypes.c_bool),
+        ("first_only", c_bool),
+        ("record", c_bool),
         ("segments", c_void_p),
         ("hosts", c_void_p),
         ("out", c_void_p),
         ("survived", c_void_p),
         ("received", c_void_p),
         ("seconds", c_void_p),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+        ("importance", c_void_p),
+        ("keep", c_void_p),
+        ("waiting", c_bool),
+        ("layer", c_int),
+        ("rows", c_int),
     )
 
 
@@ -70,16 +88,22 @@ def load_library() -> ctypes.CDLL | None:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "tp_last_error": (c_char_p, []),
         "tp_best_level": (c_int, []),
+        "tp_usable_cores": (c_int, []),
         "tp_choose_level": (c_int, [c_int] * 5),
         "tp_describe": (c_char_p, [c_int, c_int]),
         "tp_encoder_new": (c_void_p, [c_int] * 6 + [c_float, c_int]),
         "tp_encoder_free": (None, [c_void_p]),
-        "tp_encoder_set_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+        "tp_encoder_set_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
+        "tp_encoder_get_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
         "tp_encoder_set_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
+        "tp_encoder_get_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
         "tp_encoder_set_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_int]),
+        "tp_encoder_get_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int]),
         "tp_encoder_weight_bytes": (c_int64, [c_void_p]),
+        "tp_encoder_workspace_bytes": (c_int64, [c_void_p, POINTER(_Request)]),
         "tp_encoder_forward": (c_int, [c_void_p, POINTER(_Request)]),
-        "tp_linear_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p, c_int, c_int]),
+        "tp_linear_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
+        "tp_linear_get": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
         "tp_linear_free": (None, [c_void_p]),
         "tp_linear_apply": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int]),
     }
@@ -122,8 +146,23 @@ def level_limit(library: ctypes.CDLL | None) -> int | None:
 
 
 def _check(library: ctypes.CDLL, failed: bool) -> None:
-    if failed:
-        raise TokenPruningError(f"native engine: {library.tp_last_error().decode()}")
+    if not failed:
+        return
+    message = library.tp_last_error().decode()
+    if message == "out of memory":
+        raise MemoryError("native engine: out of memory")
+    raise TokenPruningError(f"native engine: {message}")
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """What PyTorch says when memory runs out becomes a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error) and "std::bad_alloc" not in str(error):
+            raise
+        raise MemoryError(str(error)) from error
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
@@ -134,23 +173,99 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _sized(tensor: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
+    """A tensor's address, once it is what the native side takes it for."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or tensor.numel() != count or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TokenPruningError(
+            f"native engine: a {tensor.dtype} tensor of {tensor.numel()} numbers on {tensor.device} where {count} of "
+            f"{dtype} are needed"
+        )
+    return tensor.data_ptr()
+
+
+class _Handle:
+    """Owns a native object, which nobody changes once it is made: copies share it, and it is freed once."""
+
+    def __init__(self, library: ctypes.CDLL, address: int | None, free: str) -> None:
+        self._as_parameter_ = address
+        self._free = getattr(library, free)
+        _check(library, not address)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Handle":
+        return self
+
+    __copy__ = __deepcopy__
+
+    def __del__(self) -> None:
+        if self._as_parameter_:
+            self._free(self._as_parameter_)
+
+
+class _Linear(NamedTuple):
+    """The numbers of a linear layer: ``[out, in]``, ``[out]``, and for int8 ``[out]``, what its whole numbers mean."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None = None
+
+
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def _exported(dtype: str, shape: tuple[int, int], read: Any) -> _Linear:
+    """A packed linear layer's numbers, in the dtype that holds them exactly; ``read`` fills three float32 arrays."""
+    weight = torch.empty(shape, dtype=torch.float32)
+    bias, scale = (torch.empty(shape[0], dtype=torch.float32) for _ in range(2))
+    read(weight.data_ptr(), bias.data_ptr(), scale.data_ptr())
+    return _Linear(weight.to(_STORED[dtype]), bias, scale if dtype == "int8" else None)
+
+
+def _restored_limit(state: dict[str, Any]) -> tuple[ctypes.CDLL, int]:
+    """The library, and the best kernel level for a pickled engine here.
+
+    That is its own, so that it gives the same results to the last bit; where there is none such, the best below it.
+    """
+    if state.pop("format", None) != _STATE_FORMAT:
+        raise TokenPruningError("this engine was pickled by another version of the package: compile the model again")
+    library = load_library()
+    limit = level_limit(library)
+    if library is None or limit is None:
+        why = "were not built here" if library is None else f"{KERNELS_VARIABLE} rules out"
+        raise TokenPruningError(f"this engine needs native kernels, which {why}: compile the model again")
+    return library, min(limit, state["_limit"])
+
+
 class NativeLinear(nn.Module):
-    """A linear layer on the native kernels: a row's result never depends on the rows beside it."""
+    """A linear layer on the native kernels: a row's result never depends on the rows beside it.
+
+    Copies share the packed weights. Pickled, it is its numbers in its dtype, packed again where it is loaded.
+    """
 
     def __init__(self, library: ctypes.CDLL, linear: nn.Linear, dtype: str, limit: int, threads: int) -> None:
-        """Pack the weights of ``linear`` for the best level up to ``limit``."""
+        """Pack the weights of ``linear`` for the best level up to ``limit``.
+
+        Raises:
+            MemoryError: if there is no memory for them.
+        """
         super().__init__()
-        self._library, self._threads = library, threads
+        self._threads, self._dtype, self._limit = threads, dtype, limit
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._pack(library, _Linear(linear.weight, linear.bias))
+
+    def _pack(self, library: ctypes.CDLL, numbers: _Linear) -> None:
+        self._library = library
         # A head's output sizes fit no tile; only the shared side and whole panels matter to the packing.
-        level = library.tp_choose_level(limit, DTYPES[dtype], linear.in_features, linear.in_features, 32)
-        if linear.out_features % 32 and LEVELS[level] == "amx":
+        dtype = DTYPES[self._dtype]
+        level = library.tp_choose_level(self._limit, dtype, self.in_features, self.in_features, 32)
+        if self.out_features % 32 and LEVELS[level] == "amx":
             level -= 1
-        weight, bias = _float32(linear.weight), _float32(linear.bias)
-        self._handle = library.tp_linear_new(
-            level, DTYPES[dtype], _pointer(weight), _pointer(bias), self.in_features, self.out_features
+        weight, bias, scale = (_float32(tensor) for tensor in numbers)
+        address = library.tp_linear_new(
+            level, dtype, _pointer(weight), _pointer(bias), _pointer(scale), self.in_features, self.out_features
         )
-        _check(library, not self._handle)
+        self._handle = _Handle(library, address, "tp_linear_free")
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, float32."""
@@ -162,13 +277,83 @@ class NativeLinear(nn.Module):
         _check(self._library, failed)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.tp_linear_free(self._handle)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NativeLinear":
+        copied = NativeLinear.__new__(NativeLinear)
+        memo[id(self)] = copied
+        shared = {"_library": self._library, "_handle": self._handle}
+        copied.__dict__.update({k: shared.get(k) or copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_library", "_handle")}
+
+        def read(*arrays: int) -> None:
+            _check(self._library, self._library.tp_linear_get(self._handle, *arrays))
+
+        numbers = _exported(self._dtype, (self.out_features, self.in_features), read)
+        return {**state, "numbers": tuple(numbers), "format": _STATE_FORMAT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        library, state["_limit"] = _restored_limit(state)
+        numbers = _Linear(*state.pop("numbers"))
+        self.__dict__.update(state)
+        self._pack(library, numbers)
+
+
+class _Part(NamedTuple):
+    """Some of an encoder's weights: where they belong, and the tensors. Layer -1 is the embeddings'."""
+
+    kind: str  # "table", "norm" or "linear"
+    layer: int
+    which: int
+    tensors: tuple[Tensor | None, ...]
+
+
+def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
+    """A base model's weights, one after the other, so that they are never all copied at once."""
+
+    def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
+        size = module.normalized_shape[0]
+        gamma = torch.ones(size, dtype=torch.float32) if module.weight is None else module.weight
+        beta = torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias
+        return _Part("norm", layer, which, (gamma, beta))
+
+    embeddings = family.embedding_modules()
+    for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
+        if table is not None:
+            yield _Part("table", -1, which, (table.weight.detach().to("cpu", table_dtype),))
+    yield norm(-1, 0, embeddings.norm)
+    if embeddings.projection is not None:
+        yield _Part("linear", -1, 0, (embeddings.projection.weight, embeddings.projection.bias, None))
+    for number, layer in enumerate(map(family.layer_modules, family.layers)):
+        for which, linear in enumerate(_linears(layer)):
+            yield _Part("linear", number, which, (linear.weight, linear.bias, None))
+        yield norm(number, 0, layer.attention_norm)
+        yield norm(number, 1, layer.output_norm)
+
+
+def _linears(layer: LayerModules) -> tuple[nn.Linear, ...]:
+    return (
+        layer.query,
+        layer.key,
+        layer.value,
+        layer.attention_output,
+        layer.feed_forward_up,
+        layer.feed_forward_down,
+    )
 
 
 class NativeEncoder:
-    """A post-LN encoder whose forward pass is one native call."""
+    """A post-LN encoder whose forward pass is native.
+
+    A copy shares the packed weights. Pickled, it is its weights in its dtype (for int8 the whole numbers and their
+    scales), unpacked: as large as ``weight_bytes``, which a process that pickles or loads one needs once more for the
+    while. Loaded, it is packed for the same kernels as before, and gives the same results to the last bit; on a
+    processor without them, for the best below.
+
+    A call needs memory in proportion to its tokens and threads, by the formula in ``native/encoder.h``. It is kept for
+    the next call: as many pieces as calls ever ran at once.
+    """
 
     def __init__(
         self,
@@ -188,88 +373,110 @@ class NativeEncoder:
                 where their states are unused.
             dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
             limit: the best kernel level allowed.
-            threads: threads of one call.
+            threads: threads of one call, at most: it takes no more than the cores that it may use.
+
+        Raises:
+            MemoryError: if there is no memory for them.
         """
-        self._library, self.dtype, self.threads = library, dtype, threads
+        self.dtype, self.threads = dtype, threads
         self.shape = family.shape(family.config)
         self._embeddings = embeddings
-        tables = family.embedding_modules()
-        layers = [family.layer_modules(layer) for layer in family.layers]
-        self.level = self._choose_level(limit, tables)
-        self._limit = limit
-        shape, activation = self.shape, ACTIVATIONS[family.activation]
-        self._handle = library.tp_encoder_new(
+        self._limit, self._restored = limit, False
+        modules = family.embedding_modules()
+        self._epsilon, self._activation = modules.norm.eps, ACTIVATIONS[family.activation]
+        self._projected = None if modules.projection is None else modules.projection.in_features
+        self._pack(library, _parts(family, self._table_dtype))
+
+    @property
+    def _table_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "float32" else torch.bfloat16
+
+    def _choose_level(self) -> int:
+        shape, dtype = self.shape, DTYPES[self.dtype]
+        level = self._library.tp_choose_level(
+            self._limit, dtype, shape.hidden_size, shape.intermediate_size, shape.hidden_size // shape.num_heads
+        )
+        if self._projected is not None:
+            level = self._library.tp_choose_level(level, dtype, self._projected, self._projected, 32)
+        return int(level)
+
+    def _pack(self, library: ctypes.CDLL, parts: Iterator[_Part]) -> None:
+        self._library = library
+        self.level = self._choose_level()
+        shape = self.shape
+        address = library.tp_encoder_new(
             self.level,
-            DTYPES[dtype],
+            DTYPES[self.dtype],
             shape.num_layers,
             shape.hidden_size,
             shape.num_heads,
             shape.intermediate_size,
-            tables.norm.eps,
-            activation,
+            self._epsilon,
+            self._activation,
         )
-        _check(library, not self._handle)
-        self._set_embeddings(tables)
-        for number, layer in enumerate(layers):
-            self._set_layer(number, layer)
+        self._handle = _Handle(library, address, "tp_encoder_free")
+        self._shapes: dict[tuple[str, int, int], tuple[int, int]] = {}
+        self._spare: list[_Workspace] = []
+        for part in parts:
+            self._set(part)
 
-    def _choose_level(self, limit: int, embeddings: EmbeddingModules) -> int:
-        shape = self.shape
-        level = self._library.tp_choose_level(
-            limit,
-            DTYPES[self.dtype],
-            shape.hidden_size,
-            shape.intermediate_size,
-            shape.hidden_size // shape.num_heads,
-        )
-        if embeddings.projection is not None:
-            width = embeddings.projection.in_features
-            level = self._library.tp_choose_level(level, DTYPES[self.dtype], width, width, 32)
-        return int(level)
+    def _set(self, part: _Part) -> None:
+        library, layer, which = self._library, part.layer, part.which
+        if part.kind == "table":
+            assert part.tensors[0] is not None
+            table = part.tensors[0].contiguous()
+            rows, size = table.shape
+            half = table.dtype == torch.bfloat16
+            failed = library.tp_encoder_set_table(self._handle, which, table.data_ptr(), rows, size, half)
+        else:
+            numbers = [_float32(tensor) for tensor in part.tensors]
+            assert numbers[0] is not None
+            rows, size = numbers[0].shape if part.kind == "linear" else (1, len(numbers[0]))
+            pointers = [_pointer(tensor) for tensor in numbers]
+            if part.kind == "linear":
+                failed = library.tp_encoder_set_linear(self._handle, layer, which, *pointers, size, rows)
+            else:
+                failed = library.tp_encoder_set_norm(self._handle, layer, which, *pointers, size)
+        _check(library, failed)
+        self._shapes[part.kind, layer, which] = rows, size
 
-    def _set_embeddings(self, embeddings: EmbeddingModules) -> None:
-        half = self.dtype != "float32"
-        for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
-            if table is None:
-                continue
-            values = table.weight.detach().to("cpu", torch.bfloat16 if half else torch.float32).contiguous()
-            rows, size = values.shape
-            failed = self._library.tp_encoder_set_table(self._handle, which, values.data_ptr(), rows, size, half)
-            _check(self._library, failed)
-        self._set_norm(-1, 0, embeddings.norm)
-        if embeddings.projection is not None:
-            self._set_linear(-1, 0, embeddings.projection)
+    def _get(self, kind: str, layer: int, which: int) -> _Part:
+        """What :meth:`_set` was given, as it is used."""
+        library, (rows, size) = self._library, self._shapes[kind, layer, which]
+        tensors: tuple[Tensor | None, ...]
+        if kind == "linear":
 
-    def _set_layer(self, number: int, layer: LayerModules) -> None:
-        linears = (
-            layer.query,
-            layer.key,
-            layer.value,
-            layer.attention_output,
-            layer.feed_forward_up,
-            layer.feed_forward_down,
-        )
-        for which, linear in enumerate(linears):
-            self._set_linear(number, which, linear)
-        self._set_norm(number, 0, layer.attention_norm)
-        self._set_norm(number, 1, layer.output_norm)
+            def read(*arrays: int) -> None:
+                _check(library, library.tp_encoder_get_linear(self._handle, layer, which, *arrays, size, rows))
 
-    def _set_linear(self, layer: int, which: int, linear: nn.Linear) -> None:
-        weight, bias = _float32(linear.weight), _float32(linear.bias)
-        failed = self._library.tp_encoder_set_linear(
-            self._handle, layer, which, _pointer(weight), _pointer(bias), linear.in_features, linear.out_features
-        )
-        _check(self._library, failed)
+            tensors = _exported(self.dtype, (rows, size), read)
+        elif kind == "norm":
+            gamma, beta = (torch.empty(size, dtype=torch.float32) for _ in range(2))
+            pointers = gamma.data_ptr(), beta.data_ptr()
+            _check(library, library.tp_encoder_get_norm(self._handle, layer, which, *pointers, size))
+            tensors = gamma, beta
+        else:
+            table = torch.empty((rows, size), dtype=self._table_dtype)
+            _check(library, library.tp_encoder_get_table(self._handle, which, table.data_ptr(), rows, size))
+            tensors = (table,)
+        return _Part(kind, layer, which, tuple(tensors))
 
-    def _set_norm(self, layer: int, which: int, norm: nn.LayerNorm) -> None:
-        size = norm.normalized_shape[0]
-        gamma, beta = _float32(norm.weight), _float32(norm.bias)
-        failed = self._library.tp_encoder_set_norm(self._handle, layer, which, _pointer(gamma), _pointer(beta), size)
-        _check(self._library, failed)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NativeEncoder":
+        copied = NativeEncoder.__new__(NativeEncoder)
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__, _embeddings=copy.deepcopy(self._embeddings, memo), _spare=[])
+        return copied
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.tp_encoder_free(self._handle)
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_library", "_handle", "_spare", "_shapes", "level")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {**state, "parts": [tuple(self._get(*place)) for place in self._shapes], "format": _STATE_FORMAT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        library, state["_limit"] = _restored_limit(state)
+        parts = state.pop("parts")
+        self.__dict__.update(state, _restored=True)
+        self._pack(library, (_Part(*part) for part in parts))
 
     @property
     def weight_bytes(self) -> int:
@@ -291,6 +498,11 @@ class NativeEncoder:
             token_pruner: see there.
             first_only: see there.
             seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
+
+        Raises:
+            MemoryError: if there is no memory for the call.
+            TokenPruningError: for tokens that the tables do not have.
+            Exception: whatever the pruner raises.
         """
         if not tokens.layout.batch_size:
             return torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu")
@@ -326,53 +538,80 @@ class NativeEncoder:
     ) -> tuple[Tensor, dict[int, LayerRecord]]:
         """The native call: last states, and a record per layer (1-based) if they are asked for, else none."""
         layout, layers = tokens.layout, self.shape.num_layers
-        cu_seqlens = layout.cu_seqlens
+        cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
         filled = cu_seqlens.diff() > 0
         if not bool(filled.all()):  # the native side knows no empty sequences
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
-        rows = cu_seqlens.numel() - 1 if first_only else layout.total
-        out = torch.empty(rows, self.shape.hidden_size, dtype=torch.float32, device="cpu")
-        survived = torch.zeros(layout.total, dtype=torch.int32, device="cpu")
+        total, sequences = layout.total, cu_seqlens.numel() - 1
+        rows, size = sequences if first_only else total, self.shape.hidden_size
+        out = torch.empty(rows, size, dtype=torch.float32, device="cpu")
+        survived = torch.zeros(total, dtype=torch.int32, device="cpu")
         received = None
         if recorded:
-            received = torch.full((layers, layout.total), torch.nan, dtype=torch.float32, device="cpu")
+            received = torch.full((layers, total), torch.nan, dtype=torch.float32, device="cpu")
         method = token_pruner.pruner
-        absolute = type(method).keep is FixedThreshold.keep
         summaries = method.summary_tokens != "none"
-        hosts = torch.zeros(layout.total, dtype=torch.uint8, device="cpu") if summaries else None
+        hosts = torch.zeros(total, dtype=torch.uint8, device="cpu") if summaries else None
         prunes = bytes(
             [method.prunes(layer, layers) for layer in range(1, layers + 1)]
             if recorded
             else token_pruner.dropping_layers()
         )
-        decisions = None if absolute or not any(prunes) else _Decisions(tokens, token_pruner, survived, hosts)
+        assert len(prunes) == layers
+        absolute = type(method).keep is FixedThreshold.keep
+        decides = not absolute and any(prunes)
+        importance = torch.empty(total, dtype=torch.float32) if decides else None
+        keep = torch.empty(total, dtype=torch.uint8) if decides else None
         assert tokens.ids is not None
         request = _Request(
-            sequences=cu_seqlens.numel() - 1,
-            cu_seqlens=cu_seqlens.data_ptr(),
-            ids=tokens.ids.data_ptr(),
-            positions=tokens.positions.data_ptr(),
-            token_types=_pointer(tokens.token_types),
-            threads=self.threads,
-            thresholds=_pointer(token_pruner.thresholds) if absolute else None,
-            prunes=ctypes.cast(ctypes.c_char_p(prunes), c_void_p),
+            sequences=sequences,
+            tokens=total,
+            layers=layers,
+            threads=1 if self.threads == 1 else min(self.threads, self._library.tp_usable_cores()),
+            cu_seqlens=_sized(cu_seqlens, torch.int32, sequences + 1),
+            ids=_sized(tokens.ids, torch.int32, total),
+            positions=_sized(tokens.positions, torch.int32, total),
+            token_types=_sized(tokens.token_types, torch.int32, total),
+            thresholds=_sized(token_pruner.thresholds, torch.float32, layers) if absolute else None,
+            prunes=ctypes.cast(c_char_p(prunes), c_void_p),
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
-            decide=_DECIDE(decisions) if decisions else _DECIDE(),
             first_only=first_only,
             record=recorded,
-            segments=_pointer(segments),
+            segments=_sized(segments, torch.uint8, total),
             hosts=_pointer(hosts),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
             received=_pointer(received),
-            seconds=_pointer(seconds),
+            seconds=_sized(seconds, torch.float64, len(PARTS)),
+            importance=_pointer(importance),
+            keep=_pointer(keep),
         )
-        status = self._library.tp_encoder_forward(self._handle, ctypes.byref(request)) if layout.total else 0
-        if decisions and decisions.error:
-            raise decisions.error
-        _check(self._library, status < 0)
+        if total:
+            workspace = self._workspace_for(request)
+            while status := self._library.tp_encoder_forward(self._handle, request):
+                _check(self._library, status < 0)
+                assert importance is not None and keep is not None
+                began = time.perf_counter()
+                scores = importance[: request.rows]
+                keep[: request.rows] = _decision(tokens, token_pruner, request.layer, survived, hosts, scores)
+                if seconds is not None:
+                    seconds[PARTS.index("decide")] += time.perf_counter() - began
+            self._spare.append(workspace)
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
         return layout.per_sequence(out) if first_only else out, records
+
+    def _workspace_for(self, request: _Request) -> "_Workspace":
+        """Memory for a call, an earlier one's where that is large enough."""
+        needed = self._library.tp_encoder_workspace_bytes(self._handle, request)
+        _check(self._library, needed < 0)
+        workspace = None
+        with contextlib.suppress(IndexError):  # another thread may be first
+            workspace = self._spare.pop()
+        if workspace is None or workspace.bytes < needed:  # a small one is freed: never more of them than calls at once
+            workspace = None
+            workspace = _Workspace(needed)
+        request.workspace, request.workspace_bytes = workspace.address, workspace.bytes
+        return workspace
 
     def explain(self) -> list[str]:
         """The kernels and why they were chosen."""
@@ -381,11 +620,13 @@ class NativeEncoder:
             f"kernels: {LEVELS[self.level]}, {self._library.tp_describe(self.level, DTYPES[self.dtype]).decode()}",
             f"weights: {self.weight_bytes / 2**20:.0f} MiB",
         ]
+        cores = int(self._library.tp_usable_cores())
+        if cores < self.threads:
+            lines.append(f"a call takes {cores} of its {self.threads} threads: this process may use no more cores now")
         best = int(self._library.tp_best_level())
         if self._limit < best:
-            lines.append(
-                f"{KERNELS_VARIABLE} limits kernels to {LEVELS[self._limit]}; the processor has {LEVELS[best]}"
-            )
+            what = "the machine this engine was compiled on" if self._restored else KERNELS_VARIABLE
+            lines.append(f"{what} limits kernels to {LEVELS[self._limit]}; the processor has {LEVELS[best]}")
         if self.level < self._limit:
             if self.dtype == "float32" and LEVELS[self._limit] == "amx":
                 lines.append("amx has no float32 products")
@@ -431,37 +672,46 @@ def _records(
     return records
 
 
-class _Decisions:
-    """Asks a pruner what stays, on behalf of the native encoder."""
+def _decision(
+    tokens: PackedTokens, pruner: TokenPruner, layer: int, survived: Tensor, hosts: Tensor | None, received: Tensor
+) -> Tensor:
+    """What a pruner keeps of the rows that are there in ``layer`` (0-based), ``[rows]`` bool."""
+    # Rows that are still there have survived every layer before this one.
+    present = _rows_left(survived, hosts, layer)
+    layout = _layout_of(tokens, present)
+    method = pruner.pruner
+    return method.checked_keep(
+        LayerTokens(
+            layer=layer + 1,
+            num_layers=pruner.num_layers,
+            layout=layout,
+            scores=importance_scores(received, layout, method.scoring_mode, method.max_seq_length),
+            input_lengths=tokens.layout.lengths_tensor,
+            threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
+            summaries=None if hosts is None else (survived < layer)[present],
+        )
+    )
 
-    def __init__(self, tokens: PackedTokens, pruner: TokenPruner, survived: Tensor, hosts: Tensor | None) -> None:
-        self.tokens, self.pruner, self.survived, self.hosts = tokens, pruner, survived, hosts
-        self.error: BaseException | None = None
 
-    def __call__(self, layer: int, rows: int, cu_seqlens: Any, received: Any, keep: Any) -> int:
+class _Workspace:
+    """Memory of one call, on huge pages where it is large: it goes back to the system when nobody holds it."""
+
+    _HUGE_PAGE = 2 << 20
+
+    def __init__(self, size: int) -> None:
+        """Take at least ``size`` bytes.
+
+        Raises:
+            MemoryError: if the system has not so many.
+        """
+        align = self._HUGE_PAGE if size >= self._HUGE_PAGE // 2 else mmap.PAGESIZE
         try:
-            tokens, module = self.tokens, self.pruner
-            # Rows that are still there have survived every layer before this one.
-            present = _rows_left(self.survived, self.hosts, layer)
-            layout = _layout_of(tokens, present)
-            total = torch.frombuffer(
-                (c_float * rows).from_address(ctypes.addressof(received.contents)), dtype=torch.float32
-            )
-            scores = importance_scores(total, layout, module.pruner.scoring_mode, module.pruner.max_seq_length)
-            decision = module.pruner.checked_keep(
-                LayerTokens(
-                    layer=layer + 1,
-                    num_layers=module.num_layers,
-                    layout=layout,
-                    scores=scores,
-                    input_lengths=tokens.layout.lengths_tensor,
-                    threshold=None if module.thresholds is None else module.thresholds[layer],
-                    summaries=None if self.hosts is None else (self.survived < layer)[present],
-                )
-            )
-            flags = decision.to(torch.uint8).contiguous()
-            ctypes.memmove(keep, flags.data_ptr(), rows)
-            return 0
-        except BaseException as error:  # carried over the native frames, and raised again by the caller
-            self.error = error
-            return 1
+            self._memory = mmap.mmap(-1, size + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryError(f"native engine: a call needs {size} bytes of memory, which there are not") from error
+        if align == self._HUGE_PAGE:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.address = -(-begin // align) * align
+        self.bytes = begin + len(self._memory) - self.address

@@ -1,13 +1,15 @@
 // The library's C interface: what token_pruning/engine/native.py calls. Every function that can fail returns null or a
 // negative number and leaves a message for tp_last_error. Pointers are to contiguous float32 or int32 unless they say
 // otherwise; nothing is kept of them after a call.
+#include <cstdio>
 #include <exception>
+#include <memory>
 #include <new>
 #include <stdexcept>
-#include <string>
 
 #include "cpu_level.h"
 #include "encoder.h"
+#include "threads.h"
 
 #define TP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -15,22 +17,30 @@ using namespace tp;
 
 namespace {
 
-thread_local std::string last_error;
+thread_local char last_error[256];  // writing it allocates nothing
+
+void say(const char* message) { std::snprintf(last_error, sizeof last_error, "%s", message); }
 
 template <class Function>
 auto guarded(Function function, decltype(function()) failed) -> decltype(function()) {
     try {
         return function();
     } catch (const std::bad_alloc&) {
-        last_error = "out of memory";
+        say("out of memory");
     } catch (const std::exception& error) {
-        last_error = error.what();
+        say(error.what());
+    } catch (...) {
+        say("an unknown error");
     }
     return failed;
 }
 
+void require(bool good, const char* message) {
+    if (!good) throw std::invalid_argument(message);
+}
+
 const Kernels* kernels_at(int level, Dtype dtype) {
-    if (level > best_level()) return nullptr;
+    if (level > best_level() || dtype < Dtype::float32 || dtype > Dtype::int8) return nullptr;
     switch (level) {
 #if defined(TP_X86)
         case AMX:
@@ -48,8 +58,22 @@ const Kernels* kernels_at(int level, Dtype dtype) {
 
 const Kernels& required_kernels(int level, int dtype) {
     const Kernels* kernels = kernels_at(level, (Dtype)dtype);
-    if (!kernels) throw std::invalid_argument("this kernel level is not available for this dtype");
+    require(kernels, "this kernel level is not available for this dtype");
     return *kernels;
+}
+
+const Linear& linear_at(const Encoder& encoder, int layer, int which) {
+    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 1 : 6), "no such matrix");
+    if (layer < 0) return encoder.embeddings.projection;
+    const Layer& l = encoder.layers[layer];
+    const Linear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down};
+    return *places[which];
+}
+
+const Norm& norm_at(const Encoder& encoder, int layer, int which) {
+    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 1 : 2), "no such norm");
+    if (layer < 0) return encoder.embeddings.norm;
+    return which == 0 ? encoder.layers[layer].attention_norm : encoder.layers[layer].output_norm;
 }
 
 struct Head {
@@ -60,14 +84,17 @@ struct Head {
 
 }  // namespace
 
-TP_EXPORT const char* tp_last_error() { return last_error.c_str(); }
+TP_EXPORT const char* tp_last_error() { return last_error; }
 
 // What Python must agree with: a number that changes with the interface, and the size of the one structure it fills.
-TP_EXPORT int tp_abi_version() { return 2; }
+TP_EXPORT int tp_abi_version() { return 3; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
 
 TP_EXPORT int tp_best_level() { return best_level(); }
+
+// Cores that this thread may use now: its affinity mask and the control group's quota.
+TP_EXPORT int tp_usable_cores() { return usable_cores(); }
 
 // The best level, at most `limit`, with kernels for the dtype and the sizes.
 TP_EXPORT int tp_choose_level(int limit, int dtype, int hidden, int inner, int head_size) {
@@ -87,8 +114,13 @@ TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, int layers, int hidden, 
                                   int activation) {
     return guarded(
         [&] {
+            require(layers > 0 && hidden > 0 && heads > 0 && inner > 0 && hidden % heads == 0 && activation >= 0 &&
+                        activation <= (int)Activation::gelu_tanh,
+                    "sizes must be positive, and the hidden size a multiple of the heads");
+            const Kernels& kernels = required_kernels(level, dtype);
+            require(kernels.fits(hidden, inner, hidden / heads), "this kernel level does not fit these sizes");
             Shape shape{layers, hidden, heads, inner, epsilon, (Activation)activation};
-            return new Encoder(required_kernels(level, dtype), shape);
+            return new Encoder(kernels, shape);
         },
         (Encoder*)nullptr);
 }
@@ -96,19 +128,32 @@ TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, int layers, int hidden, 
 TP_EXPORT void tp_encoder_free(Encoder* encoder) { delete encoder; }
 
 // which: 0 query, 1 key, 2 value, 3 attention output, 4 feed-forward up, 5 feed-forward down; layer -1: the projection
-// of embeddings of another width. weight is [out, in].
+// of embeddings of another width. weight is [out, in], bias [out] or null; scale [out] is what tp_encoder_get_linear
+// gave for int8, with its weights, else null.
 TP_EXPORT int tp_encoder_set_linear(Encoder* encoder, int layer, int which, const float* weight, const float* bias,
-                                    int in, int out) {
+                                    const float* scale, int in, int out) {
     return guarded(
         [&] {
-            Linear linear = pack_linear(encoder->kernels, encoder->memory, weight, bias, in, out);
-            if (layer < 0) {
-                encoder->embeddings.projection = linear;
-            } else {
-                Layer& l = encoder->layers.at(layer);
-                Linear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down};
-                *places[which] = linear;
-            }
+            Linear& place = const_cast<Linear&>(linear_at(*encoder, layer, which));
+            const int hidden = encoder->shape.hidden, inner = encoder->shape.inner;
+            require(
+                in > 0 && (layer < 0 || in == (which == 5 ? inner : hidden)) && out == (which == 4 ? inner : hidden),
+                "a matrix of another size");
+            place = pack_linear(encoder->kernels, encoder->memory, weight, bias, scale, in, out);
+            return 0;
+        },
+        -1);
+}
+
+// The numbers of a matrix that was set, exactly as they are used: weight [out, in], for int8 whole numbers; bias [out];
+// scale [out], written for int8 alone.
+TP_EXPORT int tp_encoder_get_linear(const Encoder* encoder, int layer, int which, float* weight, float* bias,
+                                    float* scale, int in, int out) {
+    return guarded(
+        [&] {
+            const Linear& linear = linear_at(*encoder, layer, which);
+            require(linear.weight && linear.in == in && linear.out == out, "a matrix of another size");
+            unpack_linear(encoder->kernels, linear, weight, bias, scale);
             return 0;
         },
         -1);
@@ -119,23 +164,33 @@ TP_EXPORT int tp_encoder_set_norm(Encoder* encoder, int layer, int which, const 
                                   int size) {
     return guarded(
         [&] {
-            Norm norm{{gamma, gamma + size}, {beta, beta + size}};
-            if (layer < 0)
-                encoder->embeddings.norm = std::move(norm);
-            else
-                (which == 0 ? encoder->layers.at(layer).attention_norm : encoder->layers.at(layer).output_norm) =
-                    std::move(norm);
+            require(size > 0 && (layer < 0 || size == encoder->shape.hidden), "a norm of another size");
+            const_cast<Norm&>(norm_at(*encoder, layer, which)) = {{gamma, gamma + size}, {beta, beta + size}};
             return 0;
         },
         -1);
 }
 
-// which: 0 words, 1 positions, 2 token types. values is [rows, size], of bfloat16 if `half`, which all tables must
-// share.
+TP_EXPORT int tp_encoder_get_norm(const Encoder* encoder, int layer, int which, float* gamma, float* beta, int size) {
+    return guarded(
+        [&] {
+            const Norm& norm = norm_at(*encoder, layer, which);
+            require((int)norm.gamma.size() == size, "a norm of another size");
+            __builtin_memcpy(gamma, norm.gamma.data(), size * sizeof(float));
+            __builtin_memcpy(beta, norm.beta.data(), size * sizeof(float));
+            return 0;
+        },
+        -1);
+}
+
+// which: 0 words, 1 positions, 2 token types. values is [rows, size], of bfloat16 if `half`; size and half are those of
+// all tables.
 TP_EXPORT int tp_encoder_set_table(Encoder* encoder, int which, const void* values, int rows, int size, int half) {
     return guarded(
         [&] {
             Embeddings& e = encoder->embeddings;
+            require(which >= 0 && which < 3 && rows > 0 && size > 0, "no such table");
+            require(!e.size || (e.size == size && encoder->half_tables == (half != 0)), "a table of another size");
             const size_t bytes = (size_t)rows * size * (half ? 2 : 4);
             char* table = encoder->memory.take(bytes);
             __builtin_memcpy(table, values, bytes);
@@ -148,38 +203,56 @@ TP_EXPORT int tp_encoder_set_table(Encoder* encoder, int which, const void* valu
         -1);
 }
 
-TP_EXPORT int64_t tp_encoder_weight_bytes(const Encoder* encoder) { return (int64_t)encoder->memory.used(); }
-
-// 0: done; 1: `decide` asked to stop; -1: an error.
-TP_EXPORT int tp_encoder_forward(Encoder* encoder, const Request* request) {
+TP_EXPORT int tp_encoder_get_table(const Encoder* encoder, int which, void* values, int rows, int size) {
     return guarded(
         [&] {
-            const Request& r = *request;
-            if (r.sequences < 1 || r.cu_seqlens[0] != 0) throw std::invalid_argument("cu_seqlens must begin with 0");
-            for (int s = 0; s < r.sequences; s++)
-                if (r.cu_seqlens[s + 1] <= r.cu_seqlens[s]) throw std::invalid_argument("cu_seqlens must rise");
             const Embeddings& e = encoder->embeddings;
-            for (int i = 0; i < r.cu_seqlens[r.sequences]; i++)
-                if (r.ids[i] < 0 || r.ids[i] >= e.words || r.positions[i] < 0 || r.positions[i] >= e.positions ||
-                    (r.types && (r.types[i] < 0 || r.types[i] >= e.types)))
-                    throw std::invalid_argument("an id, position or token type is outside its table");
-            return encoder->forward(r) ? 1 : 0;
+            const char* table = which == 0 ? e.word : which == 1 ? e.position : e.type;
+            const int there = which == 0 ? e.words : which == 1 ? e.positions : e.types;
+            require(table && rows == there && size == e.size, "a table of another size");
+            __builtin_memcpy(values, table, (size_t)rows * size * (encoder->half_tables ? 2 : 4));
+            return 0;
         },
         -1);
 }
 
-TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const float* bias, int in, int out) {
+TP_EXPORT int64_t tp_encoder_weight_bytes(const Encoder* encoder) { return (int64_t)encoder->memory.used(); }
+
+// The workspace that a request needs, in bytes; -1: an error.
+TP_EXPORT int64_t tp_encoder_workspace_bytes(const Encoder* encoder, const Request* request) {
+    return guarded([&] { return (int64_t)encoder->workspace_bytes(*request); }, (int64_t)-1);
+}
+
+// 0: done; 1: it waits for a decision; -1: an error.
+TP_EXPORT int tp_encoder_forward(const Encoder* encoder, Request* request) {
+    return guarded([&] { return encoder->forward(*request) ? 0 : 1; }, -1);
+}
+
+TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const float* bias, const float* scale, int in,
+                              int out) {
     return guarded(
         [&] {
             const Kernels& kernels = required_kernels(level, dtype);
+            require(in > 0 && out > 0 && kernels.fits(in, in, 32) && (!kernels.half || out % 32 == 0),
+                    "this kernel level does not fit these sizes");
             std::unique_ptr<Head> head(new Head{kernels, Slabs(0), {}});
-            head->linear = pack_linear(kernels, head->memory, weight, bias, in, out);
+            head->linear = pack_linear(kernels, head->memory, weight, bias, scale, in, out);
             return head.release();
         },
         (Head*)nullptr);
 }
 
 TP_EXPORT void tp_linear_free(Head* head) { delete head; }
+
+// See tp_encoder_get_linear.
+TP_EXPORT int tp_linear_get(const Head* head, float* weight, float* bias, float* scale) {
+    return guarded(
+        [&] {
+            unpack_linear(head->kernels, head->linear, weight, bias, scale);
+            return 0;
+        },
+        -1);
+}
 
 // out[rows, out] = x[rows, in] · weightᵀ + bias, both float32.
 TP_EXPORT int tp_linear_apply(const Head* head, const float* x, int rows, float* out, int threads) {

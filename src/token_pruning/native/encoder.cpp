@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
-#include <thread>
+#include <stdexcept>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -19,20 +20,20 @@ namespace tp {
 
 static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
+static size_t page_for(size_t bytes) { return bytes >= (1u << 20) ? 2u << 20 : 64; }
+
 Buffer::Buffer(size_t bytes) {
     // Huge pages: without them reading the weights waits for address translation as much as for memory.
-    const size_t page = bytes >= (1u << 20) ? 2u << 20 : 64;
+    const size_t page = page_for(bytes);
+    if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
     bytes_ = round_up(std::max<size_t>(bytes, 1), page);
-    data_ = (char*)std::aligned_alloc(page, bytes_);
-    if (!data_) throw std::bad_alloc();
+    data_ = (char*)::operator new(bytes_, std::align_val_t(page));
 #if defined(__linux__)
     if (page > 64) madvise(data_, bytes_, MADV_HUGEPAGE);
 #endif
 }
-Buffer::~Buffer() { std::free(data_); }
-Buffer& Buffer::operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
-    return *this;
+Buffer::~Buffer() {
+    if (data_) ::operator delete(data_, std::align_val_t(page_for(bytes_)));
 }
 
 char* Slabs::take(size_t bytes) {
@@ -46,40 +47,56 @@ char* Slabs::take(size_t bytes) {
     return place;
 }
 
-Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, int in, int out) {
+Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, const float* scale,
+                   int in, int out) {
     void* packed = slabs.take(kernels.weight_bytes(in, out));
     const size_t padded = round_up(out, 64);  // kernels read whole panels
-    float* values = (float*)slabs.take(padded * sizeof(float));
-    float* scale = kernels.quantized ? (float*)slabs.take(padded * sizeof(float)) : nullptr;
+    float* biases = (float*)slabs.take(padded * sizeof(float));
+    float* scales = kernels.quantized ? (float*)slabs.take(padded * sizeof(float)) : nullptr;
     for (size_t i = 0; i < padded; i++) {
-        values[i] = bias && (int)i < out ? bias[i] : 0.0f;
-        if (scale) scale[i] = 0.0f;
+        biases[i] = bias && (int)i < out ? bias[i] : 0.0f;
+        if (scales) scales[i] = 0.0f;
     }
-    kernels.pack_weight(weight, in, out, packed, scale);
-    return {in, out, packed, values, scale};
+    kernels.pack_weight(weight, in, out, packed, scales);
+    if (scales && scale) std::copy_n(scale, out, scales);
+    return {in, out, packed, biases, scales};
 }
 
-Buffer Encoder::borrow(size_t bytes) {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        auto best =
-            std::find_if(workspaces_.begin(), workspaces_.end(), [&](const Buffer& b) { return b.bytes() >= bytes; });
-        if (best == workspaces_.end() && !workspaces_.empty()) best = workspaces_.begin();
-        if (best != workspaces_.end()) {
-            Buffer found = std::move(*best);
-            workspaces_.erase(best);
-            if (found.bytes() >= bytes) return found;
-        }  // one that is too small is freed, so there are never more than calls at once
-    }
-    return Buffer(bytes);
-}
-
-void Encoder::give_back(Buffer buffer) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    workspaces_.push_back(std::move(buffer));
+void unpack_linear(const Kernels& kernels, const Linear& linear, float* weight, float* bias, float* scale) {
+    kernels.unpack_weight(linear.weight, linear.in, linear.out, weight);
+    std::copy_n(linear.bias, linear.out, bias);
+    if (linear.scale) std::copy_n(linear.scale, linear.out, scale);
 }
 
 namespace {
+
+// A list in memory that somebody else owns.
+template <class T>
+class List {
+public:
+    List() = default;
+    List(T* data, size_t capacity) : data_(data), capacity_(capacity) {}
+    size_t size() const { return size_; }
+    bool empty() const { return size_ == 0; }
+    T& operator[](size_t i) { return data_[i]; }
+    const T& operator[](size_t i) const { return data_[i]; }
+    const T& back() const { return data_[size_ - 1]; }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+    T* begin() { return data_; }
+    T* end() { return data_ + size_; }
+    const T* begin() const { return data_; }
+    const T* end() const { return data_ + size_; }
+    void clear() { size_ = 0; }
+    void push_back(T value) {
+        assert(size_ < capacity_);
+        data_[size_++] = value;
+    }
+
+private:
+    T* data_ = nullptr;
+    size_t capacity_ = 0, size_ = 0;
+};
 
 // Hands out parts of a workspace; with a null base it measures.
 struct Arena {
@@ -87,9 +104,13 @@ struct Arena {
     size_t used = 0;
     template <class T>
     T* take(size_t count) {
-        char* p = base + used;
+        char* p = base ? base + used : nullptr;
         used += round_up(count * sizeof(T), 64) + 64;
         return (T*)p;
+    }
+    template <class T>
+    List<T> list(size_t capacity) {
+        return {take<T>(capacity), capacity};
     }
 };
 
@@ -128,44 +149,87 @@ Range share(int count, int rank, int threads, int step = 1) {
 // columns of every product, so that the weights are read once), or take chunks in turn.
 class Pass {
 public:
-    Pass(Encoder& encoder, const Request& request)
+    Pass(const Encoder& encoder, const Request& request)
         : encoder_(encoder),
           kernels_(encoder.kernels),
           shape_(encoder.shape),
-          request_(request),
-          tokens_(request.cu_seqlens[request.sequences]) {
+          tokens_(request.tokens),
+          sequences_(request.sequences),
+          asked_(std::max(1, request.threads)) {
         for (int s = 0; s < request.sequences; s++)
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
         chunk_rows_ = (int)round_up(std::min(tokens_, std::max(kernels_.chunk_rows, longest_)), 32);
+        summaries_wanted_ = request.hosts;
     }
 
-    int run() {
-        const int asked = std::max(1, request_.threads);
-        Arena measure{nullptr};
-        lay_out(measure, asked);
-        Buffer workspace = encoder_.borrow(measure.used);
-        Arena arena{workspace.data()};
-        lay_out(arena, asked);
-        offsets_.assign(request_.cu_seqlens, request_.cu_seqlens + request_.sequences + 1);
-        original_.resize(tokens_);
-        for (int i = 0; i < tokens_; i++) original_[i] = i;
-        // Nothing is allocated from here on: no thread may fail while others wait for it.
-        kept_.reserve(tokens_), dropped_.reserve(tokens_), left_.reserve(tokens_), keep_.resize(tokens_);
-        if (request_.hosts) {
-            summaries_.assign(SEGMENTS * request_.sequences, Summary());
-            summary_of_kept_.reserve(tokens_), summary_of_dropped_.reserve(tokens_), shares_.reserve(tokens_);
+    // Every list and array of the pass, which lies in the workspace itself. Nothing is allocated besides: no thread may
+    // fail while others wait for it, and a pass that is never finished leaves nothing behind.
+    void lay_out(Arena& arena) {
+        const size_t tokens = tokens_, sequences = sequences_, chunks = tokens / 32 + asked_ + 2;
+        offsets_ = arena.list<int32_t>(sequences + 1), next_offsets_ = arena.list<int32_t>(sequences + 1);
+        original_ = arena.take<int>(tokens);
+        kept_ = arena.list<int>(tokens), dropped_ = arena.list<int>(tokens), left_ = arena.list<int>(tokens);
+        sequence_chunks_ = arena.list<Range>(sequences);
+        row_chunks_ = arena.list<Range>(chunks), dropped_chunks_ = arena.list<Range>(chunks);
+        const size_t hidden = shape_.hidden;
+        if (summaries_wanted_) {
+            summaries_ = arena.list<Summary>(SEGMENTS * sequences);
+            summary_of_kept_ = arena.list<int>(tokens), summary_of_dropped_ = arena.list<int>(tokens);
+            shares_ = arena.list<float>(tokens);
+            gone_ = arena.take<float>(tokens * hidden);
+            means_ = arena.take<float>(SEGMENTS * sequences * hidden);
         }
-        next_offsets_.reserve(offsets_.size()), sequence_chunks_.reserve(request_.sequences);
-        row_chunks_.reserve(tokens_ / 32 + asked + 1), dropped_chunks_.reserve(tokens_ / 32 + asked + 1);
-        run_on_team(asked, [&](int rank, int threads) {
-            if (rank == 0) begin(threads);
-            while (!started_.load(std::memory_order_acquire)) std::this_thread::yield();
+        const size_t inner = shape_.inner, rows = chunk_rows_, wide = exchange();
+        states_[0] = arena.take<float>(tokens * hidden);
+        states_[1] = arena.take<float>(tokens * hidden);
+        context_ = arena.take<char>(tokens * hidden * wide);
+        received_ = arena.take<float>(tokens);
+        const size_t widest = std::max<size_t>(hidden, encoder_.embeddings.size);
+        chunks_ = arena.take<ChunkSpace>(asked_), scratch_ = arena.take<ThreadSpace>(asked_);
+        for (int t = 0; t < asked_; t++) {
+            ChunkSpace c;
+            c.packed = arena.take<char>(kernels_.packed_rows_bytes(rows, widest));
+            c.packed_inner = arena.take<char>(kernels_.packed_rows_bytes(rows, inner));
+            c.inner = arena.take<char>(kernels_.quantized ? rows * inner * wide : 0);
+            c.projected = arena.take<char>(rows * 3 * hidden * wide);
+            c.first_queries = arena.take<char>(rows * hidden * wide);
+            c.sums = arena.take<float>(rows * hidden);
+            c.attended = arena.take<float>(rows * widest);
+            c.received = arena.take<float>(rows * shape_.heads);
+            c.row_scale = arena.take<float>(rows);
+            ThreadSpace s;
+            s.product = arena.take<char>(
+                std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
+            s.attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size()));
+            if (arena.base) chunks_[t] = c, scratch_[t] = s;
+        }
+    }
+
+    // Runs until a decision is wanted, or to the end. True: done.
+    bool run(Request& request) {
+        request_ = &request;
+        fresh_ = !request.waiting;
+        request.waiting = false;
+        if (fresh_) {
+            for (int s = 0; s <= sequences_; s++) offsets_.push_back(request.cu_seqlens[s]);
+            for (int i = 0; i < tokens_; i++) original_[i] = i;
+            for (int i = 0; request.hosts && i < SEGMENTS * sequences_; i++) summaries_.push_back(Summary());
+        }
+        auto begin = [&](int, int threads) {
+            barrier_.expect(threads);
+            next_.store(0);
+            if (fresh_)
+                plan(threads);
+            else
+                apply_decision(layer_, threads);
+        };
+        auto work_ = [&](int rank, int threads) {
             kernels_.enter();
             work(rank, threads);
             kernels_.leave();
-        });
-        encoder_.give_back(std::move(workspace));
-        return stopped_;
+        };
+        run_on_team(asked_, begin, work_);
+        return !request.waiting;
     }
 
 private:
@@ -191,7 +255,7 @@ private:
 
     struct Clock {
         Clock(const Pass& pass, const Team& team, Part part)
-            : seconds_(pass.request_.seconds && team.timed ? pass.request_.seconds + part : nullptr) {
+            : seconds_(pass.request_->seconds && team.timed ? pass.request_->seconds + part : nullptr) {
             if (seconds_) start_ = std::chrono::steady_clock::now();
         }
         ~Clock() {
@@ -200,41 +264,6 @@ private:
         double* seconds_;
         std::chrono::steady_clock::time_point start_;
     };
-
-    void lay_out(Arena& arena, int threads) {
-        const size_t hidden = shape_.hidden, inner = shape_.inner, rows = chunk_rows_, wide = kernels_.half ? 2 : 4;
-        states_[0] = arena.take<float>(tokens_ * hidden);
-        states_[1] = arena.take<float>(tokens_ * hidden);
-        context_ = arena.take<char>(tokens_ * hidden * wide);
-        received_ = arena.take<float>(tokens_);
-        if (request_.hosts) {
-            gone_ = arena.take<float>(tokens_ * hidden);
-            means_ = arena.take<float>((size_t)SEGMENTS * request_.sequences * hidden);
-        }
-        const size_t widest = std::max<size_t>(hidden, encoder_.embeddings.size);
-        chunks_.resize(threads), scratch_.resize(threads);
-        for (int t = 0; t < threads; t++) {
-            ChunkSpace& c = chunks_[t];
-            c.packed = arena.take<char>(kernels_.packed_rows_bytes(rows, widest));
-            c.packed_inner = arena.take<char>(kernels_.packed_rows_bytes(rows, inner));
-            c.inner = arena.take<char>(kernels_.quantized ? rows * inner * wide : 0);
-            c.projected = arena.take<char>(rows * 3 * hidden * wide);
-            c.first_queries = arena.take<char>(rows * hidden * wide);
-            c.sums = arena.take<float>(rows * hidden);
-            c.attended = arena.take<float>(rows * widest);
-            c.received = arena.take<float>(rows * shape_.heads);
-            c.row_scale = arena.take<float>(rows);
-            scratch_[t].product = arena.take<char>(
-                std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
-            scratch_[t].attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size()));
-        }
-    }
-
-    void begin(int threads) {
-        barrier_.expect(threads);
-        plan(threads);
-        started_.store(true, std::memory_order_release);
-    }
 
     // How the rows that are left are worked on until the next decision.
     void plan(int threads) {
@@ -251,18 +280,26 @@ private:
 
     void work(int rank, int threads) {
         Team team = team_of(rank, threads);
-        take(team, row_chunks_, [&](Range r) { embed(team, r); });
-        restart(rank);
-        for (int layer = 0; layer < shape_.layers; layer++) {
-            take(team, sequence_chunks_,
-                 [&](Range r) { first_rows_only(layer) ? attend_first(team, layer, r) : attend(team, layer, r); });
-            barrier_.wait();
-            if (rank == 0) {
-                Clock clock(*this, team, DECIDE);
-                decide(layer, threads);
+        if (fresh_) {
+            take(team, row_chunks_, [&](Range r) { embed(team, r); });
+            restart(rank);
+        }
+        for (int layer = fresh_ ? 0 : layer_; layer < shape_.layers; layer++) {
+            if (fresh_ || layer != layer_) {  // else this is where the decision was waited for
+                take(team, sequence_chunks_,
+                     [&](Range r) { first_rows_only(layer) ? attend_first(team, layer, r) : attend(team, layer, r); });
+                barrier_.wait();
+                if (rank == 0) {
+                    Clock clock(*this, team, DECIDE);
+                    next_.store(0);
+                    if (decides(layer) && request_->keep)
+                        ask(layer);
+                    else
+                        apply_decision(layer, threads);
+                }
+                barrier_.wait();
+                if (request_->waiting) return;
             }
-            barrier_.wait();
-            if (stopped_) return;
             team = team_of(rank, threads);
             if (!dropped_chunks_.empty()) {
                 take(team, dropped_chunks_, [&](Range r) { leave(team, layer, r); });
@@ -292,7 +329,7 @@ private:
     }
 
     template <class Function>
-    void take(const Team& team, const std::vector<Range>& chunks, Function function) {
+    void take(const Team& team, const List<Range>& chunks, Function function) {
         if (together_) {
             for (Range chunk : chunks) function(chunk), team.wait();
         } else {
@@ -300,7 +337,7 @@ private:
         }
     }
 
-    bool first_rows_only(int layer) const { return request_.first_only && layer + 1 == shape_.layers; }
+    bool first_rows_only(int layer) const { return request_->first_only && layer + 1 == shape_.layers; }
 
     // Groups of whole sequences, as even as their lengths allow.
     void plan_sequences(int threads) {
@@ -308,9 +345,9 @@ private:
         const int rows = offsets_.back();
         const int groups = chunk_count(threads, rows);
         const int target = std::max(1, (rows + groups - 1) / groups);
-        for (int s = 0; s < request_.sequences;) {
+        for (int s = 0; s < sequences_;) {
             int end = s + 1;
-            while (end < request_.sequences && offsets_[end + 1] - offsets_[s] <= chunk_rows_ &&
+            while (end < sequences_ && offsets_[end + 1] - offsets_[s] <= chunk_rows_ &&
                    offsets_[end] - offsets_[s] + (offsets_[end + 1] - offsets_[end]) / 2 < target)
                 end++;
             sequence_chunks_.push_back({s, end});
@@ -318,8 +355,9 @@ private:
         }
         // The longest first, so that the threads end together.
         if (!together_)
-            std::stable_sort(sequence_chunks_.begin(), sequence_chunks_.end(), [&](Range a, Range b) {
-                return offsets_[a.end] - offsets_[a.begin] > offsets_[b.end] - offsets_[b.begin];
+            std::sort(sequence_chunks_.begin(), sequence_chunks_.end(), [&](Range a, Range b) {
+                const int first = offsets_[a.end] - offsets_[a.begin], second = offsets_[b.end] - offsets_[b.begin];
+                return first != second ? first > second : a.begin < b.begin;
             });
     }
 
@@ -328,7 +366,7 @@ private:
         return together_ ? count : (int)round_up(count, threads);
     }
 
-    void plan_rows(int threads, int rows, std::vector<Range>& chunks) const {
+    void plan_rows(int threads, int rows, List<Range>& chunks) const {
         chunks.clear();
         const int count = chunk_count(threads, rows);
         for (int i = 0; i < count; i++) {
@@ -372,8 +410,8 @@ private:
             const Range part = share(chunk.size(), team.rank, team.threads, 16);
             for (int i = part.begin; i < part.end; i++) {
                 const int t = chunk.begin + i;
-                kernels_.embed(e.word + request_.ids[t] * row, e.position + request_.positions[t] * row,
-                               e.types ? e.type + (request_.types ? request_.types[t] : 0) * row : nullptr,
+                kernels_.embed(e.word + request_->ids[t] * row, e.position + request_->positions[t] * row,
+                               e.types ? e.type + (request_->types ? request_->types[t] : 0) * row : nullptr,
                                encoder_.half_tables, e.size, rows + (size_t)i * e.size);
             }
             kernels_.normalize(rows, rows, part.begin, part.end, e.size, e.norm.gamma.data(), e.norm.beta.data(),
@@ -483,7 +521,7 @@ private:
         for (int i = part.begin; i < part.end; i++) {
             const float* state = team.chunk->attended + (size_t)i * shape_.hidden;
             const size_t bytes = shape_.hidden * sizeof(float);
-            if (!request_.first_only) memcpy(request_.out + (size_t)left_[r.begin + i] * shape_.hidden, state, bytes);
+            if (!request_->first_only) memcpy(request_->out + (size_t)left_[r.begin + i] * shape_.hidden, state, bytes);
             if (summarizes(layer)) memcpy(gone_ + (size_t)(r.begin + i) * shape_.hidden, state, bytes);
         }
     }
@@ -492,7 +530,7 @@ private:
     void average_dropped() {
         const size_t hidden = shape_.hidden;
         for (size_t i = 0; i < summaries_.size(); i++)
-            if (summaries_[i].gathered > 0) std::fill_n(means_ + i * hidden, hidden, 0.0f);
+            if (summaries_[i].gathered != 0) std::fill_n(means_ + i * hidden, hidden, 0.0f);
         for (size_t i = 0; i < dropped_.size(); i++) {
             float* mean = means_ + summary_of_dropped_[i] * hidden;
             for (size_t k = 0; k < hidden; k++) mean[k] += shares_[i] * gone_[i * hidden + k];
@@ -536,16 +574,16 @@ private:
 
     // Whether decisions are taken in this layer.
     bool decides(int layer) const {
-        if (!request_.thresholds && !request_.decide) return false;
-        return request_.prunes[layer] && (request_.record || !first_rows_only(layer));
+        if (!request_->thresholds && !request_->keep) return false;
+        return request_->prunes[layer] && (request_->record || !first_rows_only(layer));
     }
 
-    bool summarizes(int layer) const { return request_.hosts && layer + 1 < shape_.layers; }
-    bool is_summary(int row) const { return request_.hosts && request_.hosts[original_[row]]; }
+    bool summarizes(int layer) const { return request_->hosts && layer + 1 < shape_.layers; }
+    bool is_summary(int row) const { return request_->hosts && request_->hosts[original_[row]]; }
 
     // The summary that a row goes to, or is.
     int summary_of(int sequence, int row) const {
-        return SEGMENTS * sequence + (request_.segments ? request_.segments[original_[row]] : 0);
+        return SEGMENTS * sequence + (request_->segments ? request_->segments[original_[row]] : 0);
     }
 
     // A token leaves. Its row stays where it is the first of its segment's to do so, and carries the summary.
@@ -557,7 +595,7 @@ private:
         summary_of_dropped_.push_back(which), shares_.push_back(weight);
         if (summary.exists) return;
         summary.exists = true;
-        request_.hosts[original_[row]] = 1;
+        request_->hosts[original_[row]] = 1;
         kept_.push_back(row), summary_of_kept_.push_back(which);
     }
 
@@ -571,35 +609,40 @@ private:
         for (Summary& s : summaries_) s.weight += s.gathered;
     }
 
-    void decide(int layer, int threads) {
-        next_.store(0);
+    // Leaves a decision to the caller. What keep has until it is written is no decision.
+    void ask(int layer) {
+        const int rows = offsets_.back();
+        request_->layer = layer_ = layer, request_->rows = rows;
+        std::copy_n(received_, rows, request_->importance);
+        std::fill_n(request_->keep, rows, UNDECIDED);
+        request_->waiting = true;
+    }
+
+    void apply_decision(int layer, int threads) {
         const int rows = offsets_.back();
         kept_.clear(), dropped_.clear(), left_.clear(), dropped_chunks_.clear();
         gather_ = false;
         if (!decides(layer)) {
             for (int i = 0; i < rows; i++)
-                if (!is_summary(i)) request_.survived[original_[i]]++;
+                if (!is_summary(i)) request_->survived[original_[i]]++;
         } else {
-            if (request_.received)
-                for (int i = 0; i < rows; i++) request_.received[(size_t)layer * tokens_ + original_[i]] = received_[i];
-            if (request_.decide) {
-                stopped_ = request_.decide(layer, rows, offsets_.data(), received_, keep_.data());
-                if (stopped_) return;
-            }
-            next_offsets_.assign(1, 0);
+            if (request_->received)
+                for (int i = 0; i < rows; i++)
+                    request_->received[(size_t)layer * tokens_ + original_[i]] = received_[i];
+            next_offsets_.clear(), next_offsets_.push_back(0);
             summary_of_kept_.clear(), summary_of_dropped_.clear(), shares_.clear();
             for (Summary& s : summaries_) s.gathered = 0;
-            for (int s = 0; s < request_.sequences; s++) {
+            for (int s = 0; s < sequences_; s++) {
                 const int count = offsets_[s + 1] - offsets_[s];
-                const float divisor = request_.divisor > 0 ? request_.divisor : (float)count;
+                const float divisor = request_->divisor > 0 ? request_->divisor : (float)count;
                 for (int i = offsets_[s]; i < offsets_[s + 1]; i++) {
                     const bool keep =
-                        request_.decide ? keep_[i] != 0 : received_[i] / divisor >= request_.thresholds[layer];
+                        request_->keep ? request_->keep[i] != 0 : received_[i] / divisor >= request_->thresholds[layer];
                     const bool summary = is_summary(i);
                     if (i == offsets_[s] || keep || summary) {
                         kept_.push_back(i);
-                        if (request_.hosts) summary_of_kept_.push_back(summary ? summary_of(s, i) : -1);
-                        if (!summary) request_.survived[original_[i]]++;
+                        if (request_->hosts) summary_of_kept_.push_back(summary ? summary_of(s, i) : -1);
+                        if (!summary) request_->survived[original_[i]]++;
                     } else {
                         dropped_.push_back(i), left_.push_back(original_[i]);
                         if (summarizes(layer)) drop_into_summary(s, i);
@@ -611,90 +654,172 @@ private:
             gather_ = !dropped_.empty();
             if (gather_ && !first_rows_only(layer)) {
                 for (size_t i = 0; i < kept_.size(); i++) original_[i] = original_[kept_[i]];
-                offsets_.swap(next_offsets_);
+                std::swap(offsets_, next_offsets_);
             }
         }
         if (first_rows_only(layer)) {
             kept_.clear();
-            kept_.assign(offsets_.begin(), offsets_.end() - 1);
+            for (int s = 0; s < sequences_; s++) kept_.push_back(offsets_[s]);
             gather_ = true;
             plan_rows(threads, (int)kept_.size(), row_chunks_);
             return;
         }
         plan(threads);
-        if (!request_.first_only || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
+        if (!request_->first_only || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
     }
 
     // After the last layer: what is wanted of the states that are left.
     void finish() {
         const size_t hidden = shape_.hidden;
-        if (!request_.first_only) {
+        if (!request_->first_only) {
             for (int i = 0; i < offsets_.back(); i++)
                 if (!is_summary(i))
-                    memcpy(request_.out + original_[i] * hidden, states_[0] + i * hidden, hidden * sizeof(float));
+                    memcpy(request_->out + original_[i] * hidden, states_[0] + i * hidden, hidden * sizeof(float));
             return;
         }
-        memcpy(request_.out, states_[0], request_.sequences * hidden * sizeof(float));
+        memcpy(request_->out, states_[0], sequences_ * hidden * sizeof(float));
     }
 
     static constexpr int MIN_ROWS_APART = 96;
     static constexpr int SEGMENTS = 2;               // summary tokens a sequence can have
     static constexpr float SMALLEST_WEIGHT = 1e-6f;  // attention received can underflow to 0
+    static constexpr uint8_t UNDECIDED = 2;
 
-    Encoder& encoder_;
+    const Encoder& encoder_;
     const Kernels& kernels_;
-    const Shape shape_;
-    const Request& request_;
-    const int tokens_;
+    const Shape& shape_;
+    Request* request_ = nullptr;
+    const int tokens_, sequences_, asked_;
     int longest_ = 0, chunk_rows_ = 0;
-    bool together_ = false;
+    bool summaries_wanted_ = false, together_ = false;
+    bool fresh_ = true;  // whether this call began the pass; else it goes on in `layer_`, whose decision is there now
+    int layer_ = 0;
 
     float* states_[2];  // rows that entered the layer, rows that leave it
     char* context_;
     float* received_;
-    std::vector<ChunkSpace> chunks_;
-    std::vector<ThreadSpace> scratch_;
+    ChunkSpace* chunks_;
+    ThreadSpace* scratch_;
 
-    std::vector<int32_t> offsets_;  // cu_seqlens of the rows that are left
-    std::vector<int32_t> next_offsets_;
-    std::vector<int> original_;        // the token each row is
-    std::vector<int> kept_, dropped_;  // rows by the layer's decision
-    std::vector<int> left_;            // the tokens of `dropped_`
-    std::vector<uint8_t> keep_;
-    std::vector<Summary> summaries_;
-    std::vector<int> summary_of_kept_;          // for each of `kept_`, the summary its row carries, or -1
-    std::vector<int> summary_of_dropped_;       // for each of `dropped_`, the summary it goes to,
-    std::vector<float> shares_;                 // and its share there
+    List<int32_t> offsets_;  // cu_seqlens of the rows that are left
+    List<int32_t> next_offsets_;
+    int* original_;             // the token each row is
+    List<int> kept_, dropped_;  // rows by the layer's decision
+    List<int> left_;            // the tokens of `dropped_`
+    List<Summary> summaries_;
+    List<int> summary_of_kept_;                 // for each of `kept_`, the summary its row carries, or -1
+    List<int> summary_of_dropped_;              // for each of `dropped_`, the summary it goes to,
+    List<float> shares_;                        // and its share there
     float *gone_ = nullptr, *means_ = nullptr;  // states of `dropped_`; what they add to each summary
     bool gather_ = false;                       // whether rows are taken by `kept_`
-    std::vector<Range> sequence_chunks_, row_chunks_, dropped_chunks_;
+    List<Range> sequence_chunks_, row_chunks_, dropped_chunks_;
 
     Barrier barrier_;
-    std::atomic<bool> started_{false};
     std::atomic<size_t> next_{0};
-    int stopped_ = 0;
 };
 
-int Encoder::forward(const Request& request) { return Pass(*this, request).run(); }
+namespace {
+
+void require(bool good, const char* message) {
+    if (!good) throw std::invalid_argument(message);
+}
+
+// What is cheap to check about a request before anything of it is read or measured.
+void check_sizes(const Encoder& encoder, const Request& r) {
+    require(r.sequences > 0 && r.tokens > 0 && r.cu_seqlens && r.cu_seqlens[0] == 0, "cu_seqlens must begin with 0");
+    for (int s = 0; s < r.sequences; s++) require(r.cu_seqlens[s + 1] > r.cu_seqlens[s], "cu_seqlens must rise");
+    require(r.cu_seqlens[r.sequences] == r.tokens, "cu_seqlens must end with the number of tokens");
+    require(r.layers == encoder.shape.layers, "the request is for another number of layers");
+    require(encoder.complete(), "the encoder lacks weights");
+}
+
+void check_contents(const Encoder& encoder, const Request& r) {
+    const Embeddings& e = encoder.embeddings;
+    require(r.ids && r.positions && r.out && r.survived, "a tensor is missing");
+    require((!r.thresholds && !r.keep) || r.prunes, "prunes is missing");
+    require(!r.keep == !r.importance, "keep and importance go together");
+    for (int i = 0; i < r.tokens; i++) {
+        require(r.ids[i] >= 0 && r.ids[i] < e.words && r.positions[i] >= 0 && r.positions[i] < e.positions &&
+                    (!r.types || (r.types[i] >= 0 && r.types[i] < e.types)),
+                "an id, position or token type is outside its table");
+        require(!r.hosts || !r.segments || r.segments[i] < 2, "segments must be 0 or 1");
+        require(!r.hosts || r.hosts[i] == 0, "hosts must be zero at first");
+    }
+}
+
+}  // namespace
+
+bool Encoder::complete() const {
+    bool all = embeddings.word && embeddings.position && (int)embeddings.norm.gamma.size() == embeddings.size &&
+               (embeddings.size == shape.hidden ||
+                (embeddings.projection.weight && embeddings.projection.in == embeddings.size));
+    for (const Layer& l : layers)
+        all &= l.query.weight && l.key.weight && l.value.weight && l.output.weight && l.up.weight && l.down.weight &&
+               !l.attention_norm.gamma.empty() && !l.output_norm.gamma.empty();
+    return all;
+}
+
+size_t Encoder::workspace_bytes(const Request& request) const {
+    check_sizes(*this, request);
+    Arena measure{nullptr};
+    measure.take<Pass>(1);
+    Pass(*this, request).lay_out(measure);
+    return measure.used;
+}
+
+bool Encoder::forward(Request& request) const {
+    static_assert(std::is_trivially_destructible<Pass>::value, "a pass is left as it is when its caller gives up");
+    require(request.workspace && (size_t)request.workspace % 64 == 0, "the workspace must be aligned to 64 bytes");
+    Pass* pass = (Pass*)request.workspace;
+    if (request.waiting) {
+        for (int i = 0; i < request.rows; i++) require(request.keep[i] <= 1, "keep must be 0 or 1 for every row");
+    } else {
+        require(request.workspace_bytes >= workspace_bytes(request), "the workspace is too small");
+        check_contents(*this, request);
+        Arena arena{request.workspace};
+        pass = new (arena.take<Pass>(1)) Pass(*this, request);
+        pass->lay_out(arena);
+    }
+    return pass->run(request);
+}
 
 void apply_linear(const Kernels& kernels, const Linear& linear, const float* x, int rows, float* out, int threads) {
-    run_on_team(threads, [&](int rank, int count) {
+    if (rows < 1) return;
+    threads = std::max(1, std::min({threads, usable_cores(), panels(kernels, linear)}));
+    const int most = std::min(kernels.chunk_rows, rows);
+    struct Space {
+        char *packed, *scratch;
+        float* scale;
+    };
+    auto lay_out = [&](Arena& arena, int wanted) {
+        Space space{};
+        for (int rank = 0; rank <= wanted; rank++)
+            space = {arena.take<char>(kernels.packed_rows_bytes(most, linear.in)),
+                     arena.take<char>(kernels.product_scratch(most, linear.in, linear.out)), arena.take<float>(most)};
+        return space;
+    };
+    Arena measure{nullptr};
+    lay_out(measure, threads - 1);
+    const Buffer buffer(measure.used);  // before there is a team: a thread must not fail alone
+    auto work = [&](int rank, int count) {
         // Threads take columns: rows may be few, and every thread packs them for itself.
         const Range part = share(panels(kernels, linear), rank, count);
         if (part.size() == 0) return;
+        Arena arena{buffer.data()};
+        const Space space = lay_out(arena, rank);
         kernels.enter();
         for (int begin = 0; begin < rows; begin += kernels.chunk_rows) {
             const int here = std::min(kernels.chunk_rows, rows - begin);
-            Buffer packed(kernels.packed_rows_bytes(here, linear.in)),
-                scratch(kernels.product_scratch(here, linear.in, linear.out)), scale(here * sizeof(float));
             kernels.pack_rows(x + (size_t)begin * linear.in, false, linear.in, nullptr, 0, here, here, linear.in,
-                              packed.data(), (float*)scale.data());
-            kernels.multiply({&linear, packed.data(), (float*)scale.data(), here, part.begin, part.end,
-                              Epilogue::store_float, Activation::gelu, out + (size_t)begin * linear.out,
-                              (size_t)linear.out, nullptr, nullptr, scratch.data()});
+                              space.packed, space.scale);
+            kernels.multiply({&linear, space.packed, space.scale, here, part.begin, part.end, Epilogue::store_float,
+                              Activation::gelu, out + (size_t)begin * linear.out, (size_t)linear.out, nullptr, nullptr,
+                              space.scratch});
         }
         kernels.leave();
-    });
+    };
+    auto nothing = [](int, int) {};
+    run_on_team(threads, nothing, work);
 }
 
 }  // namespace tp

@@ -1,9 +1,8 @@
 // A post-LayerNorm encoder (BERT's kind) over packed sequences, with tokens removed between attention and feed-forward.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -19,7 +18,6 @@ public:
     Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
         other.data_ = nullptr, other.bytes_ = 0;
     }
-    Buffer& operator=(Buffer&& other) noexcept;
     char* data() const { return data_; }
     size_t bytes() const { return bytes_; }
 
@@ -48,8 +46,12 @@ struct Shape {
     int head_size() const { return hidden / heads; }
 };
 
-// A weight matrix packed for `kernels`; weight is [out, in], bias [out] or null.
-Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, int in, int out);
+// A weight matrix packed for `kernels`; weight is [out, in], bias [out] or null. With `scale` [out] the weights are
+// whole numbers already, as unpack_linear gives them for int8.
+Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, const float* bias, const float* scale,
+                   int in, int out);
+// The same again, to the last bit; `scale` is written for int8 alone.
+void unpack_linear(const Kernels& kernels, const Linear& linear, float* weight, float* bias, float* scale);
 inline int panels(const Kernels& kernels, const Linear& linear) {
     return (linear.out + kernels.panel - 1) / kernels.panel;
 }
@@ -71,30 +73,39 @@ struct Embeddings {
     Linear projection;  // size → hidden, where they differ
 };
 
-// Decides what stays. Writes 1 or 0 per row to `keep`; returns non-zero to stop the forward pass.
-typedef int (*Decide)(int layer, int rows, const int32_t* cu_seqlens, const float* received, uint8_t* keep);
-
+// What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done.
+// `threads`, `tokens` and the sizes below must be those of the call that asked for the workspace's size.
 struct Request {
     int sequences;
+    int tokens;  // cu_seqlens[sequences]
+    int layers;  // the encoder's
+    int threads;
     const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
-    int threads;
-    // Absolute thresholds on received / N, N = divisor or the sequence's rows where that is 0; null: nothing is pruned
-    // here. A layer prunes where prunes[layer] is set.
+    // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0; null: nothing
+    // is pruned by them. A layer prunes where prunes[layer] is set.
     const float* thresholds;
-    const uint8_t* prunes;
+    const uint8_t* prunes;  // [layers]
     float divisor;
-    Decide decide;    // takes the decisions in place of thresholds, or null
     bool first_only;  // only first tokens' states are wanted: the last layer computes no others
     bool record;      // decide in the last layer even where its decisions change nothing
     // Summary tokens: which of its sequence's summaries, 0 or 1, a dropped token goes to; null: 0. Used where `hosts`
     // is given: [tokens], zero at first, set to 1 for a dropped token whose row carries a summary from then on.
-    const uint8_t* segments;
+    const uint8_t* segments;  // [tokens]
     uint8_t* hosts;
     float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: every token's last state
-    int32_t* survived;  // [tokens]: layers after which the token was still there
+    int32_t* survived;  // [tokens], zero at first: layers after which the token was still there
     float* received;    // [layers, tokens] or null: attention each token received, untouched where none was computed
     double* seconds;    // [PARTS] or null: what the calling thread spent its time on
+    char* workspace;    // aligned to 64 bytes; nothing else is needed between calls, and nothing is kept after the last
+    size_t workspace_bytes;
+    // Decisions taken by the caller in place of thresholds: forward() returns at each with `layer`, `rows`, and what
+    // each row received in importance[0, rows); the caller writes 1 or 0 to keep[0, rows) and calls again. Rows whose
+    // keep nobody wrote are found out. Both [tokens], or null.
+    float* importance;
+    uint8_t* keep;
+    bool waiting;  // false at first
+    int layer, rows;
 };
 
 enum Part { EMBED, PACK, PROJECT, ATTEND, OUTPUT, UP, DOWN, NORM, DECIDE, PARTS };
@@ -102,8 +113,20 @@ enum Part { EMBED, PACK, PROJECT, ATTEND, OUTPUT, UP, DOWN, NORM, DECIDE, PARTS 
 class Encoder {
 public:
     Encoder(const Kernels& kernels, Shape shape) : kernels(kernels), shape(shape), layers(shape.layers) {}
-    // Non-zero when `decide` asked to stop.
-    int forward(const Request& request);
+    // Whether everything a forward pass reads was set.
+    bool complete() const;
+    // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, E
+    // the wider of H and the tables' width, S sequences, T threads, and R = N, or where that is less the longest
+    // sequence or the kernels' chunk_rows, whichever is more, rounded up to 32:
+    //     N · (8 + wide) · H + N · 40 + S · 64                  states, context, who is where
+    //     (N + 2·S) · 4·H with summary tokens
+    //     T · R · (4·H · (1 + wide) + 4·E + 8·heads)            a chunk's rows: projections, sums
+    //     T · packed rows of R · (E + F), and for int8 R · F · wide, and the kernels' scratch for R rows and for
+    //     the longest sequence's keys (product_scratch, attention_scratch)
+    // and some padding. It grows in proportion to tokens and threads, never with a sequence's square.
+    size_t workspace_bytes(const Request& request) const;
+    // False when it waits for a decision; allocates nothing. Throws std::invalid_argument for what it cannot take.
+    bool forward(Request& request) const;
 
     const Kernels& kernels;
     const Shape shape;
@@ -111,13 +134,6 @@ public:
     Embeddings embeddings;
     bool half_tables = false;
     Slabs memory{32 << 20};  // of all matrices and tables
-
-private:
-    friend class Pass;
-    Buffer borrow(size_t bytes);
-    void give_back(Buffer buffer);
-    std::mutex mutex_;
-    std::vector<Buffer> workspaces_;  // as many as calls ever ran at once
 };
 
 // out[rows, linear.out] float32 = x[rows, linear.in] float32 · weightᵀ + bias.

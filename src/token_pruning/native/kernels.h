@@ -2,6 +2,8 @@
 //
 // A level is a set of functions compiled for one instruction set. The encoder (encoder.cpp) knows nothing but this
 // table. A row's results never depend on the other rows of a call: every sum runs over its terms in one fixed order.
+// What is not finite is never lost: a NaN or infinity that a result depends on makes it NaN or infinite, and finite
+// numbers stay so where float32 products of them do.
 #pragma once
 
 #include <cstddef>
@@ -70,6 +72,8 @@ struct Kernels {
     bool (*fits)(int hidden, int inner, int head_size);
     size_t (*weight_bytes)(int in, int out);
     void (*pack_weight)(const float* weight, int in, int out, void* packed, float* scale);
+    // The numbers that were packed, [out, in]: for int8 without their scale.
+    void (*unpack_weight)(const void* packed, int in, int out, float* weight);
     size_t (*packed_rows_bytes)(int rows, int in);
     // Rows [begin, end) of a block of `rows`; begin is a multiple of 16. source_half: rows are bfloat16.
     void (*pack_rows)(const void* source, bool source_half, size_t stride, const int* index, int begin, int end,

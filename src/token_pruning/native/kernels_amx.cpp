@@ -110,13 +110,13 @@ template <class T>
 static void pack_weight(const float* weight, int in, int out, void* packed, float* scale) {
     typedef typename T::Number Number;
     constexpr int GROUP = 4 / sizeof(Number);
-    for (int n = 0; scale && n < out; n++) {
-        float most = 0;
-        for (int k = 0; k < in; k++) most = __builtin_fmaxf(most, __builtin_fabsf(weight[(size_t)n * in + k]));
-        scale[n] = most > 0 ? most / 127.0f : 1.0f;
-    }
     Number* to = (Number*)packed;
-    for (int panel = 0; panel < out; panel += 32)
+    for (int panel = 0; panel < out; panel += 32) {
+        RowScale rows[32] = {};
+        for (int n = panel; scale && n < smaller(out, panel + 32); n++) {
+            rows[n - panel] = row_scale_of(most_bits(weight + (size_t)n * in, in));
+            scale[n] = rows[n - panel].scale;
+        }
         for (int k = 0; k < in; k += T::tile_k)
             for (int half = 0; half < 2; half++)
                 for (int row = 0; row < 16; row++)
@@ -125,9 +125,29 @@ static void pack_weight(const float* weight, int in, int out, void* packed, floa
                             int n = panel + half * 16 + column;
                             float x = n < out ? weight[(size_t)n * in + k + row * GROUP + i] : 0.0f;
                             if (sizeof(Number) == 1)
-                                *to++ = (Number)(n < out ? __builtin_rintf(x / scale[n]) : 0.0f);
+                                *to++ = (Number)(n < out ? whole_number(x, rows[n - panel]) : 0.0f);
                             else
                                 *to++ = (Number)to_half(x);
+                        }
+    }
+}
+
+static inline float convert_back(uint16_t x) { return to_float(x); }
+static inline float convert_back(int8_t x) { return x; }
+
+template <class T>
+static void unpack_weight(const void* packed, int in, int out, float* weight) {
+    typedef typename T::Number Number;
+    constexpr int GROUP = 4 / sizeof(Number);
+    const Number* from = (const Number*)packed;
+    for (int panel = 0; panel < out; panel += 32)
+        for (int k = 0; k < in; k += T::tile_k)
+            for (int half = 0; half < 2; half++)
+                for (int row = 0; row < 16; row++)
+                    for (int column = 0; column < 16; column++)
+                        for (int i = 0; i < GROUP; i++, from++) {
+                            const int n = panel + half * 16 + column;
+                            if (n < out) weight[(size_t)n * in + k + row * GROUP + i] = convert_back(*from);
                         }
 }
 
@@ -156,11 +176,12 @@ static void pack_rows(const void* source, bool half, size_t stride, const int* i
         const char* x = (const char*)source + (size_t)(index ? index[r] : r) * stride * width;
         __m512 factor = _mm512_set1_ps(1);
         if (sizeof(typename T::Number) == 1) {
-            __m512 most = _mm512_setzero_ps();
-            for (int i = 0; i < in; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load_row(x, half, i)));
-            const float top = _mm512_reduce_max_ps(most);
-            row_scale[r] = top > 0 ? top / 127.0f : 1.0f;
-            factor = _mm512_set1_ps(top > 0 ? 127.0f / top : 1.0f);
+            __m512i most = _mm512_setzero_si512();  // as whole numbers, among which NaN is the largest
+            for (int i = 0; i < in; i += 16)
+                most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load_row(x, half, i))));
+            const RowScale row = row_scale_of(_mm512_reduce_max_epi32(most));
+            row_scale[r] = row.scale;
+            factor = _mm512_set1_ps(row.inverse);
         }
         for (int block = 0; block < tiles; block += deepest) {
             char* to = (char*)packed + packed_place(r, block, pairs, tiles);
@@ -232,11 +253,11 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
         __m512 v0, v1;
         const float* left = sums + (r - begin) / 16 * 512 + (r - begin) % 16 * 16;  // the row in the left tile
         if (sizeof(typename T::Number) == 1) {
-            __m512 row = _mm512_set1_ps(p.row_scale[r]);
+            const __m512 row = _mm512_set1_ps(p.row_scale[r]);  // the sums times one of the scales could overflow
             v0 = _mm512_cvtepi32_ps(_mm512_loadu_si512(left));
             v1 = _mm512_cvtepi32_ps(_mm512_loadu_si512(left + 256));
-            v0 = _mm512_fmadd_ps(_mm512_mul_ps(v0, row), scale0, bias0);
-            v1 = _mm512_fmadd_ps(_mm512_mul_ps(v1, row), scale1, bias1);
+            v0 = _mm512_fmadd_ps(v0, _mm512_mul_ps(row, scale0), bias0);
+            v1 = _mm512_fmadd_ps(v1, _mm512_mul_ps(row, scale1), bias1);
         } else {
             v0 = _mm512_add_ps(_mm512_loadu_ps(left), bias0);
             v1 = _mm512_add_ps(_mm512_loadu_ps(left + 256), bias1);
@@ -530,6 +551,7 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
             fits<T>,
             weight_bytes<T>,
             pack_weight<T>,
+            unpack_weight<T>,
             packed_rows_bytes<T>,
             pack_rows<T>,
             product_scratch,

@@ -94,7 +94,7 @@ static inline int even_step(int rows) {
     return (rows + steps - 1) / steps;
 }
 
-static bool fits(int, int, int head_size) { return head_size <= DEPTH; }
+static bool fits(int, int, int) { return true; }
 
 template <class Weight>
 static size_t weight_bytes(int in, int out) {
@@ -114,15 +114,29 @@ static void pack_weight(const float* weight, int in, int out, void* packed, floa
 
 static void pack_weight_int8(const float* weight, int in, int out, void* packed, float* scale) {
     int8_t* p = (int8_t*)packed;
-    for (int n = 0; n < out; n++) {
-        float most = 0;
-        for (int k = 0; k < in; k++) most = __builtin_fmaxf(most, __builtin_fabsf(weight[(size_t)n * in + k]));
-        scale[n] = most > 0 ? most / 127.0f : 1.0f;
-    }
-    for (int panel = 0; panel < out; panel += NR)
+    for (int panel = 0; panel < out; panel += NR) {
+        RowScale rows[NR] = {};
+        for (int n = panel; n < smaller(out, panel + NR); n++) {
+            rows[n - panel] = row_scale_of(most_bits(weight + (size_t)n * in, in));
+            scale[n] = rows[n - panel].scale;
+        }
         for (int k = 0; k < in; k++)
             for (int n = panel; n < panel + NR; n++)
-                *p++ = n < out ? (int8_t)__builtin_rintf(weight[(size_t)n * in + k] / scale[n]) : 0;
+                *p++ = n < out ? (int8_t)whole_number(weight[(size_t)n * in + k], rows[n - panel]) : 0;
+    }
+}
+
+static inline float convert_back(float x) { return x; }
+static inline float convert_back(uint16_t x) { return to_float(x); }
+static inline float convert_back(int8_t x) { return x; }
+
+template <class Weight>
+static void unpack_weight(const void* packed, int in, int out, float* weight) {
+    const Weight* p = (const Weight*)packed;
+    for (int panel = 0; panel < out; panel += NR)
+        for (int k = 0; k < in; k++, p += NR)
+            for (int n = panel; n < smaller(out, panel + NR); n++)
+                weight[(size_t)n * in + k] = convert_back(p[n - panel]);
 }
 
 static size_t packed_rows_bytes(int rows, int in) { return round_up(in, DEPTH) * rows * sizeof(float); }
@@ -134,10 +148,8 @@ static void pack_rows(const void* source, bool, size_t stride, const int* index,
         const float* x = (const float*)source + (size_t)(index ? index[r] : r) * stride;
         float factor = 1;
         if (QUANTIZE) {
-            float most = 0;
-            for (int k = 0; k < in; k++) most = __builtin_fmaxf(most, __builtin_fabsf(x[k]));
-            row_scale[r] = most > 0 ? most / 127.0f : 1.0f;
-            factor = most > 0 ? 127.0f / most : 1.0f;
+            const RowScale row = row_scale_of(most_bits(x, in));
+            row_scale[r] = row.scale, factor = row.inverse;
         }
         for (int k = 0; k < in; k += DEPTH) {
             float* to = (float*)packed + ((size_t)(k / DEPTH) * rows + r) * DEPTH;
@@ -171,7 +183,7 @@ template <Epilogue E>
 static inline void finish(const Product& p, const float* sums, int row, int column) {
     const Linear& w = *p.linear;  // bias and scale are padded to whole panels
     Vec v = load(sums);
-    if (w.scale) v = v * p.row_scale[row] * load(w.scale + column);
+    if (w.scale) v = v * (p.row_scale[row] * load(w.scale + column));  // the sums times one of them could overflow
     v += load(w.bias + column);
     if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
     float* out = (float*)p.out + (size_t)row * p.out_stride + column;
@@ -273,17 +285,18 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
             to[(size_t)column * NR + r] = r < rows ? from[(size_t)r * stride + column] * factor : 0.0f;
 }
 
-// Scratch: keys [keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR queries transposed,
-// their scores [keys][NR], MR rows of context, received attention [keys][W].
+// Scratch: keys [head / DEPTH][keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR
+// queries transposed, their scores [keys][NR], MR rows of context, received attention [keys][W].
 static size_t attention_scratch(int keys, int head_size) {
     const size_t wide_head = round_up(head_size, NR);
-    return ((size_t)keys * (DEPTH + wide_head + NR + W) + head_size * NR + MR * NR) * sizeof(float);
+    return ((size_t)keys * (round_up(head_size, DEPTH) + wide_head + NR + W) + (size_t)head_size * NR + MR * NR) *
+           sizeof(float);
 }
 
 static void attend(const Attention& a) {
     const int n = a.keys, size = a.head_size, wide_head = (int)round_up(size, NR);
     float* keys = (float*)a.scratch;
-    float* copied_values = keys + (size_t)n * DEPTH;
+    float* copied_values = keys + n * round_up(size, DEPTH);
     float* queries = copied_values + (size_t)n * wide_head;
     float* scores = queries + (size_t)size * NR;
     float* context = scores + (size_t)n * NR;
@@ -291,7 +304,10 @@ static void attend(const Attention& a) {
 
     const float *key = (const float*)a.key, *value = (const float*)a.value;
     const bool in_place = size % NR == 0;
-    for (int j = 0; j < n; j++) memcpy(keys + (size_t)j * DEPTH, key + j * a.stride, size * sizeof(float));
+    for (int d = 0; d < size; d += DEPTH)
+        for (int j = 0; j < n; j++)
+            memcpy(keys + ((size_t)d * n + (size_t)j * DEPTH), key + j * a.stride + d,
+                   smaller(DEPTH, size - d) * sizeof(float));
     if (!in_place)
         for (int d = 0; d < wide_head; d += NR)
             for (int j = 0; j < n; j++)
@@ -305,16 +321,20 @@ static void attend(const Attention& a) {
         const int count = smaller(NR, a.queries - first);
         const float* query = (const float*)a.query + (size_t)first * a.query_stride;
         transpose(query, a.query_stride, count, size, a.scale, queries);
-        for (int j = 0; j < n; j += key_step)
-            Micros<DEPTH, 1>::table[smaller(key_step, n - j) - 1](
-                {keys + (size_t)j * DEPTH, queries, NR, size, scores + (size_t)j * NR, NR, false, nullptr, 0});
+        for (int d = 0; d < size; d += DEPTH)
+            for (int j = 0; j < n; j += key_step)
+                Micros<DEPTH, 1>::table[smaller(key_step, n - j) - 1](
+                    {keys + ((size_t)d * n + (size_t)j * DEPTH), queries + (size_t)d * NR, NR, smaller(DEPTH, size - d),
+                     scores + (size_t)j * NR, NR, d > 0, nullptr, 0});
         float inverse[NR];
         for (int half = 0; half < NR; half += W) {
             float* column = scores + half;
+            VecInt there;  // all bits of the columns that have a query; others may hold NaN, which no zero would undo
+            for (int i = 0; i < W; i++) there[i] = half + i < count ? -1 : 0;
             Vec most = load(column), total = Vec{};
             for (int j = 1; j < n; j++) most = maximum(most, load(column + (size_t)j * NR));
-            for (int j = 0; j < n; j++) {
-                const Vec e = exponential(load(column + (size_t)j * NR) - most);
+            for (int j = 0; j < n; j++) {  // a NaN that `most` has lost makes the total NaN all the same
+                const Vec e = (Vec)((VecInt)exponential(load(column + (size_t)j * NR) - most) & there);
                 store(column + (size_t)j * NR, e);
                 total += e;
             }
@@ -359,6 +379,7 @@ static constexpr Kernels table_of(const char* name, const char* description, boo
             fits,
             weight_bytes<Weight>,
             pack,
+            unpack_weight<Weight>,
             packed_rows_bytes,
             quantized ? pack_rows<true> : pack_rows<false>,
             product_scratch,

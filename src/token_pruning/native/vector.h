@@ -57,9 +57,15 @@ static inline float to_float(uint16_t h) {
     memcpy(&x, &word, 4);
     return x;
 }
-static inline uint16_t to_half(float x) {  // to nearest, ties to even
+static inline uint32_t bits(float x) {
     uint32_t word;
     memcpy(&word, &x, 4);
+    return word;
+}
+static inline uint16_t to_half(float x) {  // to nearest, ties to even
+    const uint32_t word = bits(x);
+    if ((word & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(word >> 16 | 0x40);  // rounding could make it infinite, or 0
     return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 static inline float to_float(float x) { return x; }
@@ -67,6 +73,7 @@ static inline float to_float(float x) { return x; }
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
 
+// Where one is NaN, it is b: what may be NaN and must not be lost comes second.
 static inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -85,19 +92,33 @@ static inline float sum(Vec v) {
         for (int i = 0; i < half; i++) parts[i] += parts[i + half];
     return parts[0];
 }
-static inline float largest(Vec v) {
-    float parts[W];
-    store(parts, v);
-    float m = parts[0];
-    for (int i = 1; i < W; i++) m = parts[i] > m ? parts[i] : m;
-    return m;
+// int8: what a row of numbers is divided by so that the largest becomes 127.
+struct RowScale {
+    float scale, inverse;
+};
+// From the largest number's bits without its sign, which rise with it, infinity and NaN above all. A row that has one
+// of these is NaN as a whole; one whose numbers are all below 1e-35, where 127 / largest would overflow, is zero.
+static inline RowScale row_scale_of(int32_t most_bits) {
+    float most;
+    memcpy(&most, &most_bits, 4);
+    if (most_bits >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
+    return most >= 1e-35f ? RowScale{most / 127.0f, 127.0f / most} : RowScale{1.0f, 1.0f};
+}
+static inline int32_t most_bits(const float* x, int count) {
+    int32_t most = 0;
+    for (int k = 0; k < count; k++) most = larger(most, (int32_t)(bits(x[k]) & 0x7fffffff));
+    return most;
+}
+// A row of a weight matrix: how its numbers are rounded, and the scale of the sums.
+static inline float whole_number(float x, RowScale row) {
+    return row.inverse == 0 ? 0.0f : __builtin_rintf(x / row.scale);
 }
 
-// eˣ for x ≤ 88, relative error 2e-7; below -87 it is (nearly) zero.
+// eˣ for x ≤ 88, relative error 2e-7; below -87 it is (nearly) zero. NaN for NaN and infinity.
 static inline Vec exponential(Vec x) {
     const float magic = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer
-    x = maximum(x, all(-87.0f));
-    Vec rounded = (x * 1.44269504f + magic) - magic;
+    x = maximum(all(-87.0f), x);
+    Vec shifted = x * 1.44269504f + magic, rounded = shifted - magic;
     Vec f = (x - rounded * 0.693359375f) - rounded * -2.12194440e-4f;
     Vec p = all(1.9875691500e-4f);
     p = p * f + 1.3981999507e-3f;
@@ -106,7 +127,7 @@ static inline Vec exponential(Vec x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = (p * f) * f + f + 1.0f;
-    VecInt power = (__builtin_convertvector(rounded, VecInt) + 127) << 23;
+    VecWord power = ((VecWord)shifted + 127) << 23;  // the lowest bits of `shifted` are the integer
     return p * (Vec)power;
 }
 
@@ -125,7 +146,7 @@ struct alignas(64) NormalTable {
     }
     __m512 at(__m512 x) const {
         __m512 t = _mm512_fmadd_ps(x, _mm512_set1_ps(1 / step), _mm512_set1_ps(16.0f));
-        t = _mm512_min_ps(_mm512_max_ps(t, _mm512_setzero_ps()), _mm512_set1_ps(31.99999f));
+        t = _mm512_min_ps(_mm512_set1_ps(31.99999f), _mm512_max_ps(_mm512_setzero_ps(), t));  // NaN stays
         const __m512i segment = _mm512_cvttps_epi32(t);
         const __m512 f = _mm512_reduce_ps(t, 1);  // t − ⌊t⌋
         __m512 value = pick(DEGREE, segment);
@@ -181,11 +202,12 @@ static inline Vec gelu(Vec x) {
 // x·σ(2√(2/π)(x + 0.044715x³)), BERT's original approximation of gelu.
 static inline Vec gelu_tanh(Vec x) {
     Vec u = x * 1.5957691216f * (x * x * 0.044715f + 1.0f);
-    return x / (exponential(maximum(-u, all(-87.0f)) < 80.0f ? -u : all(80.0f)) + 1.0f);
+    Vec small = -u > 80.0f ? all(80.0f) : -u;
+    return (-u > 80.0f ? x * 0.0f : x) / (exponential(small) + 1.0f);
 }
 
 static inline Vec activate(Vec x, Activation activation) {
-    if (activation == Activation::relu) return maximum(x, Vec{});
+    if (activation == Activation::relu) return maximum(Vec{}, x);
     return activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
 }
 

@@ -125,7 +125,7 @@ def first_token_attention(
     width = max(layout.lengths)
     columns = torch.arange(width, device=starts.device)
     present = columns < lengths[:, None]
-    places = torch.where(present, starts[:, None] + columns, layout.total).flatten()
+    places = torch.where(present, starts[:, None] + columns, starts[:, None] + layout.total).flatten()
     slots = present.flatten().nonzero().squeeze(-1)
     k, v = (
         _rearrange(x[: layout.total], places, slots).view(*present.shape, *x.shape[1:]).transpose(1, 2)
@@ -151,7 +151,7 @@ def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tenso
 
     Returns:
         Each block's ``(sequences, width)``; for every slot of all blocks in turn the row it takes, or ``layout.total``
-        where it is padding; for every row its slot. Both int64.
+        and more where it is padding; for every row its slot. Both int64.
     """
     groups: dict[int, list[int]] = {}
     for sequence, length in enumerate(layout.lengths):
@@ -164,7 +164,8 @@ def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tenso
         width = -(-max(layout.lengths[s] for s in sequences) // round_to) * round_to
         members = torch.tensor(sequences, device=starts.device)
         rows = starts[members, None] + torch.arange(width, device=starts.device)
-        places.append(torch.where(rows < starts[members + 1, None], rows, layout.total).flatten())
+        padding = starts[members, None] + layout.total
+        places.append(torch.where(rows < starts[members + 1, None], rows, padding).flatten())
         blocks.append((len(sequences), width))
     all_places = torch.cat(places)
     return blocks, all_places, all_places.argsort(stable=True)[: layout.total]
@@ -173,13 +174,14 @@ def _blocks(layout: Layout, round_to: int) -> tuple[list[tuple[int, int]], Tenso
 class _Rearrange(torch.autograd.Function):
     """Rows to slots or slots to rows. No row is taken twice, so the gradient is a look-up too, not a scattered sum.
 
-    What padded slots get is of no consequence, but the gradient they give must be zero.
+    Padded slots get their sequence's first row: it is masked, but a NaN there would go through any mask, and must not
+    come from another sequence. The gradient they give must be zero.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.inverse = inverse
-        return x.index_select(0, index.clamp(max=x.shape[0] - 1))
+        return x.index_select(0, index.remainder(x.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -195,7 +197,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]``; where ``x`` holds the rows and ``index`` the padded slots, padding is a row of zeros."""
     if index.numel() > x.shape[0]:
         x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return x.index_select(0, index)
+    return x.index_select(0, index.clamp(max=x.shape[0] - 1))
 
 
 def _with_zeros(context: Tensor, rows: int) -> Tensor:
