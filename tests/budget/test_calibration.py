@@ -403,7 +403,7 @@ def test_the_command_keeps_the_metric(
         ((*TASK,), "give either --target-flops or --max-drop"),
         ((*TASK, "--target-flops", "0.5", "--max-drop", "1"), "give either --target-flops or --max-drop"),
         ((*TASK, "--target-flops", "0.01"), "the lowest that can be reached"),
-        ((*TASK, "--target-flops", "0.5", "--examples", "20"), "20 examples were given"),
+        ((*TASK, "--target-flops", "0.5", "--examples", "20"), "--examples is 20; it must be a whole number >= 32"),
         ((*TASK, "--target-flops", "0.5", "--examples", "0"), "--examples is 0"),
         ((*TASK, "--input", "texts.txt", "--target-flops", "0.5"), "give one of --task"),
         (("--target-flops", "0.5"), "give one of --task"),

@@ -216,8 +216,8 @@ _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.i
 
 def _exported(dtype: str, shape: tuple[int, int], read: Any) -> _Linear:
     """A packed linear layer's numbers, in the dtype that holds them exactly; ``read`` fills three float32 arrays."""
-    weight = torch.empty(shape, dtype=torch.float32)
-    bias, scale = (torch.empty(shape[0], dtype=torch.float32) for _ in range(2))
+    weight = torch.empty(shape, dtype=torch.float32, device="cpu")
+    bias, scale = (torch.empty(shape[0], dtype=torch.float32, device="cpu") for _ in range(2))
     read(weight.data_ptr(), bias.data_ptr(), scale.data_ptr())
     return _Linear(weight.to(_STORED[dtype]), bias, scale if dtype == "int8" else None)
 
@@ -314,8 +314,8 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
 
     def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
         size = module.normalized_shape[0]
-        gamma = torch.ones(size, dtype=torch.float32) if module.weight is None else module.weight
-        beta = torch.zeros(size, dtype=torch.float32) if module.bias is None else module.bias
+        gamma = torch.ones(size, dtype=torch.float32, device="cpu") if module.weight is None else module.weight
+        beta = torch.zeros(size, dtype=torch.float32, device="cpu") if module.bias is None else module.bias
         return _Part("norm", layer, which, (gamma, beta))
 
     embeddings = family.embedding_modules()
@@ -451,12 +451,12 @@ class NativeEncoder:
 
             tensors = _exported(self.dtype, (rows, size), read)
         elif kind == "norm":
-            gamma, beta = (torch.empty(size, dtype=torch.float32) for _ in range(2))
+            gamma, beta = (torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(2))
             pointers = gamma.data_ptr(), beta.data_ptr()
             _check(library, library.tp_encoder_get_norm(self._handle, layer, which, *pointers, size))
             tensors = gamma, beta
         else:
-            table = torch.empty((rows, size), dtype=self._table_dtype)
+            table = torch.empty((rows, size), dtype=self._table_dtype, device="cpu")
             _check(library, library.tp_encoder_get_table(self._handle, which, table.data_ptr(), rows, size))
             tensors = (table,)
         return _Part(kind, layer, which, tuple(tensors))
@@ -560,8 +560,8 @@ class NativeEncoder:
         assert len(prunes) == layers
         absolute = type(method).keep is FixedThreshold.keep
         decides = not absolute and any(prunes)
-        importance = torch.empty(total, dtype=torch.float32) if decides else None
-        keep = torch.empty(total, dtype=torch.uint8) if decides else None
+        importance = torch.empty(total, dtype=torch.float32, device="cpu") if decides else None
+        keep = torch.empty(total, dtype=torch.uint8, device="cpu") if decides else None
         assert tokens.ids is not None
         request = _Request(
             sequences=sequences,
