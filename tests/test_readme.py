@@ -1,6 +1,5 @@
 """What README, the pages of docs/ and CONTRIBUTING show is what works."""
 
-import argparse
 import re
 import shlex
 import tomllib
@@ -59,12 +58,12 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", [page for page in SHOWN if blocks(page, "bash")])
 def test_command_lines_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def parse(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-        parser.parse_args([module._dashed(word) for word in argv])
+    def parse(argv: list[str]) -> int:
+        module._parser().parse_args([module._dashed(word) for word in argv])
         return 0
 
     module: Any = import_module("token_pruning.lab.cli.main")  # the package's own "main" is the function
-    monkeypatch.setattr(module, "_run", parse)
+    monkeypatch.setattr(module, "_carry_out", parse)
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for program, *rest in commands(page):

@@ -12,6 +12,6 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
         sys.__excepthook__(kind, error, trace)
 
 
-_program = sys.argv[0] if getattr(sys, "argv", None) else ""
-if _program == "-m" or Path(_program).stem == "token-pruning":  # -m: of this package, for others it is over by now
+_program = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+if _program == "token-pruning" or "-m token_pruning" in " ".join(getattr(sys, "orig_argv", [])[:4]):
     sys.excepthook = _one_line

@@ -164,24 +164,6 @@ def test_packed_input_equals_padded_input(family: str, head: str, level: str) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", NATIVE)
-def test_a_sequence_is_the_same_to_the_last_bit_in_any_batch(level: str, dtype: str, monkeypatch: Any) -> None:
-    monkeypatch.setenv(KERNELS_VARIABLE, level)
-    lengths = (5, 40, 1, 33, 16, 17, 70, 31, 32, 2, 15, 64, 48)
-    batch = ragged_batch(lengths)
-    for pruner in (tp.Unpruned(), PRUNERS[1], PRUNERS[3]):
-        with pruned(tiled_model(), pruner) as model:
-            engine, two = tp.compile(model, dtype, threads=1), tp.compile(model, dtype, threads=2)
-        together = engine(**batch).logits
-        assert torch.equal(two(**batch).logits, together)
-        for row, length in enumerate(lengths):
-            alone = {name: value[row : row + 1, :length] for name, value in batch.items()}
-            assert torch.equal(engine(**alone).logits[0], together[row]), (row, pruner)
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
-        assert torch.equal(engine(**{k: v[order] for k, v in batch.items()}).logits, together[order])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", ["sequence", "token"])
 def test_many_rows_on_several_threads(dtype: str, head: str) -> None:
     """Enough rows that threads take chunks of their own, with lengths around every tile's edge."""

@@ -63,7 +63,8 @@ def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
         status = int(end.code or 0)
     error = capsys.readouterr().err
     assert status == 2 and "Traceback" not in error, error
-    (line,) = [line for line in error.splitlines() if "%|" not in line and line.strip()]  # progress bars
+    said = [line for line in error.splitlines() if "%|" not in line and line.strip()]  # progress bars
+    (line,) = [line for line in said if "one per line" not in line]  # what was taken for what in a file
     return line
 
 
@@ -187,7 +188,7 @@ def bad_place(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
             patch.setattr(os, "mkdir", refuse)
             yield "new/a", "Read-only file system"
         else:
-            yield "", "is empty"
+            yield "", "empty"
 
 
 @pytest.mark.parametrize("place", ["below a file", "too long", "no room", "NUL", "read-only", "empty"])

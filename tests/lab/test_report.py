@@ -238,7 +238,7 @@ def test_a_failed_move_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "report.html"
     path.write_text("old")
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(ConfigError, match=r"report\.html cannot be written"):
         write_report(RESULTS, path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "old"

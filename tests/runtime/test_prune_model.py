@@ -597,7 +597,7 @@ def test_an_unsupported_model_is_named_with_the_supported_ones(model_type: str) 
 
 
 def test_a_decoder_is_refused() -> None:
-    model = hf.BertLMHeadModel(tiny_config("bert", is_decoder=True))
+    model = hf.BertModel(tiny_config("bert", is_decoder=True))
     with pytest.raises(tp.UnsupportedModelError, match="'bert' as a decoder"):
         tp.prune(model, tp.TopK())
 

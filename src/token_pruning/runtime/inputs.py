@@ -15,7 +15,9 @@ from token_pruning.ragged import Layout, PackedTokens, layout_from_mask, pack, u
 
 _INTEGERS = (torch.int64, torch.int32)
 # What heads and trainers hand to any base model, whose forward takes it as one of **kwargs.
-_ALWAYS_TAKEN = {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "token_type_ids"}
+_ALWAYS_TAKEN = {
+    "labels", "num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict", "token_type_ids"
+}  # fmt: skip
 
 
 def check_arguments(family: Family, options: Mapping[str, Any], head: type | None = None) -> None:
