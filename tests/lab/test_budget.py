@@ -131,6 +131,19 @@ def test_the_holder_waits_for_the_end_of_the_soft_half() -> None:
     assert model.token_pruner.thresholds.tolist() != pytest.approx([0.9, 0.9, 1.0, 1.0])
 
 
+def test_a_soft_stage_starts_from_fitted_thresholds_and_ends_where_it_has_learned_to() -> None:
+    """The Trainer's first call comes while the model is still in evaluation mode."""
+    model = tp.prune(tiny_model(), tp.LearnedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
+    holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.5, None, bf16=False)
+    holder.on_step_begin(None, TrainerState(global_step=0, max_steps=10), CONTROL, model=model.eval())
+    assert max(model.token_pruner.thresholds.tolist()) > 0.1 and holder.schedule is None
+    learned = [0.0, 1.2, 1.2, 1.2]
+    tp.set_thresholds(model, learned)
+    tp.freeze_thresholds(model.train())
+    holder.on_step_begin(None, TrainerState(global_step=5, max_steps=10), CONTROL, model=model)
+    assert holder.schedule is not None and holder.schedule.weights[0] == 0 < holder.schedule.weights[1]
+
+
 def test_thresholds_that_drop_nothing_are_followed_by_the_linear_schedule() -> None:
     model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
     holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.6, None, bf16=False)

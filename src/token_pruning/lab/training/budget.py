@@ -136,10 +136,15 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Fit at the beginning, and from then on at even distances."""
         token_pruner = attachment_of(model).token_pruner
-        # Before a run's first step the Trainer has the model in evaluation mode, where nothing is soft: a soft stage
-        # starts from fitted thresholds. One that is continued must not be fitted again.
         learns = token_pruner.thresholds is not None and token_pruner.thresholds.requires_grad
         if token_pruner.soft or (learns and state.global_step > 0):
+            return
+        if learns:
+            # Before a run's first step the Trainer has the model in evaluation mode, where nothing is soft: a soft
+            # stage starts from fitted thresholds, which say nothing yet of where tokens should leave.
+            schedule = self.schedule
+            self.fit(model)
+            self.schedule = schedule
             return
         every = max(1, state.max_steps // REFITS)
         if self.schedule is None or state.global_step % every == 0:
