@@ -148,8 +148,10 @@ def _child(argv: list[str], folder: Path, out: Path, err: Path, kill: tuple[int,
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         status = 130
-        if stop.__traceback__ is not None and stop.__traceback__.tb_next is not None:
+        if any(frame.f_code is main.__code__ for frame, _ in traceback.walk_tb(stop.__traceback__)):
             traceback.print_exc()  # it came out of the command
+        else:
+            print("interrupted", file=sys.stderr)  # before it
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
