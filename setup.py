@@ -1,4 +1,4 @@
-"""Builds the native kernels into a plain shared library beside token_pruning/engine/native.py.
+"""Builds the native kernels into a plain shared library beside token_pruning/engine/library.py.
 
 Everything else about the package is in pyproject.toml. Where there is no C++ compiler, or it is another platform, the
 installation goes on without the library, and the engine uses PyTorch.

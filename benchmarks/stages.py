@@ -20,8 +20,8 @@ import transformers
 from output import write
 
 import token_pruning as tp
+from token_pruning.engine.library import PARTS
 from token_pruning.engine.machine import cpu_name
-from token_pruning.engine.native import PARTS
 
 TURNS = 7
 CASES = {

@@ -28,7 +28,7 @@ from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.cli import main

@@ -36,7 +36,7 @@ from tests.tiny import (
     tiny_model,
 )
 from token_pruning.engine import compiled as compiling
-from token_pruning.engine.native import KERNELS_VARIABLE, LEVELS, _check_interface, load_library
+from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, check_interface, load_library
 from token_pruning.ragged import PackedTokens, layout_from_mask
 
 LIBRARY = load_library()
@@ -464,7 +464,7 @@ def test_a_level_the_processor_lacks(monkeypatch: Any, model: Any) -> None:
 
 @pytest.mark.skipif(LIBRARY is None, reason="no native library")
 def test_a_library_built_from_other_sources_is_refused() -> None:
-    _check_interface(LIBRARY)
+    check_interface(LIBRARY)
 
     class Older:
         """Before there was a version."""
@@ -478,7 +478,7 @@ def test_a_library_built_from_other_sources_is_refused() -> None:
 
     for library, found in ((Older(), "interface 0 with requests of 0 bytes"), (Other(), "interface 1 with requests")):
         with pytest.raises(tp.TokenPruningError, match=found):
-            _check_interface(library)
+            check_interface(library)
 
 
 def test_without_the_library_pytorch_is_used_and_says_so_once(monkeypatch: Any, model: Any) -> None:

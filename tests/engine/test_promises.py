@@ -22,7 +22,7 @@ import token_pruning as tp
 from tests.engine.test_engine import DTYPES, NATIVE, tiled_model
 from tests.tiny import assert_close, pruned, ragged_batch
 from token_pruning.engine import native
-from token_pruning.engine.native import KERNELS_VARIABLE, load_library
+from token_pruning.engine.library import KERNELS_VARIABLE, load_library, sized
 
 LENGTHS = (5, 40, 1, 17)
 SPECIAL_ID = 7  # a word that the tests below make special
@@ -380,7 +380,7 @@ def test_the_memory_of_a_call_is_what_the_formula_says(level: str, lengths: tupl
         model = small_model(max_position_embeddings=260)
         engine: Any = tp.compile(model, dtype, threads=1)
         asked: list[int] = []
-        monkeypatch.setattr(native, "_Workspace", _measured(asked))
+        monkeypatch.setattr(native, "Workspace", _measured(asked))
         engine(**ragged_batch(lengths))
         monkeypatch.undo()
         monkeypatch.setenv(KERNELS_VARIABLE, level)
@@ -389,7 +389,7 @@ def test_the_memory_of_a_call_is_what_the_formula_says(level: str, lengths: tupl
 
 
 def _measured(asked: list[int]) -> Any:
-    original = native._Workspace
+    original = native.Workspace
 
     def make(size: int) -> Any:
         asked.append(size)
@@ -453,11 +453,11 @@ def test_in_a_process_of_its_own_and_with_little_memory(tmp_path: Path) -> None:
 
 def test_what_the_native_side_gets_has_the_sizes_it_says() -> None:
     with pytest.raises(tp.TokenPruningError, match=r"torch.int64 tensor of 3 numbers on cpu where 3 of torch.int32"):
-        native._sized(torch.zeros(3, dtype=torch.int64), torch.int32, 3)
+        sized(torch.zeros(3, dtype=torch.int64), torch.int32, 3)
     with pytest.raises(tp.TokenPruningError, match="2 numbers"):
-        native._sized(torch.zeros(2), torch.float32, 3)
+        sized(torch.zeros(2), torch.float32, 3)
     with pytest.raises(tp.TokenPruningError, match="float32"):
-        native._sized(torch.zeros(4, 2)[:, 0], torch.float32, 4)
+        sized(torch.zeros(4, 2)[:, 0], torch.float32, 4)
 
 
 def test_every_promise_on_the_page_has_its_test() -> None:

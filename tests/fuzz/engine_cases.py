@@ -31,7 +31,7 @@ from tests.tiny import (
     same_survivors,
     tiny_config,
 )
-from token_pruning.engine.native import DTYPES, KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, LEVELS, load_library
 from token_pruning.families import shape_of
 
 VOCABULARY, POSITIONS = 60, 48

@@ -14,15 +14,9 @@ from transformers import PreTrainedModel
 from token_pruning.checks import choice, positive_integer
 from token_pruning.engine.adapters import with_merged_adapters
 from token_pruning.engine.encoder import Encoder, TorchEncoder
+from token_pruning.engine.library import ACTIVATIONS, KERNELS_VARIABLE, level_limit, load_library, memory_errors
 from token_pruning.engine.machine import has_amx
-from token_pruning.engine.native import (
-    ACTIVATIONS,
-    KERNELS_VARIABLE,
-    NativeEncoder,
-    level_limit,
-    load_library,
-    memory_errors,
-)
+from token_pruning.engine.native import NativeEncoder
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign

@@ -1,4 +1,4 @@
-"""The native encoder: C++ kernels in a plain shared library, called through ctypes (which releases the GIL).
+"""The native encoder: C++ kernels that compute a whole forward pass.
 
 Nothing here is a callback: where a pruner in Python decides, the native call returns, and goes on when it is called
 again. So an exception or Ctrl-C rises like any other. All memory of a call belongs to Python: a call that is given up
@@ -8,20 +8,31 @@ leaves nothing behind.
 import contextlib
 import copy
 import ctypes
-import functools
-import mmap
-import os
 import time
 from collections.abc import Iterator
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
-from pathlib import Path
+from ctypes import c_char_p, c_void_p
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from token_pruning.checks import choice
-from token_pruning.errors import ConfigError, TokenPruningError
+from token_pruning.engine.library import (
+    ACTIVATIONS,
+    DTYPES,
+    KERNELS_VARIABLE,
+    LEVELS,
+    PARTS,
+    Handle,
+    Request,
+    Workspace,
+    as_float32,
+    check,
+    level_limit,
+    load_library,
+    pointer,
+    sized,
+)
+from token_pruning.errors import TokenPruningError
 from token_pruning.families import Family, LayerModules
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
@@ -30,177 +41,7 @@ from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
-KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
-LEVELS = ("portable", "avx2", "avx512", "amx")
-DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
-PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
-
-_ABI_VERSION = 3
 _STATE_FORMAT = 1  # of a pickled engine
-_LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
-
-
-class _Request(ctypes.Structure):
-    """``tp::Request`` of encoder.h, field by field."""
-
-    _fields_ = (
-        ("sequences", c_int),
-        ("tokens", c_int),
-        ("layers", c_int),
-        ("threads", c_int),
-        ("cu_seqlens", c_void_p),
-        ("ids", c_void_p),
-        ("positions", c_void_p),
-        ("token_types", c_void_p),
-        ("thresholds", c_void_p),
-        ("prunes", c_void_p),
-        ("divisor", c_float),
-        ("first_only", c_bool),
-        ("record", c_bool),
-        ("segments", c_void_p),
-        ("hosts", c_void_p),
-        ("out", c_void_p),
-        ("survived", c_void_p),
-        ("received", c_void_p),
-        ("seconds", c_void_p),
-        ("workspace", c_void_p),
-        ("workspace_bytes", c_size_t),
-        ("importance", c_void_p),
-        ("keep", c_void_p),
-        ("waiting", c_bool),
-        ("layer", c_int),
-        ("rows", c_int),
-    )
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL | None:
-    """The kernels' library, or None where it was not built.
-
-    Raises:
-        TokenPruningError: if it was built from other sources than these.
-    """
-    if not _LIBRARY.exists():
-        return None
-    library = ctypes.CDLL(str(_LIBRARY))
-    _check_interface(library)
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "tp_last_error": (c_char_p, []),
-        "tp_best_level": (c_int, []),
-        "tp_usable_cores": (c_int, []),
-        "tp_choose_level": (c_int, [c_int] * 5),
-        "tp_describe": (c_char_p, [c_int, c_int]),
-        "tp_encoder_new": (c_void_p, [c_int] * 6 + [c_float, c_int]),
-        "tp_encoder_free": (None, [c_void_p]),
-        "tp_encoder_set_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
-        "tp_encoder_get_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
-        "tp_encoder_set_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
-        "tp_encoder_get_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
-        "tp_encoder_set_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_int]),
-        "tp_encoder_get_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int]),
-        "tp_encoder_weight_bytes": (c_int64, [c_void_p]),
-        "tp_encoder_workspace_bytes": (c_int64, [c_void_p, POINTER(_Request)]),
-        "tp_encoder_forward": (c_int, [c_void_p, POINTER(_Request)]),
-        "tp_linear_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
-        "tp_linear_get": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
-        "tp_linear_free": (None, [c_void_p]),
-        "tp_linear_apply": (c_int, [c_void_p, c_void_p, c_int, c_void_p, c_int]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
-
-
-def _check_interface(library: Any) -> None:
-    """Raises TokenPruningError unless the library's interface is the one that this file speaks."""
-    try:
-        found = (library.tp_abi_version(), library.tp_request_size())
-    except AttributeError:
-        found = (0, 0)
-    expected = (_ABI_VERSION, ctypes.sizeof(_Request))
-    if found != expected:
-        raise TokenPruningError(
-            f"{_LIBRARY} has interface {found[0]} with requests of {found[1]} bytes; this version of the package needs "
-            f"{expected[0]} with {expected[1]}: install it again, so that the kernels are built anew"
-        )
-
-
-def level_limit(library: ctypes.CDLL | None) -> int | None:
-    """The best kernel level that may be used, or None for none: the processor's, or ``TOKEN_PRUNING_KERNELS``.
-
-    Raises:
-        ConfigError: if the variable names no level, or one that this processor or installation does not have.
-    """
-    best = -1 if library is None else int(library.tp_best_level())
-    wanted = os.environ.get(KERNELS_VARIABLE)
-    if not wanted:
-        return None if best < 0 else best
-    if choice(KERNELS_VARIABLE, wanted, (*LEVELS, "torch")) == "torch":
-        return None
-    if LEVELS.index(wanted) > best:
-        has = "no native kernels were built" if best < 0 else f"this processor's best level is {LEVELS[best]!r}"
-        raise ConfigError(f"{KERNELS_VARIABLE} is {wanted!r}; {has}")
-    return LEVELS.index(wanted)
-
-
-def _check(library: ctypes.CDLL, failed: bool) -> None:
-    if not failed:
-        return
-    message = library.tp_last_error().decode()
-    if message == "out of memory":
-        raise MemoryError("native engine: out of memory")
-    raise TokenPruningError(f"native engine: {message}")
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """What PyTorch says when memory runs out becomes a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error) and "std::bad_alloc" not in str(error):
-            raise
-        raise MemoryError(str(error)) from error
-
-
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _sized(tensor: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
-    """A tensor's address, once it is what the native side takes it for."""
-    if tensor is None:
-        return None
-    if tensor.dtype != dtype or tensor.numel() != count or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise TokenPruningError(
-            f"native engine: a {tensor.dtype} tensor of {tensor.numel()} numbers on {tensor.device} where {count} of "
-            f"{dtype} are needed"
-        )
-    return tensor.data_ptr()
-
-
-class _Handle:
-    """Owns a native object, which nobody changes once it is made: copies share it, and it is freed once."""
-
-    def __init__(self, library: ctypes.CDLL, address: int | None, free: str) -> None:
-        self._as_parameter_ = address
-        self._free = getattr(library, free)
-        _check(library, not address)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Handle":
-        return self
-
-    __copy__ = __deepcopy__
-
-    def __del__(self) -> None:
-        if self._as_parameter_:
-            self._free(self._as_parameter_)
 
 
 class _Linear(NamedTuple):
@@ -261,11 +102,11 @@ class NativeLinear(nn.Module):
         level = library.tp_choose_level(self._limit, dtype, self.in_features, self.in_features, 32)
         if self.out_features % 32 and LEVELS[level] == "amx":
             level -= 1
-        weight, bias, scale = (_float32(tensor) for tensor in numbers)
+        weight, bias, scale = (as_float32(tensor) for tensor in numbers)
         address = library.tp_linear_new(
-            level, dtype, _pointer(weight), _pointer(bias), _pointer(scale), self.in_features, self.out_features
+            level, dtype, pointer(weight), pointer(bias), pointer(scale), self.in_features, self.out_features
         )
-        self._handle = _Handle(library, address, "tp_linear_free")
+        self._handle = Handle(library, address, "tp_linear_free")
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, float32."""
@@ -274,7 +115,7 @@ class NativeLinear(nn.Module):
         failed = self._library.tp_linear_apply(
             self._handle, rows.data_ptr(), rows.shape[0], out.data_ptr(), self._threads
         )
-        _check(self._library, failed)
+        check(self._library, failed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NativeLinear":
@@ -288,7 +129,7 @@ class NativeLinear(nn.Module):
         state = {name: value for name, value in self.__dict__.items() if name not in ("_library", "_handle")}
 
         def read(*arrays: int) -> None:
-            _check(self._library, self._library.tp_linear_get(self._handle, *arrays))
+            check(self._library, self._library.tp_linear_get(self._handle, *arrays))
 
         numbers = _exported(self._dtype, (self.out_features, self.in_features), read)
         return {**state, "numbers": tuple(numbers), "format": _STATE_FORMAT}
@@ -414,9 +255,9 @@ class NativeEncoder:
             self._epsilon,
             self._activation,
         )
-        self._handle = _Handle(library, address, "tp_encoder_free")
+        self._handle = Handle(library, address, "tp_encoder_free")
         self._shapes: dict[tuple[str, int, int], tuple[int, int]] = {}
-        self._spare: list[_Workspace] = []
+        self._spare: list[Workspace] = []
         for part in parts:
             self._set(part)
 
@@ -429,15 +270,15 @@ class NativeEncoder:
             half = table.dtype == torch.bfloat16
             failed = library.tp_encoder_set_table(self._handle, which, table.data_ptr(), rows, size, half)
         else:
-            numbers = [_float32(tensor) for tensor in part.tensors]
+            numbers = [as_float32(tensor) for tensor in part.tensors]
             assert numbers[0] is not None
             rows, size = numbers[0].shape if part.kind == "linear" else (1, len(numbers[0]))
-            pointers = [_pointer(tensor) for tensor in numbers]
+            pointers = [pointer(tensor) for tensor in numbers]
             if part.kind == "linear":
                 failed = library.tp_encoder_set_linear(self._handle, layer, which, *pointers, size, rows)
             else:
                 failed = library.tp_encoder_set_norm(self._handle, layer, which, *pointers, size)
-        _check(library, failed)
+        check(library, failed)
         self._shapes[part.kind, layer, which] = rows, size
 
     def _get(self, kind: str, layer: int, which: int) -> _Part:
@@ -447,17 +288,17 @@ class NativeEncoder:
         if kind == "linear":
 
             def read(*arrays: int) -> None:
-                _check(library, library.tp_encoder_get_linear(self._handle, layer, which, *arrays, size, rows))
+                check(library, library.tp_encoder_get_linear(self._handle, layer, which, *arrays, size, rows))
 
             tensors = _exported(self.dtype, (rows, size), read)
         elif kind == "norm":
             gamma, beta = (torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(2))
             pointers = gamma.data_ptr(), beta.data_ptr()
-            _check(library, library.tp_encoder_get_norm(self._handle, layer, which, *pointers, size))
+            check(library, library.tp_encoder_get_norm(self._handle, layer, which, *pointers, size))
             tensors = gamma, beta
         else:
             table = torch.empty((rows, size), dtype=self._table_dtype, device="cpu")
-            _check(library, library.tp_encoder_get_table(self._handle, which, table.data_ptr(), rows, size))
+            check(library, library.tp_encoder_get_table(self._handle, which, table.data_ptr(), rows, size))
             tensors = (table,)
         return _Part(kind, layer, which, tuple(tensors))
 
@@ -563,33 +404,33 @@ class NativeEncoder:
         importance = torch.empty(total, dtype=torch.float32, device="cpu") if decides else None
         keep = torch.empty(total, dtype=torch.uint8, device="cpu") if decides else None
         assert tokens.ids is not None
-        request = _Request(
+        request = Request(
             sequences=sequences,
             tokens=total,
             layers=layers,
             threads=1 if self.threads == 1 else min(self.threads, self._library.tp_usable_cores()),
-            cu_seqlens=_sized(cu_seqlens, torch.int32, sequences + 1),
-            ids=_sized(tokens.ids, torch.int32, total),
-            positions=_sized(tokens.positions, torch.int32, total),
-            token_types=_sized(tokens.token_types, torch.int32, total),
-            thresholds=_sized(token_pruner.thresholds, torch.float32, layers) if absolute else None,
+            cu_seqlens=sized(cu_seqlens, torch.int32, sequences + 1),
+            ids=sized(tokens.ids, torch.int32, total),
+            positions=sized(tokens.positions, torch.int32, total),
+            token_types=sized(tokens.token_types, torch.int32, total),
+            thresholds=sized(token_pruner.thresholds, torch.float32, layers) if absolute else None,
             prunes=ctypes.cast(c_char_p(prunes), c_void_p),
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             first_only=first_only,
             record=recorded,
-            segments=_sized(segments, torch.uint8, total),
-            hosts=_pointer(hosts),
+            segments=sized(segments, torch.uint8, total),
+            hosts=pointer(hosts),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
-            received=_pointer(received),
-            seconds=_sized(seconds, torch.float64, len(PARTS)),
-            importance=_pointer(importance),
-            keep=_pointer(keep),
+            received=pointer(received),
+            seconds=sized(seconds, torch.float64, len(PARTS)),
+            importance=pointer(importance),
+            keep=pointer(keep),
         )
         if total:
             workspace = self._workspace_for(request)
             while status := self._library.tp_encoder_forward(self._handle, request):
-                _check(self._library, status < 0)
+                check(self._library, status < 0)
                 assert importance is not None and keep is not None
                 began = time.perf_counter()
                 scores = importance[: request.rows]
@@ -600,16 +441,16 @@ class NativeEncoder:
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
         return layout.per_sequence(out) if first_only else out, records
 
-    def _workspace_for(self, request: _Request) -> "_Workspace":
+    def _workspace_for(self, request: Request) -> "Workspace":
         """Memory for a call, an earlier one's where that is large enough."""
         needed = self._library.tp_encoder_workspace_bytes(self._handle, request)
-        _check(self._library, needed < 0)
+        check(self._library, needed < 0)
         workspace = None
         with contextlib.suppress(IndexError):  # another thread may be first
             workspace = self._spare.pop()
         if workspace is None or workspace.bytes < needed:  # a small one is freed: never more of them than calls at once
             workspace = None
-            workspace = _Workspace(needed)
+            workspace = Workspace(needed)
         request.workspace, request.workspace_bytes = workspace.address, workspace.bytes
         return workspace
 
@@ -691,27 +532,3 @@ def _decision(
             summaries=None if hosts is None else (survived < layer)[present],
         )
     )
-
-
-class _Workspace:
-    """Memory of one call, on huge pages where it is large: it goes back to the system when nobody holds it."""
-
-    _HUGE_PAGE = 2 << 20
-
-    def __init__(self, size: int) -> None:
-        """Take at least ``size`` bytes.
-
-        Raises:
-            MemoryError: if the system has not so many.
-        """
-        align = self._HUGE_PAGE if size >= self._HUGE_PAGE // 2 else mmap.PAGESIZE
-        try:
-            self._memory = mmap.mmap(-1, size + align, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, ValueError, OverflowError) as error:
-            raise MemoryError(f"native engine: a call needs {size} bytes of memory, which there are not") from error
-        if align == self._HUGE_PAGE:
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.address = -(-begin // align) * align
-        self.bytes = begin + len(self._memory) - self.address
