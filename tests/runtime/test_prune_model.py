@@ -523,6 +523,33 @@ def test_masked_execution_gives_attentions_and_hidden_states(family: str, asked_
             assert (moved.abs().amax(-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("asked", [2, [0, -1], (1, -2, 99)])
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_masked_execution_gives_the_hidden_states_that_are_asked_for(where: str, asked: Any) -> None:
+    model, batch = tiny_model("bert", "token"), ragged_batch([5, 3])
+    tp.prune(model, pruner_of("relative", 0.5), execution="masked")
+    with torch.no_grad():
+        every = model(**batch, output_hidden_states=True).hidden_states
+        if where == "config":
+            model.config.output_hidden_states = asked
+        some = model(**batch, **({"output_hidden_states": asked} if where == "call" else {})).hidden_states
+    kept = {i % (LAYERS + 1) for i in ([asked] if isinstance(asked, int) else asked) if i <= LAYERS}
+    assert [i for i, state in enumerate(some) if state is not None] == sorted(kept)
+    for i in kept:
+        assert_equal(some[i], every[i])
+
+
+def test_gradients_reach_the_hidden_states_and_attentions_of_masked_execution() -> None:
+    model = tiny_model("bert", "token")
+    tp.prune(model, tp.Unpruned(), execution="masked")
+    output = model(**ragged_batch([5, 3]), output_hidden_states=True, output_attentions=True)
+    for kept in (*output.hidden_states, *output.attentions):
+        kept.retain_grad()
+    output.logits[0, 0, 0].backward()
+    for kept in (*output.hidden_states, *output.attentions):
+        assert kept.grad is not None and kept.grad.abs().sum() > 0
+
+
 # Errors
 
 

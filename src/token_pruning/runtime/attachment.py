@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from token_pruning.errors import UnsupportedModelError
@@ -116,7 +116,7 @@ class Attachment:
         first_only = self.reads == "first" and (by_head or self.base is self.model)
         tokens = self.pack(**self.family.inputs(options))
         wanted = {
-            name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
+            name: asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         }
         return_dict = options.get("return_dict", getattr(self.base.config, "return_dict", True))
@@ -132,13 +132,23 @@ class Attachment:
         states = loop.run()
         fields: dict[str, Any] = {}
         if isinstance(loop, PaddedLoop):
-            for name, kept in (("attentions", loop.probabilities), ("hidden_states", loop.hidden_states)):
-                if wanted[f"output_{name}"]:
-                    fields[name] = tuple(kept)
+            if wanted["output_attentions"]:
+                fields["attentions"] = tuple(loop.probabilities)
+            if wanted["output_hidden_states"]:
+                fields["hidden_states"] = _selected(loop.hidden_states, wanted["output_hidden_states"])
         return model_output(
             self.family, states, tokens.layout,
             first_only=first_only, for_first_token_head=by_head, return_dict=return_dict, **fields,
         )  # fmt: skip
+
+
+def _selected(tensors: list[Tensor], asked: Any) -> tuple[Tensor | None, ...]:
+    """All for True; for an index or several, as transformers takes them, None in the places of the others."""
+    if isinstance(asked, bool):
+        return tuple(tensors)
+    indices = {asked} if isinstance(asked, int) else {*asked}
+    count = len(tensors)
+    return tuple(x if {i, i - count} & indices else None for i, x in enumerate(tensors))
 
 
 class _Forward:
