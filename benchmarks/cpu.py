@@ -208,7 +208,12 @@ def memory(name: str, made: dict[str, Any], dtype: str, threads: int) -> dict[st
     # The first model loads code that the engine does not need.
     transformers.AutoModelForSequenceClassification.from_config(
         transformers.AutoConfig.from_pretrained(
-            made["model"].checkpoint, num_hidden_layers=1, hidden_size=12, num_attention_heads=12, vocab_size=9
+            made["model"].checkpoint,
+            num_hidden_layers=1,
+            hidden_size=12,
+            num_attention_heads=12,
+            vocab_size=9,
+            trust_remote_code=False,
         )
     )
     torch.ones(64, 64) @ torch.ones(64, 64)

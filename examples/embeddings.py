@@ -48,8 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = toy_model(Path(folder), AutoModel) if arguments.toy else arguments.model
         texts = toy_texts(80) if arguments.toy else arguments.texts.read_text(encoding="utf-8").splitlines()
-        model = AutoModel.from_pretrained(path).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
     # Mean pooling reads every token's last state, CLS pooling the first token's only.
     reads = "first" if arguments.pooling == "cls" else "all"

@@ -40,8 +40,8 @@ class LeadBias(tp.Pruner):
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = toy_model(Path(folder) / "dense", AutoModelForSequenceClassification)
-        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         batch = tokenizer(toy_texts(32), padding=True, return_tensors="pt")
 
         tp.prune(model, LeadBias(bar=0.5))

@@ -47,8 +47,8 @@ def main() -> None:
         else:
             lines = arguments.pairs.read_text(encoding="utf-8").splitlines()
             pairs = [(query, passage) for query, passage in (line.split("\t") for line in lines)]
-        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     dense = tp.compile(model)
 
     examples = [tokenizer(query, passage, truncation=True) for query, passage in pairs]

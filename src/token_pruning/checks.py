@@ -30,15 +30,24 @@ def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.
     return float(value)
 
 
+def whole_number(name: str, value: Any, *, low: int, high: int) -> int:
+    """An integer with ``low <= value <= high``.
+
+    Raises:
+        ConfigError: otherwise, bools included.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number >= {low} and <= {high}")
+    return value
+
+
 def positive_integer(name: str, value: Any) -> int:
-    """A whole number of at least 1.
+    """A whole number of at least 1, that fits into 32 bits.
 
     Raises:
         ConfigError: otherwise.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number >= 1")
-    return value
+    return whole_number(name, value, low=1, high=2**31 - 1)
 
 
 def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -51,3 +60,9 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
+
+
+def one_line(error: object) -> str:
+    """A message without line breaks, cut where it gets long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]}…"

@@ -258,6 +258,24 @@ def test_a_loss_that_cannot_be_estimated_is_refused_and_one_that_is_no_number_is
     assert found.drop_bound == 0.0 and set(found.pruner.thresholds) == {0.0}
 
 
+def test_how_far_outputs_are_apart_depends_on_what_they_mean() -> None:
+    dense, pruned = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    each = [
+        p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        for p, q in zip(dense.sigmoid().flatten(), pruned.sigmoid().flatten(), strict=True)
+    ]
+    found = calibration._distance(dense, pruned, "multi_label_classification")
+    assert found == pytest.approx(float(sum(each)) / len(each))
+    squares = [float((pruned - dense)[:, i].square().mean() / dense[:, i].var()) for i in range(3)]
+    assert calibration._distance(dense, pruned, "regression") == pytest.approx(sum(squares) / 3)
+    assert calibration._distance(dense, pruned + 7, None) == pytest.approx(calibration._distance(dense, pruned))
+
+
+def test_max_drop_is_for_one_answer_per_example() -> None:
+    with pytest.raises(ConfigError, match=r"one class or score per example; labels has the shape \[48, 3\]"):
+        tp.calibrate(shared_model("bert", "sequence"), examples(labels=torch.ones(48, 3)), max_drop=1.0)
+
+
 def test_a_correlation_with_a_constant_is_zero() -> None:
     model = tiny_model(num_labels=1)
     nn.init.zeros_(model.classifier.weight)

@@ -620,11 +620,20 @@ def test_weights_that_lack_part_of_the_encoder(missing: str, plain: Path) -> Non
     refused(plain, tp.CheckpointError, str(plain), missing)
 
 
-@pytest.mark.parametrize("keys", [{"hidden_size": "wide"}, {"num_attention_heads": 5}, {"num_hidden_layers": None}])
-def test_sizes_that_make_no_model(keys: dict[str, Any], plain: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "error", "part"),
+    [
+        ({"hidden_size": "wide"}, tp.ConfigError, "hidden_size is 'wide'; it must be a whole number"),
+        ({"num_attention_heads": 5}, tp.CheckpointError, "5"),
+        ({"num_hidden_layers": None}, tp.CheckpointError, "num_hidden_layers"),
+        ({"intermediate_size": 10**6, "hidden_size": 10**5, "num_attention_heads": 4}, tp.ConfigError, "parameters"),
+        ({"num_hidden_layers": 10**6}, tp.ConfigError, "num_hidden_layers is 1000000"),
+    ],
+)
+def test_sizes_that_make_no_model(keys: dict[str, Any], error: Any, part: str, plain: Path) -> None:
     config = {**read(plain), "prune_mode": "topk", "token_keep_rate": 0.5, **keys}
     (plain / "config.json").write_text(json.dumps(config))
-    refused(plain, tp.CheckpointError, str(plain))
+    refused(plain, error, str(plain), part)
 
 
 # Pickles

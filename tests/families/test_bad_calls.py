@@ -106,6 +106,15 @@ def test_a_causal_language_model_is_refused(cls: Any, call: Callable[[Any], Any]
         call(model)
 
 
+def test_a_head_that_needs_the_embeddings_says_so_in_an_engine() -> None:
+    """The engine has them packed; the pruned model can do it."""
+    model = hf.DebertaV2ForMaskedLM(tiny_config("deberta-v2", layers=2, legacy=False)).eval()
+    with pruned(model, RELATIVE), torch.no_grad():
+        assert model(IDS).logits.shape == (2, 5, VOCABULARY)
+        with pytest.raises(tp.UnsupportedModelError, match="reads the embeddings of its DebertaV2Model"):
+            tp.compile(model, "float32")(IDS)
+
+
 @every_way
 @every_family
 def test_the_longest_text_and_one_token_more(family: str, way: str) -> None:

@@ -110,6 +110,59 @@ def test_values(capsys: pytest.CaptureFixture[str], options: str, words: list[st
     fails(capsys, f"{SOFT} {options}", *words)
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "train --task SST2 --data-dir glue --masking-mode soft --restore NOWHERE --lambda 0.1",
+            "--seed=-1,--seed=4294967296,--lr=nan,--lr=inf,--lr=1e400,--epochs=0,--epochs=-1,--epochs=nan,--epochs=1e9,"
+            "--lambda=-1,--temperature=0,--temperature=inf,--weight-decay=nan,--lr-threshold=-1,--save-steps=0,"
+            "--train-length-quantile=0,--vocabulary-keep-rate=2,--bs=99999999999,--bs=1.5,--max-length=0,--output-dir=,"
+            "--restore=,--teacher=,--data-dir=,--scoring-mode=x,--max-seq-length=0,--prune-mode=topp,--prune-layers=0,"
+            "--token-keep-rate=nan,--final-token-threshold=-1,--summary-tokens=all,--vocabulary-threshold=-1,--thresholds=x",
+        ),
+        (
+            "train --task SST2 --data-dir glue --restore NOWHERE --masking-mode hard",
+            "--target-flops=0,--target-flops=1.5,--target-flops=nan,--schedule= --target-flops=0.5",
+        ),
+        ("predict --restore NOWHERE --input x.txt", "--bs=0,--bs=-1,--max-length=-3,--output=,--input=,--dens"),
+        (
+            "analyze --task SST2 --data-dir glue --restore NOWHERE --output-dir out",
+            "--quantiles=0,--samples=-1,--samples=1.5,--names=,--output-dir=,--quan=2",
+        ),
+        (
+            "sweep --task SST2 --data-dir glue --restore NOWHERE --output-dir out",
+            "--trials=0,--methods=x,--methods=,--prune-margin=-1,--validate-on=x,--summary-tokens=x,--storage=,--seed=-1",
+        ),
+        (
+            "calibrate --task SST2 --data-dir glue --restore NOWHERE --max-drop 1",
+            "--max-drop=nan,--max-drop=0,--examples=31,--seed=-1,--summary-tokens=x,--prune-layers=0,--output-dir=",
+        ),
+        ("demo", "--output-dir=,--hu"),
+    ],
+)
+def test_options_are_checked_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], command: str, options: str
+) -> None:
+    name, *words = command.split()
+    for option in options.split(","):
+        flag = option.split("=")[0]
+        # A key of config.json is named as it stands there; a flag with two spellings by the first.
+        said = {"--save-steps": "--save-step", "--epochs": "--epoch"}.get(flag, flag.removeprefix("--"))
+        capsys.readouterr()
+        try:
+            status = main([name, *words, *option.split()])
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        error = capsys.readouterr().err
+        assert status == 2 and len(error.splitlines()) == 1 and "NOWHERE" not in error, (option, error)
+        assert said in error.replace("_", "-"), (option, error)
+
+
+def test_the_last_of_an_option_counts_in_either_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, f"{HARD} --max_length 0 --max-length 500", "--max-length is 500")
+
+
 def test_options_that_would_be_ignored(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--lambda 0.1", "--temperature 1e-3", "--lr_threshold 1e-3", "--weight_decay_threshold 0"):
         fails(capsys, f"{HARD} {option}", option.split()[0].replace("_", "-"), "soft", "hard")

@@ -1,8 +1,12 @@
 import csv
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,8 +134,12 @@ def test_columns_that_do_not_fit(write: Writer) -> None:
     )
     path = write("dev.csv", "label\nx\n")
     assert failure(None, path).startswith(f"{path}: cannot tell the text columns; columns found: label; allowed")
-    path = write("dev.csv", "text,class\na,x\n")
-    assert failure(None, path) == f"{path}: no label column; columns found: text, class; allowed: label or labels"
+    path = write("dev.csv", "text,kind\na,x\n")
+    assert failure(None, path).startswith(
+        f"{path}: no label column; columns found: text, kind; allowed: label or labels"
+    )
+    path = write("dev.csv", "text,class,score\na,x,1\n")
+    assert failure(None, path) == f"{path}: class, score may each be the label; call the one that is: label"
     path = write("dev.csv", "text,text,label\na,b,x\n")
     assert failure(None, path) == f"{path}, line 1: the column 'text' stands twice; columns: text, text, label"
 
@@ -148,7 +156,7 @@ def test_train_and_validation_must_agree(write: Writer) -> None:
 @pytest.mark.parametrize(
     ("values", "classes", "ids"),
     [
-        (["10", "9", "-1"], ("-1", "9", "10"), [2, 1, 0]),
+        (["10", "9", "-2", "-1"], ("-2", "-1", "9", "10"), [3, 2, 0, 1]),
         (["1.0", "0", "2"], ("0", "1", "2"), [1, 0, 2]),
         (["class10", "class2", "B"], ("B", "class2", "class10"), [2, 1, 0]),
         (["yes", "1", "0.5"], ("0.5", "1", "yes"), [2, 1, 0]),
@@ -213,7 +221,7 @@ def test_regression(write: Writer) -> None:
     assert load_files(None, dev, labels=[]).task.labels is None
 
 
-@pytest.mark.parametrize("value", ["much", "nan", "1e999"])
+@pytest.mark.parametrize("value", ["much", "inf", "1e999"])
 def test_regression_needs_numbers(write: Writer, value: str) -> None:
     train = write("train.csv", "text,label\nx,1\ny,2.5\n")
     dev = write("dev.csv", f"text,label\nx,1\ny,{value}\n")
@@ -221,11 +229,11 @@ def test_regression_needs_numbers(write: Writer, value: str) -> None:
 
 
 def test_a_missing_score_does_not_turn_regression_into_classes(write: Writer) -> None:
-    train = write("train.csv", "text,label\nx,1\ny,2.5\nz,nan\n")
-    assert failure(train, train) == f"{train}, line 4: label 'nan'; allowed: a finite number (regression)"
+    data = load_files(None, write("train.csv", "text,label\nx,1\ny,2.5\nz,nan\n"))
+    assert data.validation["validation"] == TextExamples(["x", "y"], None, [1.0, 2.5])
 
 
-@pytest.mark.parametrize("value", ["null", "true", '""', "[1]", '"  "', '"\\udfff"'])
+@pytest.mark.parametrize("value", ["[1]", '"\\udfff"'])
 def test_labels_that_are_none(write: Writer, value: str) -> None:
     dev = write("dev.json", f'[{{"text": "a", "label": "x"}}, {{"text": "b", "label": {value}}}]')
     message = failure(None, dev)
@@ -263,7 +271,7 @@ def test_missing_and_unknown_files(tmp_path: Path, write: Writer) -> None:
     (tmp_path / "folder.csv").mkdir()
     assert failure(None, tmp_path / "folder.csv").startswith(f"{tmp_path / 'folder.csv'}: cannot be read: ")
     path = write("dev.xlsx", "")
-    assert failure(None, path) == f"{path}: unknown file type '.xlsx'; allowed: .csv, .tsv, .json, .jsonl"
+    assert failure(None, path) == f"{path}: unknown file type '.xlsx'; allowed: .csv, .tsv, .json, .jsonl, .parquet"
     assert "cannot be read" in failure(None, Path("a\0b.csv"))
 
 
@@ -282,10 +290,26 @@ def test_empty_files(write: Writer, name: str, content: str) -> None:
         ("a.csv", b"text,label\nx,a\n\xff,b\n", ", line 3: byte 0xff is not UTF-8"),
         ("a.csv", b"text,label\nx,a\ny\n", ", line 3: columns found: 1; expected: 2 (text, label)"),
         ("a.csv", b"text,label\nx,y,a\n", ", line 2: columns found: 3; expected: 2 (text, label)"),
-        ("a.tsv", b'text\tlabel\nx\ta\n"open\tb\nz\tc\n', ", line 3: unexpected end of data; a field with quotation"),
+        ("a.csv", b'text,label\nx,a\n"open,b\nz,c\n', ", line 3: unexpected end of data; a field with quotation"),
         ("a.csv", b'text,label\n"x" y,a\n', ", line 2: ',' expected after '\"'; a field with quotation"),
         ("a.json", b'[{"text": "x",\n "label": }]', ", line 2: not JSON: "),
-        ("a.json", b'{"text": "x"}', ": a dict at the top; allowed: a list of objects"),
+        ("a.json", b'"text"', ": 'text' at the top; allowed: a list of objects"),
+        (
+            "a.json",
+            b'{"a": {"b": "x"}}',
+            ": an object of objects; without row numbers (0, 1, ...) columns and rows",
+        ),
+        ("a.json", b'[["x", 1]]', ": lists without names of columns (orient 'values'); allowed: a list of objects"),
+        ("a.json", b'{"columns": ["text"], "data": [["x", 1]]}', ", row 1: ['x', 1]; allowed: a list of 1 values"),
+        ("a.json", b'{"text": ["x", "y"], "label": [1]}', ": columns of different lengths: text 2, label 1; they must"),
+        ("a.json", b'[{"text": "x", "text": "y"}]', ": the key 'text' stands twice in an object"),
+        ("a.csv", b"t\0e\0x\0t\0", ": looks like UTF-16 without a byte-order mark; files must be UTF-8; save it as"),
+        ("a.csv", b"\xff\xfet\0e", ", line 1: not UTF-16, though the file begins as if it were"),
+        ("a.csv", b"text;label\nx;1,5\ny;2\n", ": label '1,5' has a decimal comma; write a point"),
+        ("a.csv", b"text,label\nx,-1\ny,-1\n", ": no row has a label: all labels in label are -1; only predict takes"),
+        ("a.csv", b"text,label\nx,\ny,\n", ": no row has a label: label is empty; only predict takes such a file"),
+        ("a.csv", b"text,label\nx,-1\ny,1\n", ": the labels are all '1' (rows with -1 have no label); at least two"),
+        ("a.parquet", b"PAR1", ": cannot be read as Parquet: "),
         ("a.json", b'[{"text": "x", "label": "a"}, 7]', ", row 2: 7; allowed: an object such as {'text': "),
         ("a.json", b'[{"text": "x", "label": "a"}, {"label": "b"}]', ", row 2: no 'text'; keys found: label"),
         (
@@ -330,10 +354,171 @@ def test_unlabelled_ignores_labels(write: Writer) -> None:
 def test_unlabelled_failures(tmp_path: Path, write: Writer) -> None:
     for path, message in (
         (write("a.txt", " \n\n"), ": the file holds no sentences; at least one is needed"),
-        (write("b.txt", b"ok\n\xfe"), ", line 2: byte 0xfe is not UTF-8; files must be UTF-8"),
-        (write("a.pdf", ""), ": unknown file type '.pdf'; allowed: .csv, .tsv, .json, .jsonl, .txt"),
+        (
+            write("b.txt", b"ok\n\xfe"),
+            ", line 2: byte 0xfe is not UTF-8; files must be UTF-8; save it as "
+            '"CSV UTF-8", or convert it: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW',
+        ),
+        (write("a.pdf", ""), ": unknown file type '.pdf'; allowed: .csv, .tsv, .json, .jsonl, .parquet, .txt"),
         (tmp_path / "none.txt", ": no such file"),
     ):
         with pytest.raises(DataError) as caught:
             load_unlabelled(path)
         assert str(caught.value) == f"{path}{message}"
+
+
+# What programs leave behind, and what is said of it
+
+
+def parquet(path: Path, columns: dict[str, list[Any]], metadata: dict[str, Any] | None = None) -> Path:
+    table = pyarrow.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({key: json.dumps(value) for key, value in metadata.items()})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+CLASSES = "label: label (2 classes: 0, 1)"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("a.csv", ",text,label\n0,x,0\n1,y,1\n", f"text: text; {CLASSES}; left out: a column without a name"),
+        ("a.csv", "Unnamed: 0.1,idx,Text,label\n0,0,x,0\n1,1,y,1\n",
+         f"text: Text; {CLASSES}; left out: Unnamed: 0.1 (row numbers), idx (row numbers)"),
+        ("a.csv", "__index_level_0__,review,label\n7,x,0\n9,y,1\n",
+         f"text: review; {CLASSES}; left out: __index_level_0__ (row numbers)"),
+        ("a.csv", "year,review,label\n1999,x,0\n2001,y,1\n", f"text: review; {CLASSES}; left out: year"),
+        ("a.csv", "title,review,year,tag,label\na,x,1,b,0\nb,y,2,c,1\n",
+         f"text: review; {CLASSES}; left out: title, year, tag"),
+        ("a.csv", "text,label,,\r\nx,0,,\r\ny,1,,\r\n,,,\r\n,,,\r\n", f"text: text; {CLASSES}"),
+        ("a.csv", "sep=;\r\ntext;label\r\nx;0\r\ny;1\r\n", f"text: text; {CLASSES}"),
+        ("a.csv", 'label, text\n0, "x"\n1, y\n', f"text: text; {CLASSES}"),
+        ("a.csv", "text|label\nx|0\ny|1\n", f"text: text; {CLASSES}"),
+        ("a.csv", "text\tlabel\rx\t0\ry\t1\r", f"text: text; {CLASSES}"),
+        ("a.csv", "text;label\nx;0\ny;1\nz;-1\n", f"text: text; {CLASSES}; left out: 1 row without a label (-1)"),
+        ("a.csv", "text,label\nx,0.0\ny,1.0\nz,\n,\nw,nan\n",
+         f"text: text; {CLASSES}; left out: 3 rows without a label"),
+        ("a.csv", "text,label,label_text\nx,0,neg\ny,1,pos\nz,-1,\n",
+         "text: text; label: label (2 classes: neg, pos; named by label_text); left out: 1 row without a label (-1)"),
+        ("a.csv", "text,label,label_text\nx,0,neg\ny,1,neg\n",
+         f"text: text; {CLASSES}; left out: label_text (no name for each label)"),
+        ("a.csv", "text,class\nx,True\ny,False\n", "text: text; label: class (2 classes: False, True)"),
+        ("a.tsv", "#1 String\t#2 String\tQuality\nx\tx\t0\ny\ty\t1\n",
+         "text: #1 String and #2 String; label: Quality (2 classes: 0, 1)"),
+        ("a.csv", "text,score\nx,0.5\ny,1\n", "text: text; label: score (scores from 0.5 to 1)"),
+        ("a.json", '{"text": "x", "label": 0}\n{"text": "y", "label": 1}\n{"text": "z", "label": null}\n',
+         f"text: text; {CLASSES}; left out: 1 row without a label"),
+        ("a.json", '{"text": {"0": "x", "1": "y"}, "label": {"0": 0, "1": 1}}', f"text: text; {CLASSES}"),
+        ("a.json", '{"0": {"text": "x", "label": 0}, "1": {"text": "y", "label": 1}}', f"text: text; {CLASSES}"),
+        ("a.json", '{"columns": ["text", "label"], "index": [0, 1], "data": [["x", 0], ["y", 1]]}',
+         f"text: text; {CLASSES}"),
+        ("a.json", '{"schema": {"primaryKey": ["n"]}, "data": [{"n": 0, "a": "x", "label": 0}, '
+         '{"n": 1, "a": "y", "label": 1}]}', f"text: a; {CLASSES}; left out: n (the index)"),
+        ("a.json", '{"text": ["x", "y"], "label": [0, 1]}', f"text: text; {CLASSES}"),
+        ("a.jsonl", '[{"text": "x", "label": 0}, {"text": "y", "label": 1}]', f"text: text; {CLASSES}"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_files_as_programs_write_them(tmp_path: Path, name: str, content: str, note: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode(encoding))
+    examples = load_files(None, path).validation["validation"]
+    assert [text.lower() for text in examples.first] == ["x", "y"]
+    assert examples.labels == ([0.5, 1.0] if "scores" in note else [1, 0] if "True" in note else [0, 1])
+    said = examples.note.text.split("; ", 1)
+    assert said[0].startswith(f"{path}: ")
+    assert said[1] == note
+
+
+def test_parquet(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"text": ["x", "y", "z"], "label": [1, 0, None], "ids": [[1], [2], [3]]}
+    path = parquet(tmp_path / "a.parquet", columns)
+    examples = load_files(None, path).validation["validation"]
+    assert examples == TextExamples(["x", "y"], None, [1, 0])
+    assert examples.note.text.endswith("label: label (2 classes: 0, 1); left out: ids, 1 row without a label")
+    named = {"huggingface": {"info": {"features": {"label": {"names": ["no", "maybe", "yes"]}}}}}
+    data = load_files(None, parquet(tmp_path / "b.parquet", columns, named))
+    assert data.task.labels == ("no", "maybe", "yes")
+    assert data.validation["validation"].labels == [1, 0]
+    nested = parquet(tmp_path / "c.parquet", {"text": [["x"], ["y"]], "label": [0, 1]})
+    assert failure(None, nested) == f"{nested}, row 1: text is ['x']; allowed: a string"
+    pandas = parquet(
+        tmp_path / "d.parquet", {**columns, "key": ["a", "b", "c"]}, {"pandas": {"index_columns": ["key"]}}
+    )
+    assert "left out: ids, key (the index)" in load_files(None, pandas).validation["validation"].note.text
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path / "a.parquet", {"text": ["x"]})
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"Parquet needs the package pyarrow: pip install token-pruning\[train\]"):
+        load_unlabelled(path)
+
+
+def test_quotation_marks_in_tab_separated_files(write: Writer) -> None:
+    glue = write("a.tsv", 'sentence\tlabel\n"Yes, he said.\t0\nsay "no"\t1\n"quoted"\t1\n')
+    examples = load_files(None, glue).validation["validation"]
+    assert examples.first == ['"Yes, he said.', 'say "no"', '"quoted"']
+    assert "3 rows (quotation marks are characters); " in examples.note.text
+    pandas = write("b.tsv", 'sentence\tlabel\n"say ""no"""\t0\n"a\tb"\t1\nplain\t1\n')
+    examples = load_files(None, pandas).validation["validation"]
+    assert examples.first == ['say "no"', "a\tb", "plain"]
+    assert "3 rows (quoted); " in examples.note.text
+    everything = write("c.tsv", '"sentence"\t"label"\n"x"\t"0"\n"y"\t"1"\n')
+    assert load_files(None, everything).validation["validation"].first == ["x", "y"]
+    excel = write("d.tsv", 'sentence\tlabel\r\n"Yes, he said."\t0\r\nNo.\t1\r\n')
+    assert load_files(None, excel).validation["validation"].first == ["Yes, he said.", "No."]
+    bare_comma = write("e.tsv", 'sentence\tlabel\n"Yes, he said."\t0\nNo, he said.\t1\n')
+    assert load_files(None, bare_comma).validation["validation"].first == ['"Yes, he said."', "No, he said."]
+
+
+def test_a_carriage_return_that_pandas_leaves_unquoted(write: Writer) -> None:
+    path = write("a.csv", 'text,label\na\rb,0\n"c\rd, e",1\n')
+    assert load_files(None, path).validation["validation"].first == ["a\rb", "c\rd, e"]
+
+
+def test_names_of_classes_hold_for_the_other_file_and_for_a_checkpoint(write: Writer) -> None:
+    train = write("train.csv", "text,label,label_text\nx,0,pos\ny,1,neg\n")
+    dev = write("dev.csv", "text,label\nx,1\ny,0\n")
+    data = load_files(train, dev)
+    assert data.task.labels == ("pos", "neg")
+    assert data.validation["validation"].labels == [1, 0]
+    data = load_files(train, train, labels=["neg", "pos"])  # a checkpoint that has them in another order
+    assert data.validation["validation"].labels == [1, 0]
+    assert load_files(None, train, labels=["LABEL_0", "LABEL_1"]).validation["validation"].labels == [0, 1]
+    minus = write("minus.csv", "text,label\nx,-1\ny,1\nz,0\n")
+    assert load_files(None, minus, labels=["-1", "0", "1"]).validation["validation"].labels == [0, 2, 1]
+    assert load_files(None, minus, labels=[]).validation["validation"].labels == [-1.0, 1.0, 0.0]
+
+
+def test_texts_to_be_labelled_keep_their_places(write: Writer) -> None:
+    found = load_unlabelled(write("a.jsonl", '{"text": "x", "label": -1}\n{"text": null}\n{"text": "z"}\n'))
+    assert found.first == ["x", "", "z"]
+    assert found.note.text.endswith("3 rows; text: text (1 empty); label: label (not used)")
+    assert load_unlabelled(write("b.csv", 'text\nx\n""\nz\n')).first == ["x", "", "z"]
+    assert load_unlabelled(write("c.txt", "x\r\ry\r")).first == ["x", "", "y"]
+    assert load_unlabelled(write("d.csv", "words\n12\n13\n")).first == ["12", "13"]
+
+
+def test_a_file_is_told_of_once(capsys: pytest.CaptureFixture[str], write: Writer) -> None:
+    examples = load_unlabelled(write("a.txt", "x\n\ny\n"))
+    examples.note.say()
+    examples.select([0]).note.say()
+    assert capsys.readouterr().err.endswith("a.txt: 3 texts, one per line, 1 of them empty\n")
+
+
+def test_only_the_first_process_tells(
+    capsys: pytest.CaptureFixture[str], write: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    load_unlabelled(write("a.txt", "x\n")).note.say()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_wide_header_takes_no_time_to_speak_of(write: Writer) -> None:
+    commas = "," * 100_000
+    assert len(load_unlabelled(write("b.csv", f"text{commas}\nx{commas}\n"))) == 1
+    names = [f"c{number}" for number in range(100_000)]  # quadratic time would be minutes
+    assert len(load_unlabelled(write("a.csv", ",".join([*names, "text"]) + "\n" + "x," * 100_000 + "y\n"))) == 1

@@ -255,7 +255,7 @@ def test_score_out_of_range(tmp_path: Path, score: str) -> None:
 def test_not_utf8_and_empty(tmp_path: Path) -> None:
     path = write_task(GLUE_TASKS["SST2"], tmp_path) / "train.tsv"
     path.write_bytes(b"sentence\tlabel\nfine\t1\ncaf\xe9\t1\n")
-    assert failure("SST2", tmp_path) == f"{path}, line 3: byte 0xe9 is not UTF-8; files must be UTF-8"
+    assert failure("SST2", tmp_path).startswith(f"{path}, line 3: byte 0xe9 is not UTF-8; files must be UTF-8; save it")
     for content in (b"", b"\n", b"sentence\tlabel\n", b"\xef\xbb\xbf"):
         path.write_bytes(content)
         assert failure("SST2", tmp_path) == f"{path}: the file holds no rows; at least one is needed"

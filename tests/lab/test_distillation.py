@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import token_pruning as tp
 from tests.tiny import assert_equal, ragged_batch, tiny_model
 from tests.workspace import assert_same_training, edit_config, write_checkpoint, write_sst2, write_stsb
+from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main, paper_main
 from token_pruning.lab.training import distillation, train
@@ -388,3 +389,18 @@ def test_the_teachers_outputs_take_the_students_order(
     said = load_file(cached()[0])["logits"].numpy()
     assert np.array_equal(given, said[:, ::-1] if swapped else said)
     assert ("they are taken for" in caplog.text) == ("no" in teacher.values())
+
+
+@pytest.mark.parametrize("key", ["teacher", "restore"])
+def test_the_default_teacher_is_never_a_pruned_one(folder: Path, key: str) -> None:
+    def ran(name: str, **options: Any) -> None:
+        (folder / name / "run.json").write_text(json.dumps({"options": {"masking_mode": "hard", **options}}))
+
+    write_checkpoint(folder / "PRUNED")
+    ran("CKPT", **{key: "PRUNED"})
+    ran("PRUNED", restore="TEACHER")
+    assert distillation.default_teacher(read_checkpoint("CKPT")) == "TEACHER"
+    for options in ({}, {"restore": 3}, {"restore": "PRUNED"}):
+        ran("PRUNED", **options)
+        with pytest.raises(ConfigError, match="does not say by which dense model"):
+            distillation.default_teacher(read_checkpoint("CKPT"))

@@ -1,11 +1,13 @@
 """Killed runs: what is on disk is always whole, and the same command continues it."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.workspace import assert_same_training, write_checkpoint, write_sst2
@@ -143,3 +145,32 @@ def test_files_that_no_run_wrote_are_not_deleted(folder: Path) -> None:
     (folder / "out" / "thesis.tex").write_text("precious")
     assert main(["train", *OPTIONS.split(), "--output_dir", "out", "--overwrite_output_dir"]) == 0
     assert (folder / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_checkpoint_that_is_broken_or_bent_is_not_continued_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "keep_only", die)
+        with pytest.raises(Killed):
+            train("killed")
+    folder = Path("killed/checkpoint-2")
+    bomb = io.BytesIO()
+    torch.save({"state": Bomb()}, bomb)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(bomb.getvalue() if name.startswith(("sch", "rng")) else good[: len(good) // 2])
+        capsys.readouterr()
+        assert train("killed") == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(errors) == 1 and f"{folder} cannot be continued" in errors[0]
+        (folder / name).write_bytes(good)
+    assert not (tmp_path / "exploded").exists()
+    assert train("killed") == 0

@@ -146,6 +146,10 @@ def _checked_batch(examples: Examples, padding: int, max_drop: float | None) -> 
         number("max_drop", max_drop, above=0)
         if "labels" not in batch:
             raise ConfigError("max_drop needs labelled examples; labels is missing")
+        if batch["labels"].dim() != 1:
+            raise ConfigError(
+                f"max_drop needs one class or score per example; labels has the shape {list(batch['labels'].shape)}"
+            )
     return batch
 
 
@@ -228,7 +232,7 @@ class _Bench:
         return replace(
             fit,
             relative_flops_held_out=count_flops(self.model, trace).relative,
-            divergence=_distance(self.dense, outputs),
+            divergence=_distance(self.dense, outputs, getattr(self.model.config, "problem_type", None)),
         )
 
     def cheapest(self, max_drop: float, metric: Metric) -> Calibration:
@@ -277,13 +281,15 @@ def _gate(method: Pruner, threshold: float | None) -> VocabularyGate | None:
     return None if threshold is None or method.vocabulary is None else method.vocabulary.at(threshold)
 
 
-def _distance(dense: Tensor, pruned: Tensor) -> float:
-    """KL divergence of classes, else squared error ÷ variance."""
-    if dense.shape[1] > 1:
+def _distance(dense: Tensor, pruned: Tensor, problem_type: str | None = None) -> float:
+    """KL divergence of classes, or of the labels of a multi-label head one by one; else squared error ÷ variance."""
+    if problem_type == "multi_label_classification":  # each label is there or not
+        dense, pruned = (torch.stack([x, torch.zeros_like(x)], -1).reshape(-1, 2) for x in (dense, pruned))
+    if dense.shape[1] > 1 and problem_type != "regression":
         return float(
             nn.functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
         )
-    return float((pruned - dense).square().mean() / dense.var().clamp(min=1e-12))
+    return float(((pruned - dense).square().mean(0) / dense.var(0).clamp(min=1e-12)).mean())
 
 
 def _divergence(fit: Fit) -> float:

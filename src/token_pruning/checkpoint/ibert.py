@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from token_pruning.errors import CheckpointError
+from token_pruning.checks import number
+from token_pruning.errors import CheckpointError, ConfigError
 
 IBERT_MODEL_TYPES = ("ibert", "ltp", "pibert")
 
@@ -50,16 +51,29 @@ def as_roberta_weights(weights: Mapping[str, Tensor], path: Path) -> dict[str, T
     return converted
 
 
-def ltp_thresholds(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[float, ...] | None:
+def ltp_thresholds(weights: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> tuple[float, ...] | None:
     """Thresholds that the published LTP code learned, or None.
 
     It stores each layer's offset from ``final_token_threshold · l / L``, counting ``l`` from 0.
+
+    Raises:
+        ConfigError: for a ``final_token_threshold`` or ``prune_kwargs`` that is not allowed.
+        CheckpointError: for offsets that are not one number each, or not of the layers 0, 1 and so on.
     """
-    offsets: dict[int, float] = {}
+    offsets: dict[int, Tensor] = {}
     for name, tensor in weights.items():
         if match := re.search(r"\.layer\.(\d+)\.attention\.self\.pruner\.keep_threshold$", name):
-            offsets[int(match[1])] = float(tensor)
-    final = config.get("final_token_threshold", (config.get("prune_kwargs") or {}).get("final_token_threshold"))
-    if not offsets or not isinstance(final, int | float):
+            offsets[int(match[1])] = tensor
+    if not offsets:
         return None
-    return tuple(final * layer / len(offsets) + offset for layer, offset in sorted(offsets.items()))
+    if sorted(offsets) != list(range(len(offsets))) or any(tensor.numel() != 1 for tensor in offsets.values()):
+        shapes = {layer: list(tensor.shape) for layer, tensor in sorted(offsets.items())}
+        raise CheckpointError(f"{path}: keep_threshold has shapes {shapes}; each layer must have one number")
+    file, more = path / "config.json", config.get("prune_kwargs") or {}
+    if not isinstance(more, Mapping):
+        raise ConfigError(f"{file}: prune_kwargs is {more!r}; it must be an object")
+    final = config.get("final_token_threshold", more.get("final_token_threshold"))
+    if final is None:
+        return None
+    final = number(f"{file}: final_token_threshold", final, low=0)
+    return tuple(final * layer / len(offsets) + offset.item() for layer, offset in sorted(offsets.items()))

@@ -3,29 +3,37 @@
 import hashlib
 import json
 import logging
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from token_pruning.checkpoint.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
-from token_pruning.checks import choice
+from token_pruning.checkpoint.settings import check_config, foreign_errors, quiet, read_json_object
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
-from token_pruning.families import Reads, supported_model_types
-from token_pruning.pruners import Pruner, method_keys, pruner_from_config
+from token_pruning.families import supported_model_types
+from token_pruning.pruners import Pruner, ignored_keys, method_keys, pruner_from_config
 from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
 _THRESHOLDS = "token_pruner.thresholds"
 _VOCABULARY_SCORES = "token_pruner.vocabulary_scores"
 logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_SMALL_MODEL = 10**7  # parameters
+_FLOATING = ("F64", "F32", "F16", "BF16")
+# Arguments of from_pretrained that say where on the hub, or how to get it.
+_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -61,15 +69,31 @@ class Checkpoint:
         id2label = self.config.get("id2label") or {}
         if len(id2label) == 1 or self.config.get("problem_type") == "regression":
             return []
-        names = [str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
-        return names or None
+        return [name for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))] or None
+
+    def model_config(self) -> transformers.PretrainedConfig:
+        """``config.json`` as transformers reads it, defaults filled in.
+
+        Raises:
+            CheckpointError: for what transformers refuses.
+            UnsupportedModelError: for an unsupported ``model_type``.
+        """
+        file, model_type = self.path / "config.json", self.config.get("model_type")
+        if model_type not in supported_model_types() and not self.is_ibert:
+            raise UnsupportedModelError(
+                f"{file}: model_type is {model_type!r}; supported are "
+                f"{', '.join([*supported_model_types(), *IBERT_MODEL_TYPES])}"
+            )
+        config = as_roberta_config(self.config) if self.is_ibert else dict(self.config)
+        with quiet(), foreign_errors(f"{file} makes no model"):
+            return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
     def sha256(self) -> str:
         """Over the weights' files and ``config.json`` as they are now, in hexadecimal digits.
 
         Keys that name a pruning method do not count: with them edited it is the same dense model.
         """
-        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(self.path / "config.json")
         dense = {key: value for key, value in config.items() if key not in {"reads", *method_keys()}}
         digest = hashlib.sha256(json.dumps(dense, sort_keys=True).encode())
         for path in _weight_files(self.path):
@@ -87,12 +111,18 @@ class Checkpoint:
         Raises:
             ConfigError: for a missing or unknown ``prune_mode``, or a key with a value that is not allowed.
         """
+        file = self.path / "config.json"
         try:
-            return pruner_from_config(
+            pruner = pruner_from_config(
                 self.config, self.thresholds, self.vocabulary_scores, learned=learned, temperature=temperature
             )
         except ConfigError as error:
-            raise ConfigError(f"{self.path / 'config.json'}: {error}") from None
+            raise ConfigError(f"{file}: {error}") from None
+        if ignored := ignored_keys(self.config):
+            logger.warning(
+                "%s: %s without effect: not of prune_mode %r", file, ", ".join(ignored), self.config["prune_mode"]
+            )
+        return pruner
 
     def prune(self, model: ModelT, pruner: Pruner | None = None, *, execution: Execution = "packed") -> ModelT:
         """Prune a model of this checkpoint in place.
@@ -109,61 +139,69 @@ class Checkpoint:
             ConfigError: see :meth:`pruner` and :func:`token_pruning.prune`; or for a wrong ``reads``.
         """
         method = self.pruner() if pruner is None else pruner
-        reads = self.config.get("reads")
-        if reads is not None:
-            choice(f"{self.path / 'config.json'}: reads", reads, get_args(Reads))
-        return prune(model, method, execution=execution, reads=reads)
+        return prune(model, method, execution=execution, reads=self.config.get("reads"))
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Checkpoint:
     """Read what a model says of itself, weights left alone but for the pruning method's.
 
     Args:
         path: a folder, or a model's name on the hub, which is then downloaded.
+        subfolder: the part of it where the checkpoint is.
+        **hub: for the download: ``revision``, ``cache_dir``, ``token``, ``local_files_only``, ``force_download``.
 
     Raises:
         CheckpointError: if there is no such folder or model, no readable ``config.json``, or no safetensors weights.
-        ConfigError: if ``config.json`` is not JSON.
-        UnsupportedModelError: for I-BERT weights in quantised mode.
+        ConfigError: if ``config.json`` is not JSON, or has a key with a value that is not allowed.
+        UnsupportedModelError: for quantised weights, I-BERT's included, or an adapter's.
     """
-    path = Path(path) if Path(path).is_dir() else _download(str(path))
+    path = Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)
+    path = path / subfolder
     config_file = path / "config.json"
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{config_file} does not exist; a checkpoint is a folder with config.json") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config_file} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{config_file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{config_file} holds a {type(config).__name__}; it must be a JSON object")
+    if (path / _ADAPTER).exists():
+        raise UnsupportedModelError(
+            f"{path / _ADAPTER} makes it an adapter of another model; merge it first (PEFT's merge_and_unload) and "
+            "save the whole model"
+        )
+    config = read_json_object(config_file)
+    check_config(config, config_file)
     checkpoint = Checkpoint(path, config)
     if checkpoint.is_ibert and config.get("quant_mode"):
         raise UnsupportedModelError(
             f"{config_file}: quant_mode is true; only I-BERT checkpoints in float mode (quant_mode false) are supported"
         )
     found = _read_weights(path, (_THRESHOLDS, _VOCABULARY_SCORES, "pruner.keep_threshold"))
+    for name, tensor in found.items():
+        bad = tensor.isnan() if name == _VOCABULARY_SCORES else ~tensor.isfinite()  # special tokens score infinity
+        if not tensor.is_floating_point() or tensor.dim() > 1 or bad.any():
+            shown = f"{list(tensor.shape)}{' with ' + str(tensor[bad][0].item()) if bad.any() else ''}"
+            raise CheckpointError(
+                f"{path}: weight {name} is {tensor.dtype} of shape {shown}; it must be one row of finite numbers"
+            )
     if _THRESHOLDS in found:
-        checkpoint.thresholds = tuple(found[_THRESHOLDS].to(torch.float32).tolist())
+        checkpoint.thresholds = tuple(found[_THRESHOLDS].to(torch.float32).reshape(-1).tolist())
     else:
-        checkpoint.thresholds = ltp_thresholds(found, config)
+        checkpoint.thresholds = ltp_thresholds(found, config, path)
     checkpoint.vocabulary_scores = found.get(_VOCABULARY_SCORES)
     return checkpoint
 
 
-def _download(name: str) -> Path:
+def _is_folder(path: str | Path) -> bool:
+    """An empty path is no folder, though it is the current one to :mod:`pathlib`."""
+    try:
+        return str(path) != "" and Path(path).is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte
+        return False
+
+
+def _download(name: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
     """A model of the hub as a local folder."""
-    missing = f"{name} is not a folder; a checkpoint is a folder with config.json and safetensors weights"
+    missing = f"{name or repr(name)} is not a folder; a checkpoint is a folder with config.json and safetensors weights"
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(missing)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{missing}, and as a hub model it cannot be had: {reason}") from None
+    patterns = [f"{subfolder}/{end}" if subfolder else end for end in ("*.json", "*.safetensors", "*.txt", "*.model")]
+    with foreign_errors(f"{missing}, and as a hub model it cannot be had"):
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
 
 
 def from_pretrained(
@@ -173,7 +211,7 @@ def from_pretrained(
     execution: Execution = "packed",
     model_class: type[transformers.PreTrainedModel] | None = None,
     **kwargs: Any,
-) -> transformers.PreTrainedModel:
+) -> Any:
     """Load a checkpoint with its pruning attached, in evaluation mode.
 
     Args:
@@ -182,17 +220,28 @@ def from_pretrained(
         pruner: the method to attach instead of the one ``config.json`` names.
         execution: as for :func:`token_pruning.prune`.
         model_class: the class to build; else the one ``config.json`` names under ``architectures``.
-        **kwargs: passed to the class's ``from_pretrained``, for example ``dtype`` or ``num_labels``.
+        **kwargs: passed to the class's ``from_pretrained``, for example ``dtype``, ``num_labels``, ``config``,
+            ``revision``, ``subfolder``, ``device_map``, ``ignore_mismatched_sizes`` or ``output_loading_info``. Without
+            ``dtype`` the weights keep the checkpoint's. Refused are ``trust_remote_code=True``,
+            ``use_safetensors=False``: no code and no pickle of a checkpoint is ever run.
+
+    Returns:
+        The model; with ``output_loading_info`` the pair of it and the dictionary that transformers gives.
 
     Raises:
         CheckpointError: if the directory is missing, unreadable or holds only pickled weights.
-        ConfigError: if ``config.json`` is malformed or has a value that is not allowed.
+        ConfigError: if ``config.json`` is malformed or has a value that is not allowed, or an argument is refused.
         UnsupportedModelError: for an architecture without an adapter.
     """
-    checkpoint = read_checkpoint(path)
+    with_info = bool(kwargs.pop("output_loading_info", False))
+    _refuse_unsafe(kwargs)
+    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    checkpoint = read_checkpoint(path, subfolder=kwargs.pop("subfolder", None) or "", **hub)
     if pruner is None:
         pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
-    return checkpoint.prune(load_model(checkpoint, model_class=model_class, **kwargs), pruner, execution=execution)
+    model, info = _load(checkpoint, model_class, False, kwargs)
+    pruned = checkpoint.prune(model, pruner, execution=execution)
+    return (pruned, info) if with_info else pruned
 
 
 def load_model(
@@ -206,33 +255,44 @@ def load_model(
 
     With ``new_head`` the head's weights of another shape are replaced by random ones, to be trained for another task.
     """
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in supported_model_types() and not checkpoint.is_ibert:
-        raise UnsupportedModelError(
-            f"{checkpoint.path / 'config.json'}: model_type is {model_type!r}; supported are "
-            f"{', '.join([*supported_model_types(), *IBERT_MODEL_TYPES])}"
-        )
+    _refuse_unsafe(kwargs)
+    return _load(checkpoint, model_class, new_head, kwargs)[0]
+
+
+def _refuse_unsafe(kwargs: dict[str, Any]) -> None:
+    """Take out the arguments that may only have one value."""
+    for name, allowed, reason in (
+        ("trust_remote_code", False, "a checkpoint's own code is never run"),
+        ("use_safetensors", True, "pickled weights can run any code when they are read, so they are never loaded"),
+    ):
+        value = kwargs.pop(name, None)
+        if value is not None and value is not allowed:
+            raise ConfigError(f"{name} is {value!r}; it must be {allowed} or left out: {reason}")
+
+
+def _load(
+    checkpoint: Checkpoint, model_class: Any, new_head: bool, kwargs: dict[str, Any]
+) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
+    """The dense model, and what transformers says of its weights, without those that belong to the pruning."""
+    own = checkpoint.model_config()
     config = as_roberta_config(checkpoint.config) if checkpoint.is_ibert else checkpoint.config
     if model_class is None:
-        name = (config.get("architectures") or ["AutoModel"])[0]
-        model_class = getattr(transformers, name, None)
-        if model_class is None:
-            raise UnsupportedModelError(
-                f"{checkpoint.path / 'config.json'}: architectures names {name!r}, which transformers does not have"
-            )
-    # The thresholds are ours to load; transformers would report them as unexpected weights.
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
+        model_class = _architecture(config, checkpoint.path / "config.json")
+    any_shape = bool(kwargs.pop("ignore_mismatched_sizes", False))
+    kwargs = {"trust_remote_code": False, **kwargs}
+    with quiet(), foreign_errors(f"{checkpoint.path} cannot be loaded"):
         if checkpoint.is_ibert:
-            arguments = {k: v for k, v in config.items() if k != "model_type"}
-            roberta = transformers.RobertaConfig(**{**arguments, **_config_overrides(kwargs)})
+            own = kwargs.pop("config", None) or own
+            for name, value in _config_overrides(kwargs).items():
+                setattr(own, name, value)
             weights = as_roberta_weights(_read_weights(checkpoint.path), checkpoint.path)
-            source: dict[str, Any] = {"config": roberta, "state_dict": weights}
+            source: dict[str, Any] = {"config": own, "state_dict": weights}
             if hasattr(model_class, "_model_mapping"):  # an Auto class would want a path to choose by
-                model_class = model_class._model_mapping[type(roberta)]
+                model_class = model_class._model_mapping[type(own)]
+                kwargs.pop("trust_remote_code")
         else:
             source = {"use_safetensors": True}
+        _check_size(model_class, own, checkpoint.path)
         model, info = model_class.from_pretrained(
             None if checkpoint.is_ibert else checkpoint.path,
             **source,
@@ -240,26 +300,80 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
-        _check_loaded(model, info, checkpoint.path, new_head)
-        return model
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {' '.join(str(error).split())}") from None
-    finally:
-        transformers.logging.set_verbosity(level)
+    ours = (_THRESHOLDS, _VOCABULARY_SCORES)  # transformers does not know them; pruning loads them
+    unexpected = info["unexpected_keys"]
+    info = {**info, "unexpected_keys": type(unexpected)(name for name in unexpected if name not in ours)}
+    _check_shapes(model, info, checkpoint.path, anything=any_shape, new_head=new_head)
+    _check_names(model, info, checkpoint.path, config.get("architectures") or [])
+    return model, info
 
 
-def _check_loaded(model: Any, info: dict[str, Any], path: Path, new_head: bool) -> None:
-    """Weights of another shape, or encoder weights that are not there, would be random numbers."""
+def _architecture(config: Mapping[str, Any], file: Path) -> Any:
+    """The class that ``config.json`` names.
+
+    Raises:
+        UnsupportedModelError: for a name that is no model of transformers, or of another family's.
+    """
+    name = (config.get("architectures") or ["AutoModel"])[0]
+    found = getattr(transformers, name, None)
+    auto = name.startswith("AutoModel") and hasattr(found, "from_config")
+    if not auto and not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(f"{file}: architectures names {name!r}, which is no model that transformers has")
+    model_type = getattr(getattr(found, "config_class", None), "model_type", None)
+    if model_type is not None and model_type != config.get("model_type"):
+        raise UnsupportedModelError(
+            f"{file}: architectures names {name!r}, a model of type {model_type!r}; model_type is "
+            f"{config.get('model_type')!r}"
+        )
+    return found
+
+
+def _check_size(model_class: Any, config: Any, path: Path) -> None:
+    """Before memory is taken: a model many times as large as its weights would be mostly random numbers.
+
+    Raises:
+        ConfigError: if ``config.json`` makes such a model.
+    """
+    build = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in build(config).parameters())
+    there = sum(math.prod(shape) for _, shape in _headers(path).values())
+    if wanted > 2 * there + _SMALL_MODEL:  # a head may be missing, and an embedding stand there once for two
+        raise ConfigError(
+            f"{path / 'config.json'}: its sizes make a model of {wanted} parameters; the weights in {path} are {there}"
+        )
+
+
+def _check_shapes(model: Any, info: dict[str, Any], path: Path, *, anything: bool, new_head: bool) -> None:
+    """Weights of another shape would be random numbers."""
     for name, found, wanted in sorted(info["mismatched_keys"]):
-        if new_head and not name.startswith(f"{model.base_model_prefix}."):
+        if anything or (new_head and not name.startswith(f"{model.base_model_prefix}.")):
             logger.warning("%s: %s has shape %s: a new one of %s is trained", path, name, list(found), list(wanted))
             continue
         raise CheckpointError(f"{path}: weight {name} has shape {list(found)}; config.json asks for {list(wanted)}")
-    bare = model.base_model is model
-    prefix = "" if bare else f"{model.base_model_prefix}."
+
+
+def _check_names(model: Any, info: dict[str, Any], path: Path, architectures: list[str]) -> None:
+    """Weights that are not there would be random numbers: of the encoder, or of the head that the checkpoint has.
+
+    Another head than the checkpoint's is new, to be trained; many base models have no pooler.
+    """
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    own_head = bool(prefix) and type(model).__name__ in architectures
+    new = []
     for name in sorted(info["missing_keys"]):
-        if name.startswith(prefix) and ".pooler." not in f".{name}" and not name.startswith("token_pruner."):
-            raise CheckpointError(f"{path}: weight {name} is missing; the encoder would start from random numbers")
+        if name.startswith("token_pruner."):
+            continue
+        if own_head or (name.startswith(prefix) and ".pooler." not in f".{name}"):
+            raise CheckpointError(f"{path}: weight {name} is missing; it would start from random numbers")
+        new.append(name)
+    if new and prefix:
+        logger.warning("%s has no weights for %s: they are new, and random until trained", path, ", ".join(new))
+    unused = sorted(name for name in info["unexpected_keys"] if prefix and name.startswith(prefix))
+    if unused:
+        logger.warning(
+            "%s: config.json leaves out %d of the encoder's weights, such as %s", path, len(unused), unused[0]
+        )
 
 
 def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +385,7 @@ def _config_overrides(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if files:
+        _check_index(path)
         return files
     pickled = sorted(
         file
@@ -287,15 +402,43 @@ def _weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path} has no *.safetensors weights")
 
 
+def _check_index(path: Path) -> None:
+    """The index of a checkpoint in several files may only name such files, in the same folder."""
+    file = path / _INDEX
+    if not file.exists():
+        return
+    shards = read_json_object(file).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ConfigError(f"{file}: weight_map is {shards!r}; it must be an object with a file name for each weight")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: weight_map names {name!r}; it must name *.safetensors files of {path}")
+
+
+def _headers(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype, as safetensors writes it, and shape of every weight.
+
+    Raises:
+        CheckpointError: for a file that cannot be read, or parameters that are not floating-point numbers.
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for file in _weight_files(path):
+        with foreign_errors(f"{file} cannot be read"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                part = tensors.get_slice(name)
+                found[name] = part.get_dtype(), part.get_shape()
+    for name, (dtype, _) in found.items():
+        if dtype not in _FLOATING and name.endswith((".weight", ".bias")):
+            raise CheckpointError(f"{path}: weight {name} is {dtype}; it must be one of {', '.join(_FLOATING)}")
+    return found
+
+
 def _read_weights(path: Path, prefix: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """All tensors of a checkpoint, or those whose name ends with one of ``prefix``."""
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if not prefix or name.endswith(prefix):
-                        weights[name] = tensors.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from None
+        with foreign_errors(f"{file} cannot be read"), safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if not prefix or name.endswith(prefix):
+                    weights[name] = tensors.get_tensor(name)
     return weights

@@ -27,6 +27,13 @@ class ModernBert(Rotary):
         return replace(super().shape(config), windows=tuple(windows))
 
     @classmethod
+    def unsupported(cls, config: Any) -> str | None:
+        """Heads of another width: transformers' rotary embeddings would have it, its layers not."""
+        width = getattr(config, "head_dim", None)
+        own = config.hidden_size // config.num_attention_heads
+        return super().unsupported(config) if width in (None, own) else f"head_dim {width}, not {own}"
+
+    @classmethod
     def reads(cls, model: Any) -> Reads:
         """Sequence classification pools as its config says."""
         return super().reads(model) if model.config.classifier_pooling == "cls" else "all"

@@ -21,6 +21,11 @@ class Roberta(Bert):
         return int(config.pad_token_id)
 
     @classmethod
+    def unsupported(cls, config: Any) -> str | None:
+        """No padding token: positions are counted from it."""
+        return "pad_token_id null" if config.pad_token_id is None else super().unsupported(config)
+
+    @classmethod
     def shape(cls, config: Any) -> ModelShape:
         """Two rows of the position table, with the usual padding id, are never used."""
         shape = super().shape(config)

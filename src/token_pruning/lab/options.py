@@ -64,8 +64,12 @@ def check_options(options: Any) -> None:
     """
     for found in options_of(type(options)):
         check, value = found.metadata["check"], getattr(options, found.name)
+        flag = flag_of(type(options), found.name)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and not text.strip():
+                raise ConfigError(f"{flag} is {text!r}; it must not be empty")
         if check is not None and value is not None:
-            check(flag_of(type(options), found.name), value)
+            check(flag, value)
 
 
 def output_folder(flag: str, path: Any) -> None:

@@ -4,17 +4,19 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from token_pruning.checkpoint import load_model, read_checkpoint
+from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError, DataError
 from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import write_text
+from token_pruning.lab.heads import head_kind
 from token_pruning.lab.options import InferenceOptions, option
 from token_pruning.lab.training.features import collator, tokenize
-from token_pruning.lab.training.load import load_tokenizer, other_architecture
+from token_pruning.lab.training.load import load_float32, load_tokenizer, other_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,10 @@ class PredictOptions(InferenceOptions):
 
 
 def predict_file(options: PredictOptions) -> None:
-    """Write one JSON object per text: label and probability, or a regression's score.
+    """Write one JSON object per text, what :func:`answers` gives.
 
-    The texts are those of a CSV, TSV, JSON or JSONL file with one or two text columns, or the lines of a TXT file; the
-    checkpoint has a sequence-classification or regression head. A file is written whole or not at all.
+    The texts are those of a file that :func:`token_pruning.lab.data.load_unlabelled` reads; the checkpoint has a
+    sequence-classification or regression head. A file is written whole or not at all.
 
     Raises:
         TokenPruningError: for a bad checkpoint, file or value.
@@ -45,27 +47,24 @@ def predict_file(options: PredictOptions) -> None:
         raise ConfigError(
             f"{options.restore} is {other}; only sequence-classification and regression models can predict"
         )
+    if not options.dense and checkpoint.config.get("prune_mode") is None:
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: prune_mode is missing: the checkpoint is dense; --dense predicts with "
+            "it as it is"
+        )
     pruner = None if options.dense else checkpoint.pruner()
     examples = load_unlabelled(options.input)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint)
+    model = load_float32(checkpoint)
     if torch.cuda.is_available():
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
     features = tokenize(tokenizer, examples, model, options.max_length)
+    examples.note.say()
     collate = collator(tokenizer, options.bf16)
     found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
-    logits = torch.from_numpy(found.logits)
-    if logits.shape[1] == 1:
-        rows = [{"score": score} for score in logits[:, 0].tolist()]
-    else:
-        probability, label = logits.softmax(-1).max(-1)
-        names = model.config.id2label
-        rows = [
-            {"label": names[number], "probability": chance}
-            for number, chance in zip(label.tolist(), probability.tolist(), strict=True)
-        ]
+    rows = answers(torch.from_numpy(found.logits), model.config, options.restore)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if options.output is None:
         sys.stdout.write(text)
@@ -74,3 +73,45 @@ def predict_file(options: PredictOptions) -> None:
         write_text(options.output, text)
     except OSError as error:
         raise DataError(f"{options.output} cannot be written: {error}") from None
+
+
+def answers(logits: torch.Tensor, config: Any, name: str) -> list[dict[str, Any]]:
+    """What a head says about each text.
+
+    Args:
+        logits: ``[texts, outputs]`` float32.
+        config: the model's; ``problem_type`` and the number of outputs say what they mean.
+        name: the checkpoint, for messages.
+
+    Returns:
+        Of a classifier ``label`` and ``probability``; of a multi-label one ``labels``, those whose probability is above
+        a half, and ``probabilities``, of every label; of a regression ``score``, or of one with several outputs
+        ``scores``, by name, or as a list where the outputs have no names.
+
+    Raises:
+        DataError: if a logit is NaN or infinite.
+        ConfigError: if two labels or scores have one name.
+    """
+    bad = (~logits.isfinite().all(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise DataError(
+            f"{name}: the model's outputs are NaN or infinite for {len(bad)} of {len(logits)} texts, first for text "
+            f"{bad[0] + 1}; nothing was written"
+        )
+    kind = head_kind(config.problem_type, logits.shape[1])
+    if kind == "score":
+        return [{"score": score} for score in logits[:, 0].tolist()]
+    names = [str(config.id2label[number]) for number in range(logits.shape[1])]
+    if kind != "classes" and len(set(names)) < len(names):
+        raise ConfigError(f"{name}: id2label names two outputs alike: {', '.join(names)}; each needs its own name")
+    if kind == "classes":
+        probability, label = logits.softmax(-1).max(-1)
+        return [
+            {"label": names[number], "probability": chance}
+            for number, chance in zip(label.tolist(), probability.tolist(), strict=True)
+        ]
+    if kind == "scores":
+        unnamed = names == [f"LABEL_{number}" for number in range(len(names))]
+        return [{"scores": row if unnamed else dict(zip(names, row, strict=True))} for row in logits.tolist()]
+    rows = [dict(zip(names, row, strict=True)) for row in logits.sigmoid().tolist()]
+    return [{"labels": [label for label, chance in row.items() if chance > 0.5], "probabilities": row} for row in rows]

@@ -1,7 +1,15 @@
 """Pruning methods, one short file each; a pruner is its own configuration. Importing a method registers it."""
 
 from token_pruning.pruners.absolute import FixedThreshold, LearnedThreshold
-from token_pruning.pruners.base import LayerTokens, Pruner, method_keys, methods, pruner_from_config
+from token_pruning.pruners.base import (
+    LayerTokens,
+    Pruner,
+    check_keys,
+    ignored_keys,
+    method_keys,
+    methods,
+    pruner_from_config,
+)
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
 from token_pruning.pruners.unpruned import Unpruned
@@ -17,6 +25,8 @@ __all__ = [
     "TopK",
     "Unpruned",
     "VocabularyGate",
+    "check_keys",
+    "ignored_keys",
     "method_keys",
     "methods",
     "pruner_from_config",

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from token_pruning.checks import choice, positive_integer
+from token_pruning.checks import choice, number, positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.pruners.importance import SCORING_MODES, ScoringMode
 from token_pruning.pruners.summary import SUMMARY_TOKENS, SummaryTokens
@@ -156,6 +156,47 @@ def method_keys() -> set[str]:
     """Every key of ``config.json`` that belongs to a method."""
     names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)}
     return {"prune_mode", "masking_mode", *(_OTHER_KEYS.get(name, name) for name in names)}
+
+
+def ignored_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys that belong to methods, but to none of ``config``'s ``prune_mode``: they change nothing."""
+    mode = config["prune_mode"]
+    classes = [cls for cls in (_METHODS.get(mode), _LEARNED.get(mode)) if cls is not None]
+    own = {_OTHER_KEYS.get(f.name, f.name) for cls in classes for f in fields(cls)}
+    names = method_keys() - own - {"prune_mode", "masking_mode"}
+    return sorted(key for key in names if config.get(key) is not None)
+
+
+def check_keys(keys: Mapping[str, Any]) -> None:
+    """Check some keys of ``config.json`` before the others are known: each must be right for one of the methods.
+
+    Args:
+        keys: those given; with a ``prune_mode`` only its method counts.
+
+    Raises:
+        ConfigError: for the first value that no method allows.
+    """
+    mode = keys.get("prune_mode")
+    if mode is not None:
+        choice("prune_mode", mode, _METHODS)
+    if keys.get("vocabulary_threshold") is not None:
+        number("vocabulary_threshold", keys["vocabulary_threshold"], low=0)
+    classes = list(_METHODS.values()) if mode is None else [_METHODS[mode]]
+    for name, value in keys.items():
+        wrong = [_problem(cls, name, value) for cls in classes if name in {f.name for f in fields(cls)}]
+        if wrong and None not in wrong:
+            raise ConfigError(str(wrong[0]))
+
+
+def _problem(cls: type[Pruner], name: str, value: Any) -> ConfigError | None:
+    """What a method says of one value, with its defaults for all others."""
+    if any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls)):
+        return None
+    try:
+        cls(**{name: value})
+    except ConfigError as error:
+        return error
+    return None
 
 
 def pruner_from_config(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from token_pruning.checks import number, positive_integer
+from token_pruning.checks import positive_integer, whole_number
 from token_pruning.errors import ConfigError
 from token_pruning.lab.options import InferenceOptions, option, output_folder
 
@@ -22,7 +22,9 @@ class AnalyzeOptions(InferenceOptions):
     output_dir: Path = option(help="where to write; an older analysis is replaced", check=output_folder)
     quantiles: int = option(4, help="groups of examples by length (default {default})", check=positive_integer)
     samples: int = option(
-        8, help="texts whose tokens are shown, 0 for none (default {default})", check=partial(number, low=0)
+        8,
+        help="texts whose tokens are shown, 0 for none (default {default})",
+        check=partial(whole_number, low=0, high=10**6),
     )
 
     def __post_init__(self) -> None:

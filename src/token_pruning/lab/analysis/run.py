@@ -71,6 +71,7 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
         groups = groups or quantile_groups(lengths, options.quantiles)
         chosen = chosen or spread_over_lengths(lengths, options.samples)
         checkpoint.prune(model, pruner)  # a dense one too: it is packed and recorded then
+        examples.note.say()
         place = len(methods)
         method = {
             "name": options.checkpoint_names()[place],

@@ -28,7 +28,6 @@ def add_train(commands: Any) -> None:
         "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
         "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
         "token_threshold, scoring_mode. A killed run continues when the same command is given again.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     add_options(parser, TrainOptions, restore={"required": False})
@@ -43,7 +42,6 @@ def add_eval(commands: Any) -> None:
         help="evaluate a checkpoint: metrics, FLOPs three ways, tokens kept, seconds",
         description="Evaluate a checkpoint with its tokens removed, or dense with --masking-mode none. Writes "
         "eval_results.json to --output-dir, or else to eval/ inside the checkpoint.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     names = ("restore", "arch", "masking_mode", "batch_size", "max_length", "bf16", "output_dir")
@@ -60,7 +58,6 @@ def add_calibrate(commands: Any) -> None:
         description="Choose thresholds on a few hundred examples, by how little the model's outputs change, and save "
         "the pruned checkpoint. --target-flops needs no labels: the training examples of a task, or the texts of any "
         "file (--input). --max-drop finds the cheapest pruning whose estimated loss stays inside the bound.",
-        allow_abbrev=False,
     )
     add_options(parser, DataOptions)
     add_options(
@@ -83,8 +80,9 @@ def add_predict(commands: Any) -> None:
     parser = commands.add_parser(
         "predict",
         help="label the texts of a file",
-        description="Label every text of a CSV, TSV, JSON, JSONL or TXT file: one JSON object per line with the label "
-        "and its probability, or the score of a regression.",
+        description="Label every text of a CSV, TSV, JSON, JSONL, Parquet or TXT file: one JSON object per line with "
+        "the label and its probability, of a multi-label classifier the labels and every probability, or the scores of "
+        "a regression.",
     )
     add_options(parser, PredictOptions)
     parser.set_defaults(run=_predict)
@@ -99,7 +97,7 @@ def add_analyze(commands: Any) -> None:
         "(dense if it names no prune_mode), and write analysis.md with tables and plots, analysis.json with every "
         "figure, and trajectories.html with the tokens of a few texts.",
     )
-    own_file = {"help": "instead of --task: your own CSV, TSV, JSON or JSONL"}
+    own_file = {"help": "instead of --task: your own CSV, TSV, JSON, JSONL or Parquet"}
     add_options(parser, DataOptions, ("task", "data_dir", "validation_file"), validation_file=own_file)
     add_options(parser, AnalyzeOptions)
     parser.set_defaults(run=_analyze)

@@ -5,6 +5,7 @@ import shlex
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from token_pruning.lab.options import flag_of, options_of, spelling
@@ -82,7 +83,14 @@ def _reading(kind: Any) -> dict[str, Any]:
         kind = next(part for part in get_args(kind) if part is not types.NoneType)
     if get_origin(kind) in (list, Sequence):
         return {"type": get_args(kind)[0], "nargs": "+"}
-    return {"type": str if get_origin(kind) is Literal else kind}
+    return {"type": {Path: _path}.get(kind, str if get_origin(kind) is Literal else kind)}
+
+
+def _path(text: str) -> Path:
+    """Not the current folder for no text at all."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; it must be a path")
+    return Path(text)
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -1,22 +1,38 @@
-"""A user's own CSV, TSV, JSON and JSON Lines files."""
+"""A user's own files: which columns are texts, and what the labels mean."""
 
-import csv
-import io
-import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from token_pruning.errors import DataError
-from token_pruning.lab.data.tasks import Task, TaskData, TextExamples
+from token_pruning.lab.data.reading import (
+    FORMATS,
+    Table,
+    counted,
+    is_missing,
+    listed,
+    read_table,
+    read_text,
+    shown,
+    split_lines,
+)
+from token_pruning.lab.data.tasks import Note, Task, TaskData, TextExamples
 
 LABEL_COLUMNS = ("label", "labels")
+OTHER_LABEL_COLUMNS = (
+    "target", "class", "score", "stars", "rating", "sentiment", "gold_label", "is_duplicate", "quality",
+)  # fmt: skip
+_LABEL_NAMES = ("label_text", "label_name", "label_names", "label_str", "text_label", "class_name", "target_text")
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("sentence", "sentence2"),
     ("text", "sentence2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("#1 string", "#2 string"),
     ("question", "sentence"),
     ("question1", "question2"),
     ("premise", "hypothesis"),
@@ -24,58 +40,52 @@ _PAIRS = (
     ("query", "passage"),
 )
 _SINGLES = ("sentence", "text", "sentence1")
-_ROW_NUMBERS = ("", "id", "idx", "index")  # never text, though they stand in many files
-_FORMATS = (".csv", ".tsv", ".json", ".jsonl")
-_FIELD_LIMIT = 2**31 - 1
+_LIKELY = ("review", "content", "comment", "tweet", "body", "document")  # where several columns could be the text
+_ROW_NUMBERS = re.compile(r"(|_?id|idx|index|guid|uuid|level_\d+|unnamed: \d+(\.\d+)*|__index_level_\d+__)")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 _FLOAT = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|infinity)", re.IGNORECASE)
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A file's rows, each with the place it stands at (``line 3``, ``row 3``) for messages."""
-
-    path: Path
-    columns: list[str]
-    places: list[str]
-    rows: list[dict[str, object]]
-
-
 def load_files(train_file: Path | None, validation_file: Path, *, labels: Sequence[str] | None = None) -> TaskData:
-    """Read a task from a user's own files (``.csv``, ``.tsv``, ``.json``, ``.jsonl``).
+    """Read a task from a user's own files (``.csv``, ``.tsv``, ``.json``, ``.jsonl``, ``.parquet``).
 
     Text columns are known by name (``sentence``, ``text``, ``sentence1``, ``sentence2``, and the pairs
-    question/sentence, question1/question2, premise/hypothesis, query/document, query/passage); where no name
-    is known, they are the columns that are neither label nor row number (``id``, ``idx``, ``index``), in file
-    order, one or two of them. The label column is ``label`` or ``labels``.
+    question/sentence, question1/question2, premise/hypothesis, query/document, query/passage and the like), in any
+    case. Where no name is known, they are the columns that hold words and are neither label nor row number (``id``,
+    ``idx``, ``index``, what pandas calls its index), in file order, one or two of them. The label column is ``label``
+    or ``labels``, or else the only one of ``target``, ``class``, ``score`` and the like. ``label_text`` beside it
+    names the classes.
 
     Labels that are all numbers, one of them no integer, are a regression task. Others are classes, in natural
     order (integers as numbers), taken from the training file or, without one, from the validation file.
     ``labels`` (say, a checkpoint's) gives the classes in the order of their ids instead; an empty sequence
     asks for regression. Labels of the form ``LABEL_0``, ``LABEL_1``, … also match plain ids.
 
+    A row without a label is left out: an empty cell, null or NaN, or -1 where the other labels are integers of 0 or
+    more. Each split's ``note`` says in one line what was taken for what.
+
     A file that cannot be read or holds something not allowed raises :class:`~token_pruning.errors.DataError`.
     """
-    validation = _read_table(Path(validation_file), _FORMATS)
-    train = None if train_file is None else _read_table(Path(train_file), _FORMATS)
+    validation = read_table(Path(validation_file))
+    train = None if train_file is None else read_table(Path(train_file))
     source = validation if train is None else train
     columns = _text_columns(source)
-    if train is not None and (found := _text_columns(validation)) != columns:
-        raise DataError(f"{validation.path}: text columns {listed(found)}; those of {train.path} are {listed(columns)}")
-
+    if train is not None:
+        _check_same_columns(train, columns, validation)
     if labels is None:
-        known = _label_texts(source)
-        classes = None if _is_regression(known) else _class_names(source.path, known)
+        classes = _classes_of(source)
+    elif len(labels) == 0:
+        classes = None
     else:
-        classes = tuple(labels) or None
-        if classes is not None:
-            _check_two(f"{source.path}: the labels given", classes)
+        _check_two(f"{source.path}: the labels given", labels)
+        classes = _Classes.given(tuple(labels))
     task = Task(
         name="custom",
         folder="",
         hub_name="",
-        labels=classes,
+        labels=None if classes is None else classes.names,
         best_metric="combined_score" if classes is None else "accuracy",
     )
     return TaskData(
@@ -89,178 +99,91 @@ def load_unlabelled(path: Path) -> TextExamples:
     """Read texts without labels; a label column is optional and ignored.
 
     The formats are those of :func:`load_files`, and ``.txt`` with one sentence per line, of which empty lines
-    before the last sentence count, so that the n-th result belongs to the n-th line. Raises
-    :class:`~token_pruning.errors.DataError` where the file cannot be read.
+    before the last sentence count, so that the n-th result belongs to the n-th line. A text that is null is read as an
+    empty one, for the same reason. Raises :class:`~token_pruning.errors.DataError` where the file cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() == ".txt":
-        lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
-        while lines and not lines[-1].strip():
-            lines.pop()
+        lines = split_lines(read_text(path))
         if not lines:
             raise DataError(f"{path}: the file holds no sentences; at least one is needed")
-        return TextExamples(first=lines, second=None, labels=None)
-    table = _read_table(path, (*_FORMATS, ".txt"))
-    first, second = _texts(table, _text_columns(table))
-    return TextExamples(first=first, second=second, labels=None)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark and with line ends as they are.
-
-    Raises :class:`~token_pruning.errors.DataError` for a file that is missing, unreadable or not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"{path}: cannot be read: {reason}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise DataError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; files must be UTF-8") from None
-
-
-def shown(value: object) -> str:
-    """A value as messages show it: one line, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def listed(names: Sequence[str], limit: int = 20) -> str:
-    """Names as messages show them, on one line: at most ``limit`` of them, and each cut where it is long."""
-    plain = [name if name.isprintable() else repr(name) for name in names[:limit]]
-    text = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in plain)
-    return text if len(names) <= limit else f"{text}, ... ({len(names)} in all)"
-
-
-# Reading a file into a table
-
-
-def _read_table(path: Path, allowed: Sequence[str]) -> _Table:
-    suffix = path.suffix.lower()
-    if suffix not in _FORMATS:
-        raise DataError(f"{path}: unknown file type {suffix!r}; allowed: {', '.join(allowed)}")
-    text = read_text(path)
-    if suffix in (".csv", ".tsv"):
-        table = _read_separated(path, text, "," if suffix == ".csv" else "\t")
-    elif suffix == ".json":
-        table = _read_json(path, text)
-    else:
-        table = _read_json_lines(path, text)
-    if not table.rows:
-        raise DataError(f"{path}: the file holds no rows; at least one is needed")
-    return table
-
-
-def _read_separated(path: Path, text: str, separator: str) -> _Table:
-    columns: list[str] | None = None
-    table = _Table(path, [], [], [])
-    # A quotation mark that opens a field and is never closed would swallow rows: `strict` makes it an error.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    limit = csv.field_size_limit(_FIELD_LIMIT)
-    line = 1
-    try:
-        for fields in reader:
-            if not fields:
-                pass
-            elif columns is None:
-                columns = [field.strip() for field in fields]
-                _check_header(path, columns)
-                table.columns.extend(columns)
-            elif len(fields) != len(columns):
-                expected = f"{len(columns)} ({listed(columns)})"
-                raise DataError(f"{path}, line {line}: columns found: {len(fields)}; expected: {expected}")
-            else:
-                table.places.append(f"line {line}")
-                table.rows.append(dict(zip(columns, fields, strict=True)))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {line}: {error}; a field with quotation marks must be quoted, the marks in it doubled"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    return table
-
-
-def _check_header(path: Path, columns: Sequence[str]) -> None:
-    for column in columns:
-        if columns.count(column) > 1:
-            raise DataError(f"{path}, line 1: the column {shown(column)} stands twice; columns: {listed(columns)}")
-
-
-def _read_json(path: Path, text: str) -> _Table:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, list):
-        raise DataError(f"{path}: a {type(content).__name__} at the top; allowed: a list of objects")
-    return _objects(path, [(f"row {number}", row) for number, row in enumerate(content, start=1)])
-
-
-def _read_json_lines(path: Path, text: str) -> _Table:
-    rows: list[tuple[str, object]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
-    return _objects(path, rows)
-
-
-def _objects(path: Path, rows: Sequence[tuple[str, object]]) -> _Table:
-    table = _Table(path, [], [], [])
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {place}: {shown(row)}; allowed: an object such as {{'text': ..., 'label': ...}}")
-        if not table.rows:
-            table.columns.extend(row)
-        table.places.append(place)
-        table.rows.append(row)
-    return table
+        empty = sum(not line.strip() for line in lines)
+        extra = f", {empty} of them empty" if empty else ""
+        note = Note(f"{_printable(path)}: {counted(len(lines), 'text')}, one per line{extra}")
+        return TextExamples(first=lines, second=None, labels=None, note=note)
+    table = read_table(path, (*FORMATS, ".txt"))
+    columns = _text_columns(table)
+    texts = [_text_column(table, column, missing="") for column in columns]
+    label = _label_column(table)
+    note = _note(table, columns, texts, label, None if label is None else "not used")
+    return TextExamples(first=texts[0], second=texts[1] if len(texts) == 2 else None, labels=None, note=note)
 
 
 # Texts
 
 
-def _text_columns(table: _Table) -> tuple[str, ...]:
-    names = [column for column in table.columns if column not in LABEL_COLUMNS]
+def _by_lower_name(table: Table) -> dict[str, str]:
+    """The columns by their names in lower case; one written so comes before others."""
+    found: dict[str, str] = {}
+    for column in table.columns:
+        found.setdefault(column.strip().lower(), column)
+    return found | {column: column for column in table.columns if column == column.lower()}
+
+
+def _known_text_columns(table: Table) -> tuple[str, ...]:
+    names = _by_lower_name(table)
     for pair in _PAIRS:
         if pair[0] in names and pair[1] in names:
-            return pair
-    for single in _SINGLES:
-        if single in names:
-            return (single,)
-    others = [column for column in names if column.lower() not in _ROW_NUMBERS]
-    if len(others) not in (1, 2):
+            return names[pair[0]], names[pair[1]]
+    return next(((names[single],) for single in _SINGLES if single in names), ())
+
+
+def _text_columns(table: Table) -> tuple[str, ...]:
+    if known := _known_text_columns(table):
+        return known
+    labels = {*LABEL_COLUMNS, *OTHER_LABEL_COLUMNS, *_LABEL_NAMES}
+    others = [column for column in table.columns if column.lower() not in labels and not _is_row_number(column)]
+    words = [column for column in others if _holds_words(table, column)]
+    if not words and len(others) == 1:
+        words = others
+    if len(words) > 2:
+        likely = [column for column in words if column.lower() in _LIKELY]
+        words = likely if len(likely) == 1 else words
+    if len(words) not in (1, 2):
         raise DataError(
             f"{table.path}: cannot tell the text columns; columns found: {listed(table.columns) or 'none'}; "
             f"allowed: one or two besides the label, or {', '.join(_SINGLES)}, {', '.join(map('/'.join, _PAIRS))}"
         )
-    return tuple(others)
+    return tuple(words)
 
 
-def _texts(table: _Table, columns: tuple[str, ...]) -> tuple[list[str], list[str] | None]:
-    first = _text_column(table, columns[0])
-    return first, (_text_column(table, columns[1]) if len(columns) == 2 else None)
+def _is_row_number(column: str) -> bool:
+    return _ROW_NUMBERS.fullmatch(column.strip().lower()) is not None
 
 
-def _text_column(table: _Table, column: str) -> list[str]:
+def _holds_words(table: Table, column: str) -> bool:
+    """Whether every value is text, and one of them neither empty nor a number."""
+    values = [value for row in table.rows if not is_missing(value := row.get(column))]
+    return all(isinstance(value, str) for value in values) and any(
+        _number(text) is None for value in values if (text := str(value).strip())
+    )
+
+
+def _check_same_columns(train: Table, columns: tuple[str, ...], validation: Table) -> None:
+    known = _known_text_columns(validation)
+    if known == columns or (not known and set(columns) <= set(validation.columns)):
+        return
+    found = known or _text_columns(validation)
+    raise DataError(f"{validation.path}: text columns {listed(found)}; those of {train.path} are {listed(columns)}")
+
+
+def _text_column(table: Table, column: str, missing: str | None = None) -> list[str]:
+    """The texts of a column; ``missing`` stands for null where it is allowed."""
     texts: list[str] = []
     for place, row in zip(table.places, table.rows, strict=True):
-        value = _value(table, place, row, column)
+        value = table.value(place, row, column)
+        if missing is not None and is_missing(value):
+            value = missing
         if not isinstance(value, str):
             raise DataError(f"{table.path}, {place}: {listed([column])} is {shown(value)}; allowed: a string")
         if not _is_unicode(value):
@@ -274,31 +197,107 @@ def _is_unicode(text: str) -> bool:
     return _SURROGATE.search(text) is None
 
 
-def _value(table: _Table, place: str, row: dict[str, object], column: str) -> object:
-    if column not in row:
-        raise DataError(f"{table.path}, {place}: no {column!r}; keys found: {listed([str(key) for key in row])}")
-    return row[column]
-
-
 # Labels
 
 
-def _label_texts(table: _Table) -> list[str]:
-    column = next((name for name in LABEL_COLUMNS if name in table.columns), None)
+@dataclass(frozen=True)
+class _Classes:
+    """The names of the classes in the order of their ids, and how else a file may write each."""
+
+    names: tuple[str, ...]
+    ids: Mapping[str, int]
+
+    @classmethod
+    def given(cls, names: tuple[str, ...]) -> "_Classes":
+        ids = {name: index for index, name in enumerate(names)}
+        if names == tuple(f"LABEL_{index}" for index in range(len(names))):
+            ids |= {str(index): index for index in range(len(names))}
+            if len(names) == 2:
+                ids |= {"False": 0, "True": 1, "false": 0, "true": 1}
+        return cls(names, ids)
+
+    def id_of(self, text: str) -> int | None:
+        found = self.ids.get(text)
+        if found is None and isinstance(number := _number(text), int):
+            found = self.ids.get(str(number))
+        return found
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """A table's labels as they are written, None for a row without.
+
+    Attributes:
+        column: where they stand.
+        texts: one per row.
+        names: a name for each id, where a column beside it, or the file itself, gives one.
+        names_column: that column.
+        unnamed: that column where it does not fit the labels.
+    """
+
+    column: str
+    texts: list[str | None]
+    names: dict[str, str] = field(default_factory=dict)
+    names_column: str | None = None
+    unnamed: str | None = None
+
+    @property
+    def found(self) -> list[str]:
+        return [text for text in self.texts if text is not None]
+
+
+def _label_column(table: Table) -> str | None:
+    names = _by_lower_name(table)
+    for name in LABEL_COLUMNS:
+        if name in names:
+            return names[name]
+    others = [names[name] for name in OTHER_LABEL_COLUMNS if name in names]
+    if len(others) > 1:
+        raise DataError(f"{table.path}: {listed(others)} may each be the label; call the one that is: label")
+    return others[0] if others else next((names[name] for name in _LABEL_NAMES if name in names), None)
+
+
+def _labels(table: Table) -> _Labels:
+    column = _label_column(table)
     if column is None:
         raise DataError(
             f"{table.path}: no label column; columns found: {listed(table.columns)}; "
-            f"allowed: {' or '.join(LABEL_COLUMNS)}"
+            f"allowed: {' or '.join(LABEL_COLUMNS)}, or one of {', '.join(OTHER_LABEL_COLUMNS)}"
         )
-    texts: list[str] = []
-    for place, row in zip(table.places, table.rows, strict=True):
-        value = _value(table, place, row, column)
-        usable = isinstance(value, str | int | float) and not isinstance(value, bool)
-        text = str(value).strip() if usable else ""
-        if not text or not _is_unicode(text):
-            raise DataError(f"{table.path}, {place}: the label is {shown(value)}; allowed: a name or a number")
-        texts.append(text)
-    return texts
+    texts = [_label_text(table, place, row, column) for place, row in zip(table.places, table.rows, strict=True)]
+    present = [text for text in texts if text is not None]
+    if _all_numbers(present):  # a program's word for no number
+        texts = [None if text is not None and text.lower() in ("nan", "+nan", "-nan") else text for text in texts]
+    names = {str(number): name for number, name in enumerate(table.class_names.get(column, ()))}
+    beside = next((name for name in table.columns if name.lower() in _LABEL_NAMES and name != column), None)
+    if beside is None:
+        return _Labels(column, texts, names)
+    found = _names_beside(table, texts, beside)
+    return _Labels(column, texts, found or names, beside if found else None, None if found else beside)
+
+
+def _label_text(table: Table, place: str, row: dict[str, object], column: str) -> str | None:
+    value = table.value(place, row, column)
+    if is_missing(value):
+        return None
+    text = str(value).strip() if isinstance(value, str | int | float | Decimal) else None
+    if text is None or not _is_unicode(text):
+        raise DataError(f"{table.path}, {place}: the label is {shown(value)}; allowed: a name or a number")
+    return text or None
+
+
+def _names_beside(table: Table, texts: Sequence[str | None], beside: str) -> dict[str, str]:
+    """What a column calls each id; nothing unless every id has one name and every name one id."""
+    names: dict[str, str] = {}
+    for row, text in zip(table.rows, texts, strict=True):
+        number, name = (None if text is None else _number(text)), row.get(beside)
+        if text is None or number == -1:
+            continue
+        if not isinstance(number, int) or not isinstance(name, str) or not name.strip() or not _is_unicode(name):
+            return {}
+        if names.setdefault(str(number), name.strip()) != name.strip():
+            return {}
+    return names if len(set(names.values())) == len(names) else {}
 
 
 def _number(text: str) -> int | float | None:
@@ -311,24 +310,69 @@ def _number(text: str) -> int | float | None:
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def _is_regression(texts: Sequence[str]) -> bool:
+def _all_numbers(texts: Sequence[str]) -> bool:
+    return all(_number(text) is not None for text in texts)
+
+
+def _is_minus_one(labels: _Labels, classes: _Classes | None) -> list[bool]:
+    """The rows whose -1 says that there is no label, as in GLUE's test files: the others are 0 or more.
+
+    A regression's -1 is a score, unless there is nothing else.
+    """
+    numbers = [None if text is None else _number(text) for text in labels.texts]
+    known = [number for number in numbers if number is not None]
+    integers = len(known) == len(labels.found) and all(isinstance(number, int) and number >= -1 for number in known)
+    is_class = classes is not None and "-1" in classes.ids
+    is_score = classes is None and any(number != -1 for number in known)
+    if not integers or is_class or is_score:
+        return [False] * len(numbers)
+    return [number == -1 for number in numbers]
+
+
+def _classes_of(table: Table) -> _Classes | None:
+    """The classes that stand in a table, or None for a regression."""
+    labels = _labels(table)
+    no_classes = _Classes((), {})
+    unlabelled = _is_minus_one(labels, no_classes)
+    texts = [text for text, none in zip(labels.texts, unlabelled, strict=True) if text is not None and not none]
+    if not texts:
+        raise _nothing_labelled(table, labels)
     numbers = [_number(text) for text in texts]
-    return None not in numbers and any(isinstance(number, float) for number in numbers)
-
-
-def _class_names(path: Path, texts: Sequence[str]) -> tuple[str, ...]:
-    integers = {number for number in map(_number, texts) if isinstance(number, int)}
-    if all(isinstance(_number(text), int) for text in texts):
-        names = tuple(str(number) for number in sorted(integers))
+    if None not in numbers and any(isinstance(number, float) for number in numbers):
+        return None
+    _refuse_decimal_commas(table, texts)
+    integers = sorted({number for number in numbers if isinstance(number, int)})
+    if not all(isinstance(number, int) for number in numbers):
+        found = tuple(sorted(set(texts), key=_natural))
+        classes = _Classes(found, {name: index for index, name in enumerate(found)})
+    elif labels.names and integers[0] >= 0 and all(str(number) in labels.names for number in integers):
+        ids = sorted(map(int, labels.names))
+        names = tuple(labels.names[str(number)] for number in ids)
+        classes = _Classes(
+            names, {**{str(number): i for i, number in enumerate(ids)}, **{name: i for i, name in enumerate(names)}}
+        )
     else:
-        names = tuple(sorted(set(texts), key=_natural))
-    _check_two(f"{path}: the labels", names)
-    return names
+        found = tuple(map(str, integers))
+        classes = _Classes(found, {name: index for index, name in enumerate(found)})
+    more = " (rows with -1 have no label)" if any(unlabelled) else ""
+    _check_two(f"{table.path}: the labels", classes.names, more)
+    return classes
 
 
-def _check_two(what: str, names: Sequence[str]) -> None:
+def _refuse_decimal_commas(table: Table, texts: Sequence[str]) -> None:
+    commas = [text for text in texts if _DECIMAL_COMMA.fullmatch(text)]
+    if commas and all(_number(text.replace(",", ".")) is not None for text in texts):
+        raise DataError(f"{table.path}: label {shown(commas[0])} has a decimal comma; write a point")
+
+
+def _nothing_labelled(table: Table, labels: _Labels) -> DataError:
+    found = f"all labels in {listed([labels.column])} are -1" if labels.found else f"{listed([labels.column])} is empty"
+    return DataError(f"{table.path}: no row has a label: {found}; only predict takes such a file")
+
+
+def _check_two(what: str, names: Sequence[str], more: str = "") -> None:
     if len(set(names)) < 2:
-        raise DataError(f"{what} are all {shown(names[0])}; at least two different ones are needed")
+        raise DataError(f"{what} are all {shown(names[0])}{more}; at least two different ones are needed")
 
 
 def _natural(text: str) -> tuple[list[str | int], str]:
@@ -337,15 +381,42 @@ def _natural(text: str) -> tuple[list[str | int], str]:
     return [int(part) if index % 2 else part for index, part in enumerate(parts)], text
 
 
-def _examples(table: _Table, columns: tuple[str, ...], classes: tuple[str, ...] | None) -> TextExamples:
-    first, second = _texts(table, columns)
-    texts = _label_texts(table)
+def _examples(table: Table, columns: tuple[str, ...], classes: _Classes | None) -> TextExamples:
+    labels = _labels(table)
+    minus_one = _is_minus_one(labels, classes)
+    labelled = [
+        row
+        for row, (text, none) in enumerate(zip(labels.texts, minus_one, strict=True))
+        if text is not None and not none
+    ]
+    if not labelled:
+        raise _nothing_labelled(table, labels)
+    whole = len(table.rows)
+    left_out = list(table.left_out)
+    if len(labelled) < whole:
+        what = "rows" if whole - len(labelled) > 1 else "row"
+        left_out.append(f"{whole - len(labelled)} {what} without a label{' (-1)' if any(minus_one) else ''}")
+    places = [table.places[row] for row in labelled]
+    texts = [labels.texts[row] or "" for row in labelled]
+    chosen = Table(table.path, table.columns, places, [table.rows[row] for row in labelled])
+    values = [_text_column(chosen, column) for column in columns]
+    found: list[int] | list[float]
     if classes is None:
-        return TextExamples(first=first, second=second, labels=_scores(table, texts))
-    return TextExamples(first=first, second=second, labels=_class_ids(table, texts, classes))
+        found = _scores(chosen, texts)
+        meaning = f"scores from {min(found):g} to {max(found):g}"
+    else:
+        found = _class_ids(chosen, texts, labels, classes)
+        meaning = f"{len(classes.names)} classes: {listed(classes.names, 10)}"
+        if labels.names_column is not None and set(labels.names.values()) <= set(classes.names):
+            meaning += f"; named by {listed([labels.names_column])}"
+    if labels.unnamed is not None:
+        left_out.append(f"{listed([labels.unnamed])} (no name for each label)")
+    used = {column for column in (labels.names_column, labels.unnamed) if column is not None}
+    note = _note(table, columns, values, labels.column, meaning, left_out=left_out, used=used)
+    return TextExamples(first=values[0], second=values[1] if len(values) == 2 else None, labels=found, note=note)
 
 
-def _scores(table: _Table, texts: Sequence[str]) -> list[float]:
+def _scores(table: Table, texts: Sequence[str]) -> list[float]:
     scores: list[float] = []
     for place, text in zip(table.places, texts, strict=True):
         number = _number(text)
@@ -356,16 +427,54 @@ def _scores(table: _Table, texts: Sequence[str]) -> list[float]:
     return scores
 
 
-def _class_ids(table: _Table, texts: Sequence[str], classes: tuple[str, ...]) -> list[int]:
-    ids = {name: index for index, name in enumerate(classes)}
-    if classes == tuple(f"LABEL_{index}" for index in range(len(classes))):
-        ids |= {str(index): index for index in range(len(classes))}
-    labels: list[int] = []
+def _class_ids(table: Table, texts: Sequence[str], labels: _Labels, classes: _Classes) -> list[int]:
+    """Ids by the names beside the labels where all of these are classes, else by the labels themselves."""
+    by_name = bool(labels.names) and all(
+        (name := labels.names.get(str(_number(text)))) is not None and name in classes.ids for text in set(texts)
+    )
+    ids: list[int] = []
     for place, text in zip(table.places, texts, strict=True):
-        label = ids.get(text)
-        if label is None and isinstance(number := _number(text), int):
-            label = ids.get(str(number))
+        label = classes.ids[labels.names[str(_number(text))]] if by_name else classes.id_of(text)
         if label is None:
-            raise DataError(f"{table.path}, {place}: unknown label {shown(text)}; allowed: {listed(classes)}")
-        labels.append(label)
-    return labels
+            raise DataError(f"{table.path}, {place}: unknown label {shown(text)}; allowed: {listed(classes.names)}")
+        ids.append(label)
+    return ids
+
+
+# What was taken for what
+
+
+def _note(
+    table: Table,
+    columns: tuple[str, ...],
+    texts: Sequence[Sequence[str]],
+    label: str | None,
+    meaning: str | None,
+    *,
+    left_out: Sequence[str] | None = None,
+    used: set[str] | None = None,
+) -> Note:
+    remarks = f" ({', '.join(table.remarks)})" if table.remarks else ""
+    empty = sum(not text.strip() for text in texts[0])
+    some_empty = f" ({empty} empty)" if empty else ""
+    words = [
+        f"{_printable(table.path)}: {counted(len(table.rows), 'row')}{remarks}",
+        f"text: {' and '.join(listed([column]) for column in columns)}{some_empty}",
+    ]
+    if label is not None:
+        words.append(f"label: {listed([label])} ({meaning})")
+    skip = {*columns, label, *(used or ())}
+    unused = [
+        f"{listed([column])} (row numbers)" if _is_row_number(column) else listed([column])
+        for column in table.columns
+        if column not in skip
+    ]
+    shown_unused = unused if len(unused) <= 8 else [*unused[:8], f"... ({len(unused)} columns in all)"]
+    rest = [*shown_unused, *(table.left_out if left_out is None else left_out)]
+    if rest:
+        words.append(f"left out: {', '.join(rest)}")
+    return Note("; ".join(words))
+
+
+def _printable(path: Path) -> str:
+    return str(path) if str(path).isprintable() else repr(str(path))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.errors import ConfigError, DataError
-from token_pruning.lab.data.files import listed, read_text, shown
-from token_pruning.lab.data.tasks import GLUE_TASKS, Task, TaskData, TextExamples
+from token_pruning.lab.data.reading import counted, listed, read_text, shown, split_lines
+from token_pruning.lab.data.tasks import GLUE_TASKS, Note, Task, TaskData, TextExamples
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,7 @@ def _first_line(error: Exception) -> str:
 def _read_split(task: Task, path: Path) -> TextExamples:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected the official GLUE file of {task.name}")
-    # Only line feeds end a row: texts may hold the other characters that str.splitlines() knows.
-    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = split_lines(read_text(path))
     header = lines[0].split("\t") if lines else []
     for column in (*task.text_columns, task.label_column) if lines else ():
         if column not in header:
@@ -113,7 +110,13 @@ def _read_split(task: Task, path: Path) -> TextExamples:
         labels=(
             _class_ids(path, values, numbers, task.file_labels) if task.file_labels else _scores(path, values, numbers)
         ),
+        note=_note(task, str(path), len(rows), task.text_columns, task.label_column),
     )
+
+
+def _note(task: Task, name: str, rows: int, texts: Sequence[str], label: str) -> Note:
+    meaning = "scores" if task.labels is None else f"{len(task.labels)} classes: {', '.join(task.labels)}"
+    return Note(f"{name}: {counted(rows, 'row')}; text: {' and '.join(texts)}; label: {label} ({meaning})")
 
 
 def _check_widths(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
@@ -180,4 +183,9 @@ def _hub_split(task: Task, splits: Any, split: str) -> TextExamples:
                 raise DataError(f"{place}, {split}, row {row}: label {label}; allowed: 0 to {len(task.labels) - 1}")
     if not labels:
         raise DataError(f"{place}, {split}: no rows; at least one is needed")
-    return TextExamples(first=texts[0], second=texts[1] if len(texts) == 2 else None, labels=labels)
+    return TextExamples(
+        first=texts[0],
+        second=texts[1] if len(texts) == 2 else None,
+        labels=labels,
+        note=_note(task, f"{place}, {split}", len(labels), task.hub_text_columns, "label"),
+    )

@@ -8,6 +8,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.lab.data.files import load_files
 from token_pruning.lab.data.glue import load_glue_folder, load_glue_hub
 from token_pruning.lab.data.tasks import TaskData, glue_task
+from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.options import option
 
 
@@ -24,7 +25,7 @@ class DataOptions:
         None, help="folder in the official GLUE layout (default: the hub's GLUE)", group="data"
     )
     train_file: Path | None = option(
-        None, help="your own CSV, TSV, JSON or JSONL, one or two text columns, label", group="data"
+        None, help="your own CSV, TSV, JSON, JSONL or Parquet, one or two text columns, label", group="data"
     )
     validation_file: Path | None = option(None, help="the same, to evaluate on", group="data")
 
@@ -63,8 +64,10 @@ class DataOptions:
             own_labels: read files by the labels found in them: the model gets a head for these.
 
         Raises:
-            TokenPruningError: for a file that is missing or malformed.
+            TokenPruningError: for a file that is missing or malformed, or a checkpoint with several answers per text.
         """
+        if not own_labels:
+            refuse_several_answers(checkpoint)
         if self.task:
             task = glue_task(self.task)
             if self.data_dir:

@@ -1,7 +1,9 @@
 """What a task is, what a split holds, and the seven GLUE tasks."""
 
+import os
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from token_pruning.errors import ConfigError, DataError
 
@@ -40,17 +42,32 @@ class Task:
         return self.labels is None
 
 
+@dataclass
+class Note:
+    """What was taken for what in a file, in one line; empty for examples that come from no file."""
+
+    text: str = ""
+    said: bool = False
+
+    def say(self) -> None:
+        """Print it on standard error, once, and in the first of several processes only."""
+        if self.text and not self.said and int(os.environ.get("RANK", "0")) == 0:
+            print(self.text, file=sys.stderr, flush=True)
+        self.said = True
+
+
 @dataclass(frozen=True)
 class TextExamples:
     """One split: ``first`` and, for pairs, ``second`` texts, and labels (class ids, or floats for regression).
 
-    Lists are of one length; ``labels`` is ``None`` where they are not known. Unequal lengths raise
-    :class:`~token_pruning.errors.DataError`.
+    Lists are of one length; ``labels`` is ``None`` where they are not known. ``note`` tells how a file was read.
+    Unequal lengths raise :class:`~token_pruning.errors.DataError`.
     """
 
     first: list[str]
     second: list[str] | None
     labels: list[int] | list[float] | None
+    note: Note = field(default_factory=Note, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, column in (("second", self.second), ("labels", self.labels)):
@@ -70,6 +87,7 @@ class TextExamples:
             first=[self.first[index] for index in chosen],
             second=None if self.second is None else [self.second[index] for index in chosen],
             labels=labels,
+            note=self.note,
         )
 
 
@@ -84,6 +102,12 @@ class TaskData:
     task: Task
     train: TextExamples | None
     validation: dict[str, TextExamples]
+
+    def say(self) -> None:
+        """Say once how each file was read; commands do when nothing can be refused any more."""
+        for examples in (self.train, *self.validation.values()):
+            if examples is not None:
+                examples.note.say()
 
 
 _SENTENCES = ("sentence1", "sentence2")

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
-from token_pruning.checkpoint import from_pretrained
+from token_pruning.checkpoint import from_pretrained, load_model, read_checkpoint
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.errors import ConfigError
 from token_pruning.lab.data import TaskData, find_minilm, load_docstrings
@@ -189,9 +189,9 @@ def step_seconds(start: str, data: TaskData, *, bf16: bool) -> float:
 def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dict[str, Any]:
     """Everything the report shows; dense and pruned models are timed in turn, in one run."""
     examples = data.validation["validation"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["dense"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["dense"], trust_remote_code=False)
     models = {
-        "dense": transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["dense"]),
+        "dense": load_model(read_checkpoint(checkpoints["dense"])),
         "soft": from_pretrained(checkpoints["soft"]),
         "hard": from_pretrained(checkpoints["hard"]),
     }

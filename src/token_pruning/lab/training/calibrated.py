@@ -12,13 +12,13 @@ from token_pruning.budget.calibration import Calibration, calibrate
 from token_pruning.budget.fitting import Fit
 from token_pruning.budget.vocabulary import EXAMPLES as VOCABULARY_EXAMPLES
 from token_pruning.budget.vocabulary import vocabulary_gate
-from token_pruning.checkpoint import load_model, read_checkpoint
+from token_pruning.checkpoint import read_checkpoint
 from token_pruning.lab.data import TaskData, load_unlabelled
 from token_pruning.lab.files import write_json
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.evaluate import make_evaluator
 from token_pruning.lab.training.features import labelled_features, tokenize
-from token_pruning.lab.training.load import load_classifier, load_tokenizer
+from token_pruning.lab.training.load import load_classifier, load_float32, load_tokenizer
 from token_pruning.lab.training.options import CalibrateOptions
 from token_pruning.lab.training.plan import DataSource, refuse_same_folder, training_examples
 from token_pruning.lab.training.run_dir import RunDir
@@ -47,8 +47,9 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
     tokenizer = load_tokenizer(checkpoint)
     data: TaskData | None = None
     if options.input is not None:
-        model: Any = load_model(checkpoint)
-        features = tokenize(tokenizer, load_unlabelled(options.input), model, base.max_length)
+        model: Any = load_float32(checkpoint)
+        texts = load_unlabelled(options.input)
+        features = tokenize(tokenizer, texts, model, base.max_length)
     else:
         data = load_data(checkpoint)
         model = load_classifier(checkpoint, data.task)
@@ -66,6 +67,7 @@ def calibrate_checkpoint(options: CalibrateOptions, load_data: DataSource) -> Pa
         vocabulary=vocabulary_gate(model, features[:VOCABULARY_EXAMPLES]) if options.vocabulary else None,
         seed=base.seed,
     )
+    (texts.note if data is None else data).say()
     print(format_calibration(result))
     run_dir.start(options.identity(), resume=resume)
     if data is not None:

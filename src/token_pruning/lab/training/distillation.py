@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from token_pruning.checkpoint import Checkpoint, load_model, read_checkpoint
+from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.evaluation import Collate, Features, predict
 from token_pruning.lab.files import write_tensors
-from token_pruning.lab.training.load import other_architecture
+from token_pruning.lab.heads import refuse_several_answers
+from token_pruning.lab.training.load import load_float32, other_architecture
 from token_pruning.lab.training.options import flag
 from token_pruning.lab.training.run_dir import RUN_FILE, TEACHER_LOGITS
 from token_pruning.pruners import Unpruned
@@ -74,6 +75,7 @@ def read_teacher(name: str) -> Checkpoint:
     teacher = read_checkpoint(name)
     if (other := other_architecture(teacher)) is not None:
         raise ConfigError(f"--teacher {name} is {other}; only sequence-classification and regression models can teach")
+    refuse_several_answers(teacher, "--teacher")
     return teacher
 
 
@@ -94,11 +96,12 @@ def default_teacher(checkpoint: Checkpoint) -> str:
     seen, folder = set(), checkpoint.path
     while folder.resolve() not in seen:  # folders that were overwritten may name each other
         seen.add(folder.resolve())
-        run = _run_of(folder)
-        if run is None or not (name := run.get("teacher") or run.get("restore")):
+        run = _run_of(folder) or {}
+        name = run.get("teacher") or run.get("restore")
+        if not isinstance(name, str):
             break
-        if run.get("teacher") or not Path(name).is_dir() or not _was_pruned(read_checkpoint(name)):
-            return str(name)
+        if not Path(name).is_dir() or not _was_pruned(read_checkpoint(name)):
+            return name
         folder = Path(name)
     raise ConfigError(
         f"{checkpoint.path} is pruned already and does not say by which dense model; give --teacher or --no-teacher"
@@ -181,7 +184,7 @@ def _digest(features: Features, bf16: bool) -> str:
 def _compute(
     teacher: Checkpoint, features: Features, collate: Collate, batch_size: int, bf16: bool, device: torch.device
 ) -> Tensor:
-    model: Any = load_model(teacher, model_class=transformers.AutoModelForSequenceClassification)
+    model: Any = load_float32(teacher, model_class=transformers.AutoModelForSequenceClassification)
     longest, positions = max(len(feature["input_ids"]) for feature in features), shape_of(model.config).max_positions
     if positions is not None and longest > positions:
         raise ConfigError(

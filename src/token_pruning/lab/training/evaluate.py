@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 
 from token_pruning.checkpoint import read_checkpoint
+from token_pruning.errors import ConfigError
 from token_pruning.lab.data import TaskData
 from token_pruning.lab.evaluation import Evaluation, evaluate, format_evaluation, write_evaluation
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.features import collator, labelled_features
-from token_pruning.lab.training.load import load_classifier, load_tokenizer
+from token_pruning.lab.training.load import load_classifier, load_tokenizer, other_architecture
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import DataSource, pruner_of, with_keys
 
@@ -72,7 +73,7 @@ def _about(model: Any, options: TrainOptions, step: int | None) -> dict[str, Any
         "step": step,
         "batch_size": options.batch_size,
         "max_length": options.max_length,
-        "dtype": "bfloat16 autocast" if options.bf16 else "float32",
+        "dtype": "bfloat16 autocast" if options.bf16 else str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
     }
@@ -87,6 +88,10 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         TokenPruningError: for every mistake of the user.
     """
     checkpoint = with_keys(read_checkpoint(options.restore), options.pruning)
+    if (other := other_architecture(checkpoint)) is not None:  # a new head's answers would be random
+        raise ConfigError(
+            f"{options.restore} is {other}; only sequence-classification and regression models can be evaluated"
+        )
     pruner = None if options.masking_mode == "none" else pruner_of(checkpoint, options)
     data = load_data(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -95,5 +100,6 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
+    data.say()
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     return make_evaluator(tokenizer, data, model, options, folder)(model)

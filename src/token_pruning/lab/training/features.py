@@ -19,7 +19,7 @@ def tokenize(tokenizer: Any, examples: TextExamples, model: Any, max_length: int
     """Tokenized texts, one dictionary of lists each.
 
     Raises:
-        ConfigError: if ``max_length`` is more than the model's positions.
+        ConfigError: if ``max_length`` is more than the model's positions, or leaves no room for text.
     """
     longest = shape_of(model.config).max_positions
     if longest is not None and max_length > longest:
@@ -29,6 +29,14 @@ def tokenize(tokenizer: Any, examples: TextExamples, model: Any, max_length: int
 
 def encode(tokenizer: Any, examples: TextExamples, max_length: int) -> list[dict[str, Any]]:
     """As :func:`tokenize`, for no model in particular."""
+    special = tokenizer.num_special_tokens_to_add(pair=examples.second is not None)
+    needed = special + (1 if examples.second is None else 2)
+    if max_length < needed:
+        texts = "text" if examples.second is None else "pair"
+        raise ConfigError(
+            f"{flag('max_length')} is {max_length}; the tokenizer adds {special} tokens to a {texts}, so at least "
+            f"{needed} are needed"
+        )
     encoded = tokenizer(examples.first, examples.second, truncation=True, max_length=max_length)
     return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
 

@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from token_pruning.checks import choice, number, positive_integer
+from token_pruning.budget.calibration import FEWEST_EXAMPLES
+from token_pruning.checks import choice, number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
 from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of
+from token_pruning.pruners import check_keys
 from token_pruning.pruners.summary import SummaryTokens
 
 MASKING_MODES = ("none", "soft", "hard", "mixed")
@@ -73,14 +75,21 @@ class TrainOptions(InferenceOptions):
         2e-5, help="learning rate of the weights (default 4e-5; MRPC 2e-5)", group=_TRAINING, check=_above_0
     )
     epochs: float = option(
-        10.0, help="epochs (default {default})", flags=("--epoch", "--epochs"), group=_TRAINING, check=_above_0
+        10.0,
+        help="epochs (default {default})",
+        flags=("--epoch", "--epochs"),
+        group=_TRAINING,
+        check=partial(number, above=0, high=10**6),
     )
     train_length_quantile: float | None = option(
         None, help="train only on examples no longer, in tokens, than the Q-quantile of the training set (default: "
         "all)", group=_TRAINING, metavar="Q", check=_fraction,
     )  # fmt: skip
     weight_decay: float = option(0.0, help="weight decay (default {default})", group=_TRAINING, check=_not_negative)
-    seed: int = option(42, help="seed of everything random (default {default})", group=_TRAINING)
+    seed: int = option(
+        42, help="seed of everything random (default {default})", group=_TRAINING,
+        check=partial(whole_number, low=0, high=2**32 - 1),
+    )  # fmt: skip
     save_steps: int | None = option(
         None, help="evaluate, log and save every N steps (default: every epoch)", flags=("--save-step", "--save-steps"),
         group=_TRAINING, metavar="N", check=positive_integer,
@@ -143,6 +152,7 @@ class TrainOptions(InferenceOptions):
     def __post_init__(self) -> None:
         """Check everything that needs no file."""
         super().__post_init__()
+        check_keys(self.pruning or {})
         if self.masking_mode == "none":
             self._check_dense()
         if self.vocabulary_keep_rate is not None and (self.pruning or {}).get("vocabulary_threshold") is not None:
@@ -240,13 +250,20 @@ class CalibrateOptions:
     prune_layers: list[int] | None = None
 
     input: Path | None = option(None, help="one or two text columns, or one text per line (.txt), unlabelled")
-    max_drop: float | None = option(None, help="how much the metric may fall, such as 1.0", metavar="POINTS")
-    examples: int = option(400, help="how many are used (default {default}, at least 32)", check=positive_integer)
+    max_drop: float | None = option(
+        None, help="how much the metric may fall, such as 1.0", metavar="POINTS", check=_above_0
+    )
+    examples: int = option(
+        400,
+        help=f"how many are used (default {{default}}, at least {FEWEST_EXAMPLES})",
+        check=partial(whole_number, low=FEWEST_EXAMPLES, high=10**7),
+    )
     vocabulary: bool = option(True, help="let every token into the first layer", flags=("--no-vocabulary",))
 
     def __post_init__(self) -> None:
         """Check everything that needs no file."""
         check_options(self)
+        check_keys({"summary_tokens": self.summary_tokens, "prune_layers": self.prune_layers})
         if (self.base.target_flops is None) == (self.max_drop is None):
             raise ConfigError("give either --target-flops or --max-drop")
         if self.max_drop is not None and self.input is not None:

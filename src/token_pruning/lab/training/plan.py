@@ -13,12 +13,13 @@ from transformers import TrainingArguments
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.errors import ConfigError
+from token_pruning.families import shape_of
 from token_pruning.lab.data import Task, TaskData, TextExamples, load_unlabelled
 from token_pruning.lab.training.budget import LR_THRESHOLD, TEMPERATURE, with_relative_scores
 from token_pruning.lab.training.distillation import Distillation, default_teacher, read_teacher
 from token_pruning.lab.training.options import DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT, TrainOptions
 from token_pruning.lab.training.run_dir import RunDir
-from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.pruners import FixedThreshold, Pruner, check_keys
 
 DataSource = Callable[[Checkpoint], TaskData]
 
@@ -157,11 +158,15 @@ def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner
         return start, None
     if options.target_flops is None:
         return start, pruner_of(start, options)
+    try:
+        check_keys({key: value for key, value in start.config.items() if value is not None})
+    except ConfigError as error:
+        raise ConfigError(f"{start.path / 'config.json'}: {error}") from None
     start = with_relative_scores(start)
     temperature = TEMPERATURE if options.temperature is None else options.temperature
     pruner = start.pruner(learned=options.soft, temperature=temperature)
     assert isinstance(pruner, FixedThreshold)
-    layers = start.config.get("num_hidden_layers") or start.config["n_layers"]
+    layers = shape_of(start.model_config()).num_layers
     return start, replace(pruner, thresholds=tuple(pruner.initial_thresholds(layers)))
 
 

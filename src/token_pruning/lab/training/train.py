@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, set_seed
+import torch
+from safetensors import safe_open
+from transformers import TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import safe_globals
 
 from token_pruning.checkpoint import Checkpoint
+from token_pruning.checkpoint.settings import foreign_errors
 from token_pruning.lab.training.budget import (
     HELD_OUT_EXAMPLES,
     BudgetController,
@@ -58,6 +63,9 @@ def train(options: TrainOptions, load_data: DataSource, *, callbacks: Sequence[T
     """
     plan = plan_training(options, load_data)
     built = _build(plan)  # what may still be refused; from here on files are written
+    plan.data.say()
+    if plan.budget_texts is not None:
+        plan.budget_texts.note.say()
     if plan.first_process:
         plan.run_dir.start(options.identity(), resume=plan.resume)
     folder = plan.run_dir.path if plan.first_process else None
@@ -187,10 +195,29 @@ def _trainer(
     return trainer
 
 
+def _check_resumable(folder: Path) -> None:
+    """Read what the Trainer will read, tensors' values left alone, and as it does: nothing is ever unpickled.
+
+    Raises:
+        CheckpointError: for a file that is missing, broken or no plain tensors.
+    """
+    remedy = "remove the folder to continue from an earlier one, or give --overwrite-output-dir"
+    with foreign_errors(f"{folder} cannot be continued ({remedy})"):
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+            tensors.keys()
+        for pattern in ("optimizer*.pt", "scheduler.pt", "rng_state*.pth"):
+            for file in folder.glob(pattern):
+                with safe_globals():
+                    torch.load(file, map_location="meta", weights_only=True)
+
+
 def _fit(plan: TrainPlan, built: _Built, trainer: PruningTrainer) -> None:
     """Train to the end, then fix what a stage leaves to be fixed."""
     trainer.accelerator.wait_for_everyone()
     checkpoints = plan.run_dir.checkpoints() if plan.resume else []
+    if checkpoints:
+        _check_resumable(checkpoints[-1])
     if checkpoints and plan.first_process:
         print(f"continuing from {checkpoints[-1]}")
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
