@@ -219,4 +219,4 @@ def model_output(
         if for_first_token_head:
             padded = first[:, None]
     output = family.output(padded, first, **fields)
-    return output.to_tuple() if return_dict is False else output
+    return family.as_tuple(output) if return_dict is False else output
