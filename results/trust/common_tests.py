@@ -78,6 +78,10 @@ EXPECTED: list[tuple[str, str, str, str]] = [
         "packed execution has no hidden states or attentions to give: its layers hold different tokens",
     ),
     (
+        "", "test_model_rope_scaling_from_config_1_dynamic", "rope_type 'dynamic' cannot be pruned",
+        "dynamic rotary positions depend on the longest text of a batch: refused",
+    ),
+    (
         "", "test_training_gradient_checkpointing.*", "has forward pre hooks, which would be skipped",
         "the test hooks into every layer; pruning computes layers itself, and refuses hooks it would skip",
     ),

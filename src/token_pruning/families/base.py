@@ -104,8 +104,8 @@ class Family(ABC):
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
         refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
-        pooler_in_tuple: whether the base model's output as a tuple has None in the place of a pooler it has not; its heads
-            count on that.
+        pooler_in_tuple: whether the base model's output as a tuple has None in the place of a pooler it has not; its
+            heads count on that.
         replaced: modules within a layer, such as ``"attention"``, that are not called: the family's own parts compute
             what these would. So is the layer itself, and all that is around it.
     """
