@@ -478,6 +478,40 @@ def test_two_pruned_models_with_one_config_each_keep_their_method() -> None:
     assert two.ffn_lengths.flatten().tolist() == [1, 1, 1, 1]
 
 
+def test_unprune_keeps_what_else_has_changed_in_the_config(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * LAYERS), reads="all")
+    model.resize_token_embeddings(210)
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.set_attn_implementation("eager")
+    tp.unprune(model)
+    assert model.config is model.bert.config is model.bert.encoder.layer[0].attention.self.config
+    assert not {"reads", "prune_mode", "thresholds", "masking_mode", "scoring_mode"} & model.config.to_dict().keys()
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 210 and loaded.config.id2label[1] == "b"
+
+
+def test_thresholds_and_scores_that_are_loaded_are_saved(tmp_path: Path) -> None:
+    def made(thresholds: list[float], seed: int) -> Any:
+        scores = torch.rand(200, generator=torch.Generator().manual_seed(seed))
+        gate = tp.VocabularyGate(scores, threshold=0.2)
+        return tp.prune(tiny_model("bert"), tp.FixedThreshold(thresholds=thresholds, vocabulary=gate))
+
+    trained, model = made([0.01, 0.02, 0.04, 0.06], 1), made([0.0] * LAYERS, 2)
+    model.load_state_dict(trained.state_dict())
+    model.save_pretrained(tmp_path)
+    batch = ragged_batch([18, 9])
+    with torch.no_grad():
+        expected = trained(**batch).logits
+        for same in (model, tp.from_pretrained(tmp_path)):
+            assert_equal(same(**batch).logits, expected)
+            assert_close(torch.tensor(same.config.thresholds), torch.tensor([0.01, 0.02, 0.04, 0.06]), 1e-6)
+    own = model.token_pruner.pruner
+    assert torch.equal(own.vocabulary.scores, trained.token_pruner.pruner.vocabulary.scores)
+
+
 # Attentions and hidden states
 
 
@@ -624,7 +658,7 @@ def test_an_unsupported_model_is_named_with_the_supported_ones(model_type: str) 
 
 
 def test_a_decoder_is_refused() -> None:
-    model = hf.BertLMHeadModel(tiny_config("bert", is_decoder=True))
+    model = hf.BertModel(tiny_config("bert", is_decoder=True))
     with pytest.raises(tp.UnsupportedModelError, match="'bert' as a decoder"):
         tp.prune(model, tp.TopK())
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import hooks_of, refuse, refuse_foreign, replaced_modules
-from token_pruning.pruners import Pruner
+from token_pruning.pruners import Pruner, method_keys
 from token_pruning.ragged import PackedTokens
 from token_pruning.runtime.inputs import check_arguments, input_tables, model_output, pack_inputs
 from token_pruning.runtime.loop import PackedLoop, PaddedLoop
@@ -53,7 +53,7 @@ class Attachment:
         self.token_pruner.train(model.training)
         self.token_pruner.attachment = self
         self.model, self.base = model, base
-        self.original_config = model.config
+        self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
         # Models built from one config object share it; what is written below must not reach the others.
         config = copy.deepcopy(model.config)
         _replace_config(model, model.config, config)
@@ -68,11 +68,21 @@ class Attachment:
             self.forwards.append(_SpanForward(self))
 
     def detach(self) -> None:
-        """Undo everything."""
+        """Undo everything, but not what others have changed in the config meanwhile: a resized vocabulary, labels."""
         for forward in self.forwards:
             forward.remove()
         delattr(self.model, MODULE_NAME)
-        _replace_config(self.model, self.model.config, self.original_config)
+        config, before = self.model.config, vars(self.config_before)
+        for key in method_keys() | self.token_pruner.pruner.config().keys() | {"reads"}:
+            vars(config).pop(key, None)
+            if key in before:
+                vars(config)[key] = before[key]
+        if vars(config) == before:
+            _replace_config(self.model, config, self.original_config)
+
+    def describe(self) -> None:
+        """Write the method as it is now into the config."""
+        write_keys(self.model.config, self.token_pruner.pruner)
 
     def _check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.

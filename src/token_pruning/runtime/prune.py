@@ -14,7 +14,7 @@ from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Reads, family_of, shape_of, supported_model_types
 from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.runtime.attachment import Attachment, Execution, write_keys
+from token_pruning.runtime.attachment import Attachment, Execution
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import Trace, recording
 
@@ -149,7 +149,7 @@ def freeze_thresholds(model: nn.Module) -> None:
     token_pruner.thresholds.requires_grad_(False)
     values = {f.name: getattr(pruner, f.name) for f in fields(FixedThreshold)}
     token_pruner.pruner = FixedThreshold(**{**values, "thresholds": token_pruner.thresholds.tolist()})
-    write_keys(attachment.model.config, token_pruner.pruner)
+    attachment.describe()
 
 
 def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
@@ -172,7 +172,7 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     with torch.no_grad():
         token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32, device=token_pruner.thresholds.device))
     token_pruner.pruner = pruner
-    write_keys(attachment.model.config, pruner)
+    attachment.describe()
 
 
 def reads_of(model: nn.Module) -> Reads:
