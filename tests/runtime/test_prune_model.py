@@ -657,6 +657,16 @@ def test_an_unsupported_model_is_named_with_the_supported_ones(model_type: str) 
     assert everything_attached(model) == before
 
 
+def test_what_is_no_module_is_not_pruned_either() -> None:
+    engine = tp.compile(tp.prune(tiny_model("bert"), tp.TopK()))
+    for wrong, name in ((engine, "Engine"), (None, "NoneType"), ("bert", "str")):
+        for call in (tp.unprune, tp.freeze_thresholds):
+            with pytest.raises(tp.ConfigError, match=f"a {name} is given"):
+                call(wrong)
+    with pytest.raises(tp.ConfigError, match="a NoneType is given"), tp.record(None):
+        pass
+
+
 def test_a_decoder_is_refused() -> None:
     model = hf.BertModel(tiny_config("bert", is_decoder=True))
     with pytest.raises(tp.UnsupportedModelError, match="'bert' as a decoder"):

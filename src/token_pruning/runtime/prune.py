@@ -120,7 +120,9 @@ def record(model: Any) -> Iterator[Trace]:
     Raises:
         ConfigError: if the model is not pruned.
     """
-    token_pruner = attachment_of(model).token_pruner if isinstance(model, nn.Module) else model.token_pruner
+    token_pruner = getattr(model, "token_pruner", None)  # an engine's
+    if isinstance(model, nn.Module) or token_pruner is None:
+        token_pruner = attachment_of(model).token_pruner
     trace = Trace(token_pruner.pruner.max_seq_length)
     token = recording.set((*recording.get(), (token_pruner, trace)))
     try:
@@ -221,6 +223,8 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def _find_attachment(model: nn.Module) -> Attachment | None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} is given; it must be a model that was pruned")
     for module in model.modules():
         owner = module if isinstance(module, TokenPruner) else module.__dict__.get("forward")
         found = getattr(owner, "attachment", None)
