@@ -657,6 +657,13 @@ def test_an_unsupported_model_is_named_with_the_supported_ones(model_type: str) 
     assert everything_attached(model) == before
 
 
+def test_thresholds_that_are_no_list_are_refused() -> None:
+    model = tp.prune(tiny_model("bert"), tp.FixedThreshold(thresholds=[0.1] * LAYERS))
+    for wrong in (None, 0.5):
+        with pytest.raises(tp.ConfigError, match=f"thresholds is {wrong}; it must be a list"):
+            tp.set_thresholds(model, wrong)
+
+
 def test_what_is_no_module_is_not_pruned_either() -> None:
     engine = tp.compile(tp.prune(tiny_model("bert"), tp.TopK()))
     for wrong, name in ((engine, "Engine"), (None, "NoneType"), ("bert", "str")):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
-from token_pruning.families.intact import hooks_of, refuse, refuse_foreign, replaced_modules
+from token_pruning.families.intact import check_depth, hooks_of, refuse, refuse_foreign, replaced_modules
 from token_pruning.pruners import Pruner, method_keys
 from token_pruning.ragged import PackedTokens
 from token_pruning.runtime.inputs import check_arguments, input_tables, model_output, pack_inputs
@@ -88,8 +88,15 @@ class Attachment:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
 
         Raises:
-            UnsupportedModelError: for hooks that would be skipped, and for tracing and transforms of the model.
+            UnsupportedModelError: for hooks that would be skipped, another base model or number of layers, and for
+                tracing and transforms of the model.
         """
+        if self.model.base_model is not self.base:
+            raise UnsupportedModelError(
+                f"the {type(self.base).__name__} of this {type(self.model).__name__} is another than when it was "
+                "pruned; call unprune(model) before it is replaced"
+            )
+        check_depth(self.family, self.shape.num_layers)
         for name, module in self.replaced:
             if why := hooks_of(module):
                 refuse(name, module, why)

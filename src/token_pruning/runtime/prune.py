@@ -1,6 +1,6 @@
 """Attaching a pruner to a Hugging Face model, recording what it does, and taking it off again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
@@ -169,6 +169,8 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     pruner = token_pruner.pruner
     if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
         raise ConfigError(f"thresholds cannot be set on a model pruned by {pruner!r}")
+    if not isinstance(thresholds, Iterable):
+        raise ConfigError(f"thresholds is {thresholds!r}; it must be a list with one number per layer")
     pruner = replace(pruner, thresholds=tuple(thresholds))
     values = pruner.initial_thresholds(token_pruner.num_layers)
     with torch.no_grad():
