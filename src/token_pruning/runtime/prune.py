@@ -46,7 +46,7 @@ def prune(
         The same model.
 
     Raises:
-        UnsupportedModelError: for a model of another family.
+        UnsupportedModelError: for a model of another family, or with other layers than its config says.
         ConfigError: if the model is pruned already, or the thresholds do not fit its layers or the vocabulary scores
             its vocabulary.
     """
@@ -71,6 +71,8 @@ def prune(
 
 def unprune(model: ModelT) -> ModelT:
     """Take the pruner off a model, in place: it then computes bit for bit what it computed before :func:`prune`.
+
+    What else has changed in the model or its config since stays: weights, labels, a resized vocabulary.
 
     Args:
         model: a pruned model.
