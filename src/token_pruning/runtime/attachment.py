@@ -173,7 +173,7 @@ class _Forward:
 
     def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment, self.module = attachment, module
-        module.forward = self  # type: ignore[assignment]
+        module.forward = self
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -182,6 +182,17 @@ class _Forward:
     @property
     def __code__(self) -> Any:  # torch.export asks for it
         return inspect.unwrap(type(self.module).forward).__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):  # accelerate binds it as a method when it unwraps a model
+            owner: Any = args[0]  # or a deep copy of it, which has a forward of its own
+            owner.forward = next(f for f in getattr(owner, MODULE_NAME).attachment.forwards if f.module is owner)
+            return owner.forward(*args[1:], **kwargs)
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward itself."""
+        raise NotImplementedError
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -203,7 +214,7 @@ class _BaseForward(_Forward):
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment, attachment.base)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.attachment.run(self.options(args, kwargs), by_head=False)
 
 
@@ -214,7 +225,7 @@ class _HeadForward(_Forward):
         super().__init__(attachment, attachment.model)
         _view_class(type(attachment.model))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         model = self.attachment.model
         cls: Any = type(model)
         view: Any = object.__new__(_view_class(cls))
@@ -228,7 +239,7 @@ class _SpanForward(_Forward):
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment, attachment.model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         model = self.attachment.model
         own: Any = partial(type(model).forward, model)
         return with_span_loss(own, model.config, self.options(args, kwargs))
