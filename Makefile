@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all test-avx2 lint docs sanitize fuzz wheel bench gpu clean
+.PHONY: demo test test-all test-avx2 lint audit docs sanitize fuzz wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -25,6 +25,10 @@ test-all: .venv/installed  ## these, and every combination of family, head and s
 lint: .venv/installed  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror src/token_pruning/native/* tests/native/*.cpp benchmarks/*.cpp
+
+audit: .venv/installed  ## what bandit finds in the package; nothing, or it fails
+	$(BIN)/pip install -q --disable-pip-version-check 'bandit>=1.9'
+	$(BIN)/bandit -q -c pyproject.toml -r src
 
 docs: .venv/installed  ## this package's pages and API as a site, in site/
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -315,6 +315,10 @@ def test_too_few_examples_or_none_at_all() -> None:
         tp.calibrate(tiny_model(), examples(31), 0.5)
     with pytest.raises(ConfigError, match="0 examples"):
         tp.calibrate(tiny_model(), [], 0.5)
+    with pytest.raises(ConfigError, match="examples is a NoneType; it must be a list"):
+        as_batch(None, 0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"examples\[1\]'s input_ids holds 1.5, a torch.float32 number"):
+        as_batch([{"input_ids": [1, 2]}, {"input_ids": [1.5]}], 0)
     with pytest.raises(ConfigError, match=r"examples\[1\] has no input_ids"):
         tp.calibrate(tiny_model(), [{"input_ids": [1]}, {}], 0.5)
     with pytest.raises(ConfigError, match=r"examples\[1\] has no tokens"):

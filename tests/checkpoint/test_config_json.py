@@ -114,6 +114,14 @@ def test_quantised_weights_and_adapters(folder: Path) -> None:
     refused(folder, tp.UnsupportedModelError, "adapter_config.json", "merge_and_unload")
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_of_the_hub_are_not_fetched_for_a_checkpoint(folder: Path, key: str) -> None:
+    edit(folder, **{key: "somebody/kernels"})
+    refused(folder, tp.ConfigError, key, "somebody/kernels", "no code is run")
+    edit(folder, **{key: "eager"})
+    tp.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -85,6 +85,22 @@ def test_hidden_states_and_attentions_are_hugging_faces(family: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("head", ["encoder", "token"])
+def test_outputs_as_tuples_are_hugging_faces(family: str, head: str) -> None:
+    model, batch = model_of(family, head, attn_implementation="eager"), batch_of(family)
+    asked: Any = {**batch, "output_hidden_states": True, "output_attentions": True, "return_dict": False}
+
+    def places(outputs: Any) -> list[Any]:  # no cross attentions: that is an empty tuple
+        there = [x for x in outputs if x is None or len(x)]
+        return [x if x is None else x.shape if torch.is_tensor(x) else [y.shape for y in x] for x in there]
+
+    with torch.no_grad():
+        expected = places(model(**asked))
+        with pruned(model, tp.Unpruned(), "masked"):
+            assert places(model(**asked)) == expected
+
+
+@every_family
 def test_embeddings_and_positions_may_be_given(family: str) -> None:
     model, batch = model_of(family, "token"), batch_of(family)
     batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 import token_pruning as tp
 from tests.families.shared import assert_same, batch_of, kept_model, model_of, valid
-from tests.tiny import EVERY_FAMILY, tiny_model
+from tests.tiny import EVERY_FAMILY, assert_close, ragged_batch, tiny_model
 
 NATIVE = ("bert", "electra", "distilbert")
 
@@ -250,3 +250,34 @@ def test_a_model_whose_forward_was_replaced_is_refused() -> None:
     assert not any("token_pruner" in name for name, _ in model.named_modules())
     tp.prune(kept_model("bert", "sequence"), tp.TopK())
     tp.unprune(kept_model("bert", "sequence"))
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert"])
+def test_layers_that_were_cut_off_without_a_word_to_the_config_are_named(family: str) -> None:
+    def cut(model: Any) -> Any:
+        home = model.base_model.get_submodule({"bert": "encoder", "distilbert": "transformer"}.get(family, ""))
+        name = "layers" if family == "modernbert" else "layer"
+        setattr(home, name, getattr(home, name)[:2])
+        return model
+
+    batch, message = ragged_batch([9, 5], family=family), "has 2 layers and its config says 4"
+    model = cut(tiny_model(family))
+    for refusing in (lambda: tp.prune(model, tp.Unpruned()), lambda: tp.compile(model)):
+        with pytest.raises(tp.UnsupportedModelError, match=message):
+            refusing()
+    model.config.num_hidden_layers = 2
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert_close(tp.compile(model)(**batch).logits, expected)
+        assert_close(tp.prune(model, tp.Unpruned())(**batch).logits, expected)
+    with pytest.raises(tp.UnsupportedModelError, match=message):
+        cut(tp.prune(tiny_model(family), tp.Unpruned()))(**batch)
+
+
+def test_a_base_model_that_was_replaced_after_pruning_is_named() -> None:
+    model = tp.prune(tiny_model("bert"), tp.Unpruned())
+    own, model.bert = model.bert, tiny_model("bert", "encoder", seed=1)
+    with pytest.raises(tp.UnsupportedModelError, match="BertModel of this BertForSequenceClassification is another"):
+        model(**ragged_batch([5]))
+    model.bert = own
+    model(**ragged_batch([5]))

@@ -1,5 +1,6 @@
 """A pruned model in other hands: pickled, compiled, adapted, called from threads."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 
 import token_pruning as tp
 from tests.tiny import assert_close, assert_equal, ragged_batch, tiny_model
@@ -126,9 +128,26 @@ def test_threads_share_a_model() -> None:
         assert_close(logits, wanted, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # dynamo's own
 @torch.no_grad()
 def test_torch_compile_still_runs() -> None:
     model = tp.prune(tiny_model(layers=2), PRUNER)
     expected = model(**BATCH).logits
-    assert_close(torch.compile(model, backend="eager")(**BATCH).logits, expected, 1e-5)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert_close(torch.compile(model, backend="eager")(**BATCH).logits, expected, 1e-5)
+    assert not [str(x.message) for x in given if "token_pruning" in str(x.message) or "inputs.py" in str(x.message)]
+
+
+@torch.no_grad()
+def test_accelerate_wraps_and_unwraps_a_pruned_model() -> None:
+    model, accelerator = tiny_model(layers=2), Accelerator(cpu=True, mixed_precision="bf16")
+    dense = model(**BATCH).logits
+    tp.prune(model, PRUNER)
+    expected = model(**BATCH).logits
+    wrapped = accelerator.prepare(model)
+    assert_close(wrapped(**BATCH).logits, expected, 0.1)
+    plain = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    assert plain is model
+    for again in (plain, copy.deepcopy(plain)):
+        assert_close(again(**BATCH).logits, expected, 1e-5)
+        assert_close(tp.unprune(again)(**BATCH).logits, dense, 1e-5)

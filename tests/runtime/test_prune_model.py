@@ -478,6 +478,40 @@ def test_two_pruned_models_with_one_config_each_keep_their_method() -> None:
     assert two.ffn_lengths.flatten().tolist() == [1, 1, 1, 1]
 
 
+def test_unprune_keeps_what_else_has_changed_in_the_config(tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * LAYERS), reads="all")
+    model.resize_token_embeddings(210)
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.set_attn_implementation("eager")
+    tp.unprune(model)
+    assert model.config is model.bert.config is model.bert.encoder.layer[0].attention.self.config
+    assert not {"reads", "prune_mode", "thresholds", "masking_mode", "scoring_mode"} & model.config.to_dict().keys()
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == 210 and loaded.config.id2label[1] == "b"
+
+
+def test_thresholds_and_scores_that_are_loaded_are_saved(tmp_path: Path) -> None:
+    def made(thresholds: list[float], seed: int) -> Any:
+        scores = torch.rand(200, generator=torch.Generator().manual_seed(seed))
+        gate = tp.VocabularyGate(scores, threshold=0.2)
+        return tp.prune(tiny_model("bert"), tp.FixedThreshold(thresholds=thresholds, vocabulary=gate))
+
+    trained, model = made([0.01, 0.02, 0.04, 0.06], 1), made([0.0] * LAYERS, 2)
+    model.load_state_dict(trained.state_dict())
+    model.save_pretrained(tmp_path)
+    batch = ragged_batch([18, 9])
+    with torch.no_grad():
+        expected = trained(**batch).logits
+        for same in (model, tp.from_pretrained(tmp_path)):
+            assert_equal(same(**batch).logits, expected)
+            assert_close(torch.tensor(same.config.thresholds), torch.tensor([0.01, 0.02, 0.04, 0.06]), 1e-6)
+    own = model.token_pruner.pruner
+    assert torch.equal(own.vocabulary.scores, trained.token_pruner.pruner.vocabulary.scores)
+
+
 # Attentions and hidden states
 
 
@@ -521,6 +555,33 @@ def test_masked_execution_gives_attentions_and_hidden_states(family: str, asked_
             there = (survived >= layer).nonzero().flatten()
             moved = output.hidden_states[layer + 1][row, there] - output.hidden_states[layer][row, there]
             assert (moved.abs().amax(-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("asked", [2, [0, -1], (1, -2, 99)])
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_masked_execution_gives_the_hidden_states_that_are_asked_for(where: str, asked: Any) -> None:
+    model, batch = tiny_model("bert", "token"), ragged_batch([5, 3])
+    tp.prune(model, pruner_of("relative", 0.5), execution="masked")
+    with torch.no_grad():
+        every = model(**batch, output_hidden_states=True).hidden_states
+        if where == "config":
+            model.config.output_hidden_states = asked
+        some = model(**batch, **({"output_hidden_states": asked} if where == "call" else {})).hidden_states
+    kept = {i % (LAYERS + 1) for i in ([asked] if isinstance(asked, int) else asked) if i <= LAYERS}
+    assert [i for i, state in enumerate(some) if state is not None] == sorted(kept)
+    for i in kept:
+        assert_equal(some[i], every[i])
+
+
+def test_gradients_reach_the_hidden_states_and_attentions_of_masked_execution() -> None:
+    model = tiny_model("bert", "token")
+    tp.prune(model, tp.Unpruned(), execution="masked")
+    output = model(**ragged_batch([5, 3]), output_hidden_states=True, output_attentions=True)
+    for kept in (*output.hidden_states, *output.attentions):
+        kept.retain_grad()
+    output.logits[0, 0, 0].backward()
+    for kept in (*output.hidden_states, *output.attentions):
+        assert kept.grad is not None and kept.grad.abs().sum() > 0
 
 
 # Errors
@@ -594,6 +655,23 @@ def test_an_unsupported_model_is_named_with_the_supported_ones(model_type: str) 
     for supported in MODEL_TYPES:
         assert supported in str(caught.value)
     assert everything_attached(model) == before
+
+
+def test_thresholds_that_are_no_list_are_refused() -> None:
+    model = tp.prune(tiny_model("bert"), tp.FixedThreshold(thresholds=[0.1] * LAYERS))
+    for wrong in (None, 0.5):
+        with pytest.raises(tp.ConfigError, match=f"thresholds is {wrong}; it must be a list"):
+            tp.set_thresholds(model, wrong)
+
+
+def test_what_is_no_module_is_not_pruned_either() -> None:
+    engine = tp.compile(tp.prune(tiny_model("bert"), tp.TopK()))
+    for wrong, name in ((engine, "Engine"), (None, "NoneType"), ("bert", "str")):
+        for call in (tp.unprune, tp.freeze_thresholds):
+            with pytest.raises(tp.ConfigError, match=f"a {name} is given"):
+                call(wrong)
+    with pytest.raises(tp.ConfigError, match="a NoneType is given"), tp.record(None):
+        pass
 
 
 def test_a_decoder_is_refused() -> None:

@@ -36,13 +36,15 @@ def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
         if "input_ids" not in batch:
             raise ConfigError("examples has no input_ids")
         return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+    if not hasattr(examples, "__len__"):
+        raise ConfigError(f"examples is a {type(examples).__name__}; it must be a list of tokenized texts, or a batch")
     for number_, example in enumerate(examples):
         if "input_ids" not in example:
             raise ConfigError(f"examples[{number_}] has no input_ids")
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
         if len(examples) and name in examples[0]:
-            rows = [torch.as_tensor(example[name], dtype=torch.long, device="cpu") for example in examples]
+            rows = [_integers(f"examples[{i}]'s {name}", example[name]) for i, example in enumerate(examples)]
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     if "attention_mask" not in batch:
         rows = [torch.ones(len(example["input_ids"]), dtype=torch.long, device="cpu") for example in examples]
@@ -51,6 +53,13 @@ def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
     if len(examples) and "labels" in examples[0]:
         batch["labels"] = torch.as_tensor([example["labels"] for example in examples])
     return batch
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    found = torch.as_tensor(values, device="cpu")
+    if found.is_floating_point() and found.numel():  # an empty list, too, makes such a tensor
+        raise ConfigError(f"{name} holds {found.flatten()[0]:g}, a {found.dtype} number; it must hold integers")
+    return found.long()
 
 
 def as_rows(examples: Examples) -> list[dict[str, Tensor]]:

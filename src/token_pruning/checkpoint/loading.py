@@ -201,7 +201,7 @@ def _download(name: str, subfolder: str, hub: Mapping[str, Any]) -> Path:
         raise CheckpointError(missing)
     patterns = [f"{subfolder}/{end}" if subfolder else end for end in ("*.json", "*.safetensors", "*.txt", "*.model")]
     with foreign_errors(f"{missing}, and as a hub model it cannot be had"):
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))  # nosec B615  # the caller gives the revision
 
 
 def from_pretrained(

@@ -173,6 +173,15 @@ def _no_quantisation(name: str, value: Any) -> None:
     raise UnsupportedModelError(f"{name} is given; quantised weights are not supported, only floating-point ones")
 
 
+def _no_kernel(name: str, value: Any) -> None:
+    """Say no to the name of a repository of kernels, which transformers would download and run."""
+    if not isinstance(value, str) or "/" in value:
+        raise ConfigError(
+            f"{name} is {value!r}; it must be one of transformers' own, such as sdpa: no code is run because a "
+            "checkpoint names it"
+        )
+
+
 def _nothing_else(name: str, value: Any) -> None:
     raise ConfigError(f"{name} is {value!r}; it must be left out: weights are read from the folder's *.safetensors")
 
@@ -211,6 +220,7 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("return_dict", "use_return_dict"), _not_as_tuple),
     "reads": partial(choice, allowed=get_args(Reads)),
     "quantization_config": _no_quantisation,
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), _no_kernel),
     "transformers_weights": _nothing_else,
 }  # fmt: skip
 

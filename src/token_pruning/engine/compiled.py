@@ -335,7 +335,7 @@ class _CompiledBase(nn.Module):
         )
         if packed and not one_each:
             output.last_hidden_state = states[None]
-        return output.to_tuple() if return_dict is False else output
+        return self.family.as_tuple(output) if return_dict is False else output
 
     def _check_options(self, input_ids: Tensor | None, options: dict[str, Any]) -> None:
         if input_ids is None:

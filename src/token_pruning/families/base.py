@@ -104,6 +104,8 @@ class Family(ABC):
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
             ``activation`` are there.
         refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
+        pooler_in_tuple: whether the base model's output as a tuple has None in the place of a pooler it has not; its
+            heads count on that.
         replaced: modules within a layer, such as ``"attention"``, that are not called: the family's own parts compute
             what these would. So is the layer itself, and all that is around it.
     """
@@ -118,6 +120,7 @@ class Family(ABC):
     native: ClassVar[bool] = False
     refused_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "past_key_values")
     replaced: ClassVar[tuple[str, ...]] = ("attention",)
+    pooler_in_tuple: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the family."""
@@ -253,6 +256,13 @@ class Family(ABC):
         return self.output_class(
             last_hidden_state=last_hidden_state, **({} if pooled is None else {"pooler_output": pooled}), **fields
         )
+
+    def as_tuple(self, output: BaseModelOutput) -> tuple[Any, ...]:
+        """The base model's output for ``return_dict=False``."""
+        values: tuple[Any, ...] = output.to_tuple()
+        if self.pooler_in_tuple and "pooler_output" not in output:
+            return values[0], None, *values[1:]
+        return values
 
     # What the native engine packs; only where ``native``.
 

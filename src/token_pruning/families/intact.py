@@ -54,9 +54,23 @@ def refuse_foreign(family: Family) -> None:
     Raises:
         UnsupportedModelError: otherwise; it names the module and what is wrong with it.
     """
+    check_depth(family, family.shape(family.config).num_layers)
     for name, module in replaced_modules(family):
         if why := skipped(family, module):
             refuse(name, module, why)
+
+
+def check_depth(family: Family, num_layers: int) -> None:
+    """Let a model pass that has as many layers as its config says: layers are sometimes cut off a model by hand.
+
+    Raises:
+        UnsupportedModelError: otherwise.
+    """
+    if len(family.layers) != num_layers:
+        raise UnsupportedModelError(
+            f"the model has {len(family.layers)} layers and its config says {num_layers}: write into the config what "
+            "is there, before the model is pruned or compiled"
+        )
 
 
 def refuse(name: str, module: nn.Module, why: str) -> NoReturn:
@@ -105,7 +119,12 @@ def foreign_to_native(family: Family) -> str:
     * that a LayerNorm has a weight and a bias, the sizes of all weights, and that no embedding has a ``max_norm``;
     * the LayerNorms' epsilon, which is one for all of them;
     * the activation, by its module and not only by its name in the config.
+
+    Raises:
+        UnsupportedModelError: for another number of layers than the config's; see :func:`check_depth`.
     """
+    shape = family.shape(family.config)
+    check_depth(family, shape.num_layers)
     tables = family.embedding_modules()
     parts: list[tuple[Any, tuple[int, ...] | None]] = [
         (module, None) for module in (tables.word, tables.position, tables.token_type, tables.projection)
@@ -116,7 +135,7 @@ def foreign_to_native(family: Family) -> str:
         if type(layer.activation) is not type(expected):
             found = f"{type(layer.activation).__name__}, not the {type(expected).__name__}"
             return f"an activation is a {found} of config.json's {family.activation!r}"
-        parts += _layer_parts(layer, family.shape(family.config))
+        parts += _layer_parts(layer, shape)
     for module, size in parts:
         if module is not None and (why := not_plain(module, size)):
             return why

@@ -12,6 +12,7 @@ class MegatronBert(Bert):
 
     model_types = ("megatron-bert",)
     native = False
+    pooler_in_tuple = True
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
         return super().project(layer, layer.attention.ln(rows), positions, asking)

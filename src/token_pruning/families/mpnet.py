@@ -20,6 +20,7 @@ class MPNet(Roberta):
     model_types = ("mpnet",)
     output_class = BaseModelOutputWithPooling
     native = False
+    pooler_in_tuple = True
     replaced = ("attention", "attention.attn", "attention.attn.dropout")
 
     @classmethod

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
-from token_pruning.families.intact import hooks_of, refuse, refuse_foreign, replaced_modules
-from token_pruning.pruners import Pruner
+from token_pruning.families.intact import check_depth, hooks_of, refuse, refuse_foreign, replaced_modules
+from token_pruning.pruners import Pruner, method_keys
 from token_pruning.ragged import PackedTokens
 from token_pruning.runtime.inputs import check_arguments, input_tables, model_output, pack_inputs
 from token_pruning.runtime.loop import PackedLoop, PaddedLoop
@@ -53,7 +53,7 @@ class Attachment:
         self.token_pruner.train(model.training)
         self.token_pruner.attachment = self
         self.model, self.base = model, base
-        self.original_config = model.config
+        self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
         # Models built from one config object share it; what is written below must not reach the others.
         config = copy.deepcopy(model.config)
         _replace_config(model, model.config, config)
@@ -68,18 +68,35 @@ class Attachment:
             self.forwards.append(_SpanForward(self))
 
     def detach(self) -> None:
-        """Undo everything."""
+        """Undo everything, but not what others have changed in the config meanwhile: a resized vocabulary, labels."""
         for forward in self.forwards:
             forward.remove()
         delattr(self.model, MODULE_NAME)
-        _replace_config(self.model, self.model.config, self.original_config)
+        config, before = self.model.config, vars(self.config_before)
+        for key in method_keys() | self.token_pruner.pruner.config().keys() | {"reads"}:
+            vars(config).pop(key, None)
+            if key in before:
+                vars(config)[key] = before[key]
+        if vars(config) == before:
+            _replace_config(self.model, config, self.original_config)
+
+    def describe(self) -> None:
+        """Write the method as it is now into the config."""
+        write_keys(self.model.config, self.token_pruner.pruner)
 
     def _check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
 
         Raises:
-            UnsupportedModelError: for hooks that would be skipped, and for tracing and transforms of the model.
+            UnsupportedModelError: for hooks that would be skipped, another base model or number of layers, and for
+                tracing and transforms of the model.
         """
+        if self.model.base_model is not self.base:
+            raise UnsupportedModelError(
+                f"the {type(self.base).__name__} of this {type(self.model).__name__} is another than when it was "
+                "pruned; call unprune(model) before it is replaced"
+            )
+        check_depth(self.family, self.shape.num_layers)
         for name, module in self.replaced:
             if why := hooks_of(module):
                 refuse(name, module, why)
@@ -116,7 +133,7 @@ class Attachment:
         first_only = self.reads == "first" and (by_head or self.base is self.model)
         tokens = self.pack(**self.family.inputs(options))
         wanted = {
-            name: bool(asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False))
+            name: asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False)
             for name in ("output_attentions", "output_hidden_states")
         }
         return_dict = options.get("return_dict", getattr(self.base.config, "return_dict", True))
@@ -132,13 +149,23 @@ class Attachment:
         states = loop.run()
         fields: dict[str, Any] = {}
         if isinstance(loop, PaddedLoop):
-            for name, kept in (("attentions", loop.probabilities), ("hidden_states", loop.hidden_states)):
-                if wanted[f"output_{name}"]:
-                    fields[name] = tuple(kept)
+            if wanted["output_attentions"]:
+                fields["attentions"] = tuple(loop.probabilities)
+            if wanted["output_hidden_states"]:
+                fields["hidden_states"] = _selected(loop.hidden_states, wanted["output_hidden_states"])
         return model_output(
             self.family, states, tokens.layout,
             first_only=first_only, for_first_token_head=by_head, return_dict=return_dict, **fields,
         )  # fmt: skip
+
+
+def _selected(tensors: list[Tensor], asked: Any) -> tuple[Tensor | None, ...]:
+    """All for True; for an index or several, as transformers takes them, None in the places of the others."""
+    if isinstance(asked, bool):
+        return tuple(tensors)
+    indices = {asked} if isinstance(asked, int) else {*asked}
+    count = len(tensors)
+    return tuple(x if {i, i - count} & indices else None for i, x in enumerate(tensors))
 
 
 class _Forward:
@@ -146,7 +173,7 @@ class _Forward:
 
     def __init__(self, attachment: Attachment, module: nn.Module) -> None:
         self.attachment, self.module = attachment, module
-        module.forward = self  # type: ignore[assignment]
+        module.forward = self
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -155,6 +182,17 @@ class _Forward:
     @property
     def __code__(self) -> Any:  # torch.export asks for it
         return inspect.unwrap(type(self.module).forward).__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):  # accelerate binds it as a method when it unwraps a model
+            owner: Any = args[0]  # or a deep copy of it, which has a forward of its own
+            owner.forward = next(f for f in getattr(owner, MODULE_NAME).attachment.forwards if f.module is owner)
+            return owner.forward(*args[1:], **kwargs)
+        return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward itself."""
+        raise NotImplementedError
 
     def options(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
@@ -176,7 +214,7 @@ class _BaseForward(_Forward):
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment, attachment.base)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self.attachment.run(self.options(args, kwargs), by_head=False)
 
 
@@ -187,7 +225,7 @@ class _HeadForward(_Forward):
         super().__init__(attachment, attachment.model)
         _view_class(type(attachment.model))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         model = self.attachment.model
         cls: Any = type(model)
         view: Any = object.__new__(_view_class(cls))
@@ -201,7 +239,7 @@ class _SpanForward(_Forward):
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(attachment, attachment.model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         model = self.attachment.model
         own: Any = partial(type(model).forward, model)
         return with_span_loss(own, model.config, self.options(args, kwargs))

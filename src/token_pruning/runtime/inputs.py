@@ -1,6 +1,5 @@
 """From what a model is called with to packed tokens, and from last states to what it returns."""
 
-import functools
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -34,7 +33,7 @@ def check_arguments(family: Family, options: Mapping[str, Any], head: type | Non
         ConfigError: for an argument that the family refuses, or that the model does not have.
     """
     cls = type(family.base) if head is None else head
-    known = _ALWAYS_TAKEN | _arguments(type(family.base)) | _arguments(cls)  # type: ignore[arg-type]
+    known = _ALWAYS_TAKEN | _arguments(type(family.base)) | _arguments(cls)
     for name, value in options.items():
         if value is None:
             continue
@@ -50,9 +49,13 @@ def check_arguments(family: Family, options: Mapping[str, Any], head: type | Non
             raise ConfigError(f"{name} is given; a {cls.__name__} has no such argument: {hint}")
 
 
-@functools.cache
+_ARGUMENTS: dict[type, frozenset[str]] = {}  # torch.compile warns of a functools.cache
+
+
 def _arguments(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters) - {"self", "kwargs"}
+    if cls not in _ARGUMENTS:
+        _ARGUMENTS[cls] = frozenset(inspect.signature(cls.forward).parameters) - {"self", "kwargs"}
+    return _ARGUMENTS[cls]
 
 
 def pack_inputs(
@@ -221,4 +224,4 @@ def model_output(
         if for_first_token_head:
             padded = first[:, None]
     output = family.output(padded, first, **fields)
-    return output.to_tuple() if return_dict is False else output
+    return family.as_tuple(output) if return_dict is False else output

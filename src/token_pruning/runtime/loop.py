@@ -228,8 +228,7 @@ class PaddedLoop(PackedLoop):
         if gone is not None:
             places = layout.indices[gone]
             self.departed[0] = (places, rows[places])
-        self.hidden_states.append(self._padded(rows))
-        return rows
+        return self._shown(rows)
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
@@ -288,8 +287,7 @@ class PaddedLoop(PackedLoop):
         else:
             entered, stays = (self._at(layout)[:, None] for layout in (record.entering, record.leaving))
             after = torch.where(stays, after, torch.where(entered, joined, rows))
-        self.hidden_states.append(self._padded(after))
-        return after
+        return self._shown(after)
 
     def leave(self, rows: Tensor) -> Tensor:
         """The valid tokens' rows; some have carried summaries, whose tokens' own states come back."""
@@ -300,6 +298,11 @@ class PaddedLoop(PackedLoop):
         valid = record.valid
         states = self.family.finish(rows.index_select(0, valid.indices))
         return valid.per_sequence(states[valid.first_rows]) if record.first_only else states
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """The rows by way of what is returned as hidden states, so that gradients reach these."""
+        self.hidden_states.append(self._padded(rows))
+        return self.hidden_states[-1].flatten(0, 1)
 
     def _padded(self, rows: Tensor) -> Tensor:
         """``[batch · width, …]`` as ``[batch, width, …]``."""

@@ -1,6 +1,6 @@
 """Attaching a pruner to a Hugging Face model, recording what it does, and taking it off again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args
@@ -14,7 +14,7 @@ from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Reads, family_of, shape_of, supported_model_types
 from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.runtime.attachment import Attachment, Execution, write_keys
+from token_pruning.runtime.attachment import Attachment, Execution
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import Trace, recording
 
@@ -46,7 +46,7 @@ def prune(
         The same model.
 
     Raises:
-        UnsupportedModelError: for a model of another family.
+        UnsupportedModelError: for a model of another family, or with other layers than its config says.
         ConfigError: if the model is pruned already, or the thresholds do not fit its layers or the vocabulary scores
             its vocabulary.
     """
@@ -71,6 +71,8 @@ def prune(
 
 def unprune(model: ModelT) -> ModelT:
     """Take the pruner off a model, in place: it then computes bit for bit what it computed before :func:`prune`.
+
+    What else has changed in the model or its config since stays: weights, labels, a resized vocabulary.
 
     Args:
         model: a pruned model.
@@ -120,7 +122,9 @@ def record(model: Any) -> Iterator[Trace]:
     Raises:
         ConfigError: if the model is not pruned.
     """
-    token_pruner = attachment_of(model).token_pruner if isinstance(model, nn.Module) else model.token_pruner
+    token_pruner = getattr(model, "token_pruner", None)  # an engine's
+    if isinstance(model, nn.Module) or token_pruner is None:
+        token_pruner = attachment_of(model).token_pruner
     trace = Trace(token_pruner.pruner.max_seq_length)
     token = recording.set((*recording.get(), (token_pruner, trace)))
     try:
@@ -149,7 +153,7 @@ def freeze_thresholds(model: nn.Module) -> None:
     token_pruner.thresholds.requires_grad_(False)
     values = {f.name: getattr(pruner, f.name) for f in fields(FixedThreshold)}
     token_pruner.pruner = FixedThreshold(**{**values, "thresholds": token_pruner.thresholds.tolist()})
-    write_keys(attachment.model.config, token_pruner.pruner)
+    attachment.describe()
 
 
 def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
@@ -167,12 +171,14 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     pruner = token_pruner.pruner
     if not isinstance(pruner, FixedThreshold) or not pruner.stores_thresholds or token_pruner.thresholds is None:
         raise ConfigError(f"thresholds cannot be set on a model pruned by {pruner!r}")
+    if not isinstance(thresholds, Iterable):
+        raise ConfigError(f"thresholds is {thresholds!r}; it must be a list with one number per layer")
     pruner = replace(pruner, thresholds=tuple(thresholds))
     values = pruner.initial_thresholds(token_pruner.num_layers)
     with torch.no_grad():
         token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32, device=token_pruner.thresholds.device))
     token_pruner.pruner = pruner
-    write_keys(attachment.model.config, pruner)
+    attachment.describe()
 
 
 def reads_of(model: nn.Module) -> Reads:
@@ -221,6 +227,8 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def _find_attachment(model: nn.Module) -> Attachment | None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} is given; it must be a model that was pruned")
     for module in model.modules():
         owner = module if isinstance(module, TokenPruner) else module.__dict__.get("forward")
         found = getattr(owner, "attachment", None)

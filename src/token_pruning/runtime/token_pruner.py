@@ -61,6 +61,25 @@ class TokenPruner(nn.Module):
         self.fit_vocabulary()
         super()._save_to_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._follow_tensors()
+
+    def _follow_tensors(self) -> None:
+        """Let the method, and so ``config.json``, say what was loaded into its tensors."""
+        pruner, loaded, scores = self.pruner, self.thresholds, self.vocabulary_scores
+        changed: dict[str, Any] = {}
+        if isinstance(pruner, FixedThreshold) and pruner.thresholds and loaded is not None and not loaded.is_meta:
+            values = torch.tensor(pruner.thresholds, dtype=torch.float32).tolist()
+            if loaded.tolist() != values:
+                changed["thresholds"] = tuple(loaded.tolist())
+        if pruner.vocabulary is not None and scores is not None and not scores.is_meta:
+            changed["vocabulary"] = replace(pruner.vocabulary, scores=scores)
+        if changed:
+            self.pruner = replace(pruner, **changed)
+            if self.attachment is not None:
+                self.attachment.describe()
+
     def fit_vocabulary(self) -> None:
         """Follow a vocabulary that may have been resized: new entries score the mean, as unknown ones do."""
         scores, gate = self.vocabulary_scores, self.pruner.vocabulary

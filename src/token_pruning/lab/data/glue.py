@@ -53,7 +53,7 @@ def load_glue_hub(task: Task) -> TaskData:
     try:
         import datasets
 
-        splits = datasets.load_dataset(HUB_DATASET, task.hub_name)
+        splits = datasets.load_dataset(HUB_DATASET, task.hub_name)  # nosec B615  # tables, checked when read
     except ImportError as error:
         raise DataError(
             f"{name} needs the package datasets ({_first_line(error)}): pip install token-pruning[train]; {hint}"

@@ -39,9 +39,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         foreign_errors(f"{path} has no tokenizer that can be loaded: its files are broken, or of a newer version"),
     ):
         if checkpoint.is_ibert:
-            tokenizer: Any = transformers.RobertaTokenizerFast.from_pretrained(path)
+            tokenizer: Any = transformers.RobertaTokenizerFast.from_pretrained(path)  # nosec B615  # a folder
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # nosec B615  # a folder
         entries = tokenizer.get_vocab()
         tokenizer(["a b", "c"], truncation=True, max_length=8)
         tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
