@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import mmap
 import os
 import pickle
 import re
@@ -405,7 +406,7 @@ def test_a_call_without_memory_is_a_memory_error_and_the_next_is_right(monkeypat
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(native.mmap, "mmap", no_memory)
+        patch.setattr(mmap, "mmap", no_memory)
         with pytest.raises(MemoryError, match=r"a call needs \d+ bytes"):
             engine(**batch)
     with monkeypatch.context() as patch:

@@ -24,7 +24,7 @@ import token_pruning as tp
 from tests.tiny import (
     EVERY_FAMILY,
     FAMILIES,
-    MORE_HEADS,
+    HEADS,
     decision_margin,
     outputs,
     pruned,
@@ -36,7 +36,7 @@ from token_pruning.families import shape_of
 
 VOCABULARY, POSITIONS = 60, 48
 PRUNERS, BATCHES = 4, 5  # of a group, and of each of its pruners
-EXACT, ROUNDED = 2e-4, 0.3  # of the largest number: float32 at worst, and lower precisions in the mean
+EXACT, ROUNDED = 2e-4, 0.1  # of the largest number: float32 beside the reference, lower precisions beside each other
 NEAR = 2e-5  # a decision nearer than this may fall either way
 
 
@@ -62,7 +62,8 @@ class Tally:
 def random_model(rng: random.Random) -> tuple[str, str, Any]:
     """A family, a head, and a model of them with random sizes, weights, biases and norms."""
     family = rng.choice(FAMILIES if rng.random() < 0.5 else EVERY_FAMILY)
-    head = rng.choice(["sequence", "regression", "token", "question", "masked_lm", "encoder"])
+    heads_there = [head for head in HEADS if type(tiny_config(family)) in HEADS[head]._model_mapping]
+    head = rng.choice(heads_there)
     heads = rng.choice([1, 2, 4])
     head_dim = rng.choice([8, 12, 16, 32]) if family not in ("nomic_bert", "gte") else rng.choice([8, 16])
     names = {"dim": "hidden_size", "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size"}
@@ -83,7 +84,7 @@ def random_model(rng: random.Random) -> tuple[str, str, Any]:
     settings = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
     config = tiny_config(family, layers=rng.randint(1, 3), **sizes, **settings)
     torch.manual_seed(rng.getrandbits(31))
-    model = MORE_HEADS[head].from_config(config).eval()
+    model = HEADS[head].from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -190,22 +191,28 @@ def check_batch(
     if sure:
         assert same_survivors(trace, reference), "the model keeps other tokens than the reference"
         compare("the model", found, expected, mask, EXACT)
+    plain: dict[str, tuple[dict[str, Tensor], tp.Trace]] = {}
     for name, engine in engines.items():
         with tp.record(engine) as trace:
             found = outputs(engine(**batch))
         if engine.is_native:
             check_bits(name, engine, batch, found, row)
-        if sure and "float32" in name:
+        dtype = name.partition(", ")[2]
+        if sure and dtype == "float32":
             assert same_survivors(trace, reference), f"{name} keeps other tokens than the reference"
-        if sure and same_survivors(trace, reference):
-            compare(name, found, expected, mask, EXACT if "float32" in name else ROUNDED)
+            compare(name, found, expected, mask, EXACT)
+        elif dtype != "float32":
+            # Tiny models make much of rounding, but every level rounds the same numbers.
+            beside, other = plain.setdefault(dtype, (found, trace))
+            if same_survivors(trace, other):
+                compare(name, found, beside, mask, ROUNDED)
         for key, value in found.items():  # a head that takes the mean of no tokens gives NaN, pruned or not
             assert torch.equal(value.isfinite(), expected[key].isfinite()), f"{name}: {key} is not finite"
     return Counter({"equal" if sure else "near a tie": len(engines)})
 
 
 def compare(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], mask: Tensor, allowed: float) -> None:
-    """Equal at valid tokens, up to a fraction of the largest number; tiny models make much of rounding to 8 bits."""
+    """Equal at valid tokens, up to a fraction of the largest number."""
     assert found.keys() == expected.keys(), f"{name} returns {sorted(found)}, not {sorted(expected)}"
     for key, value in expected.items():
         actual = found[key]
@@ -215,8 +222,7 @@ def compare(name: str, found: dict[str, Tensor], expected: dict[str, Tensor], ma
         if not value.numel():
             continue
         value, actual = value.nan_to_num(), actual.nan_to_num()
-        differences, scale = (actual - value).abs(), max(1.0, value.abs().max().item())
-        difference = (differences.max() if allowed == EXACT else differences.mean()).item()
+        difference, scale = (actual - value).abs().max().item(), max(1.0, value.abs().max().item())
         assert difference <= allowed * scale, f"{name}: {key} differs by {difference:.1e} of {scale:.1e}"
 
 
@@ -257,11 +263,13 @@ def run_group(seed: int, group: int, tally: Tally) -> None:
 
 
 def engines_of(model: Any, pruner: tp.Pruner, rng: random.Random) -> dict[str, Any]:
-    """One for every kernel level, one on PyTorch, and two in lower precision; those that the family has."""
+    """One for every kernel level, one on PyTorch, and some in lower precision; those that the family has."""
     library = load_library()
     levels = LEVELS[: 1 + (-1 if library is None else int(library.tp_best_level()))]
     asked = [(level, "float32") for level in (*levels, "torch")]
-    asked += [(rng.choice(levels), dtype) for dtype in DTYPES if dtype != "float32" and levels]
+    for dtype in DTYPES:
+        if dtype != "float32" and levels:
+            asked += [(levels[0], dtype), (rng.choice(levels[1:] or levels), dtype)]
     engines = {}
     with pruned(model, pruner):
         for level, dtype in asked:

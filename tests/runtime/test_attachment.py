@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import token_pruning as tp
 from tests.tiny import assert_close, assert_equal, ragged_batch, tiny_model
@@ -140,6 +141,7 @@ def test_torch_compile_still_runs() -> None:
 
 @torch.no_grad()
 def test_accelerate_wraps_and_unwraps_a_pruned_model() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's
     model, accelerator = tiny_model(layers=2), Accelerator(cpu=True, mixed_precision="bf16")
     dense = model(**BATCH).logits
     tp.prune(model, PRUNER)

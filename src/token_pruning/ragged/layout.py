@@ -10,14 +10,41 @@ batch), ``cu_seqlens = [0, 3, 5]`` (int32; sequence ``s`` is ``rows[cu_seqlens[s
 ``a c d`` gives ``indices = [0, 2, 4]`` and ``cu_seqlens = [0, 2, 3]``: a token never forgets where it came from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from token_pruning.ragged import triton
+
+T = TypeVar("T")
+
+
+class computed_once(Generic[T]):
+    """``functools.cached_property`` without its lock.
+
+    Python 3.11 has one for each property of a class, not of an object: threads would wait for each other, and a child
+    that is forked while one of them holds it would wait for ever.
+    """
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> "computed_once[T]": ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> "T | computed_once[T]":
+        if instance is None:
+            return self
+        value = self.function(instance)
+        instance.__dict__[self.name] = value
+        return value
 
 
 @dataclass(frozen=True)
@@ -44,23 +71,23 @@ class Layout:
         """Number of tokens over all sequences."""
         return self.indices.numel()
 
-    @cached_property
+    @computed_once
     def lengths(self) -> list[int]:
         """Tokens per sequence, on the host: the one device synchronisation a layout costs."""
         ends: list[int] = self.cu_seqlens.tolist()
         return [end - start for start, end in pairwise(ends)]
 
-    @cached_property
+    @computed_once
     def lengths_tensor(self) -> Tensor:
         """Tokens per sequence, ``[batch]`` int64."""
         return self.cu_seqlens.diff().long()
 
-    @cached_property
+    @computed_once
     def sequence_ids(self) -> Tensor:
         """The sequence each row belongs to, ``[tokens]`` int64."""
         return self.indices // self.width
 
-    @cached_property
+    @computed_once
     def first_rows(self) -> Tensor:
         """Rows that hold the first token of a non-empty sequence, int64."""
         starts = self.cu_seqlens[:-1].long()
