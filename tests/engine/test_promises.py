@@ -461,6 +461,30 @@ def test_what_the_native_side_gets_has_the_sizes_it_says() -> None:
         sized(torch.zeros(4, 2)[:, 0], torch.float32, 4)
 
 
+class Wrong(tp.Pruner, registered=False):
+    """Returns what it was told to, whatever the layer's tokens are."""
+
+    prune_mode = "wrong"
+    answer: ClassVar[Any]
+
+    def keep(self, tokens: Any) -> Any:
+        return self.answer(tokens.scores)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda scores: scores[:-1] > 0, lambda scores: torch.ones(999, dtype=torch.bool), lambda scores: scores,
+     lambda scores: (scores > 0)[:, None], lambda scores: (scores > 0).int()],
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["packed", "masked", "engine"])
+def test_a_decision_of_another_size_or_dtype_is_an_error(way: Any, answer: Any) -> None:
+    method = type("Wrong", (Wrong,), {"answer": staticmethod(answer)}, registered=False)
+    with pruned(small_model(), method(), "packed" if way == "engine" else way) as model:
+        call: Any = tp.compile(model, "float32") if way == "engine" else model
+        with pytest.raises(ValueError, match=r"Wrong\.keep returned torch.* it must be torch\.bool of shape \[63\]"):
+            call(**ragged_batch(LENGTHS))
+
+
 def test_every_promise_on_the_page_has_its_test() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs/promises.md").read_text(encoding="utf-8")

@@ -10,7 +10,17 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.runtime.test_robustness import checkpoint
-from tests.tiny import FAMILIES, assert_close, assert_equal, outputs, pruned, ragged_batch, shared_model, tiny_model
+from tests.tiny import (
+    FAMILIES,
+    VOCABULARY,
+    assert_close,
+    assert_equal,
+    outputs,
+    pruned,
+    ragged_batch,
+    shared_model,
+    tiny_model,
+)
 from token_pruning.pruners.summary import Summaries, plan_merge, segments_of
 from token_pruning.ragged.layout import layout_from_mask
 
@@ -177,3 +187,27 @@ def test_soft_stage_has_none() -> None:
         model(**ragged_batch([30, 12]))
     assert not trace.summary_lengths.any()
     assert trace.soft_survival.shape == (4, 2)
+
+
+@torch.no_grad()
+def test_segments_are_those_of_the_text_where_the_vocabulary_threshold_drops_their_end() -> None:
+    """The separator itself may never enter: model, reference and engine take the same tokens for the second segment."""
+    batch = ragged_batch([14, 9, 5])
+    for row, length in enumerate([14, 9, 5]):
+        batch["input_ids"][row, [length // 2, length - 1]] = 7  # the separator, and what its entry scores
+    scores = torch.ones(VOCABULARY)
+    scores[7] = 0
+    pruner = tp.FixedThreshold(
+        final_token_threshold=1.1, scoring_mode="relative", summary_tokens="segment",
+        vocabulary=tp.VocabularyGate(scores, 0.5),
+    )  # fmt: skip
+    model = tiny_model(head="token")
+    found = []
+    for execution in ("masked", "packed"):
+        with pruned(model, pruner, execution), tp.record(model) as trace:
+            found.append(model(**batch).logits)
+            engine = tp.compile(model, "float32")
+    valid = batch["attention_mask"].bool()
+    assert trace.summary_lengths.max() == 2
+    assert_close(found[1][valid], found[0][valid], 1e-4)
+    assert_close(engine(**batch).logits[valid], found[0][valid], 1e-4)
