@@ -62,6 +62,7 @@ FOUND: list[tuple[str, str, list[Any], Any, list[str]]] = [
     ("modernbert", "tokenizer.json", ["post_processor", "pair", 0, "SpecialToken", "id"], "float16", PREDICT),
     ("modernbert", "tokenizer.json", ["post_processor", "single", 0, "SpecialToken", "id"], "[CLS", PREDICT),
     ("bert", "tokenizer_config.json", ["pad_token"], None, PREDICT),
+    ("modernbert", "tokenizer.json", ["post_processor", "special_tokens", "[SEP]", "ids", 0], 10**6, PREDICT),
 ]  # fmt: skip
 
 

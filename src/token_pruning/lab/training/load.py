@@ -43,11 +43,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # nosec B615  # a folder
         entries = tokenizer.get_vocab()
-        tokenizer(["a b", "c"], truncation=True, max_length=8)
-        tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
+        single = tokenizer(["a b", "c"], truncation=True, max_length=8)
+        pairs = tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
+        padding = tokenizer.pad_token_id
     _check_vocabulary(path / "tokenizer.json", entries)
-    largest = max(entries.values(), default=-1)
-    if tokenizer.pad_token_id is None:
+    added = [number for encoded in (single, pairs) for ids in encoded["input_ids"] for number in ids]
+    largest = max([*entries.values(), *added], default=-1)
+    if padding is None:
         raise CheckpointError(f"{path / 'tokenizer_config.json'}: pad_token is missing; batches need one")
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:
