@@ -45,8 +45,8 @@ def correlation(similarities: np.ndarray, scores: np.ndarray) -> float:
 
 
 def measure(name: str, folder: Path, data: Any) -> list[dict[str, Any]]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     dev, train = data.validation["validation"], data.train
     first, second = list(dev.first), list(dev.second)
     scores = np.asarray(dev.labels, dtype=float)
