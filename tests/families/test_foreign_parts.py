@@ -115,6 +115,30 @@ def test_each_part_in_turn(family: str) -> None:
         assert "kernels: PyTorch" not in tp.compile(model, "float32").explain()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+@torch.no_grad()
+def test_a_base_model_that_computes_something_else(family: str, way: Any) -> None:
+    """With a head and without; what only adds to the base model, such as a method, is let be."""
+    batch = batch_of(family, lengths=(9, 9))
+    for head in ("sequence", "encoder"):
+        model = model_of(family, head, layers=2)
+        base = model.base_model
+        undo = way(base)
+        expected = model(**batch)[0]
+        if head == "encoder" and way is hooked:  # on the model that is called, and in an engine is not
+            assert_same({"x": tp.prune(model, tp.Unpruned())(**batch)[0]}, {"x": expected}, 5e-5)
+            tp.unprune(model)
+        else:
+            with pytest.raises(tp.UnsupportedModelError, match="so take this off first"):
+                tp.prune(model, tp.Unpruned())
+        with pytest.raises(tp.UnsupportedModelError, match="so take this off first"):
+            tp.compile(model, "float32")
+        undo()
+        base.__class__ = type("More", (type(base),), {"extra": lambda self: 1, "__module__": "somebody_elses"})
+        tp.compile(tp.prune(model, tp.Unpruned()), "float32")
+
+
 def _act(model: Any) -> None:
     model.bert.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
 

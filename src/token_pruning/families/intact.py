@@ -21,21 +21,24 @@ from token_pruning.families.base import Family, LayerModules, ModelShape
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def replaced_modules(family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose forward the family's loop takes the place of, with their names in the base model.
+def replaced_modules(family: Family, *, base_is_called: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that are never called, since the family's loop takes their place, with their names in the base model.
 
-    The base model's own forward is among them.
+    Args:
+        family: bound to the base model.
+        base_is_called: whether the base model, whose forward is replaced in any case, is called as a module.
     """
     names = {module: name for name, module in family.base.named_modules()}
     within: set[nn.Module] = set()
     for layer in family.layers:
         within |= {layer} | {layer.get_submodule(part) for part in family.replaced if _has(layer, part)}
     around = {names[layer].rpartition(".")[0] for layer in family.layers}
-    for name in [*around]:
+    for name in around:
         while name:
             within.add(family.base.get_submodule(name))
             name = name.rpartition(".")[0]
-    yield "", family.base
+    if not base_is_called:
+        yield "", family.base
     for module in within:
         yield names[module], module
 
@@ -48,14 +51,16 @@ def _has(layer: nn.Module, part: str) -> bool:
     return True
 
 
-def refuse_foreign(family: Family) -> None:
-    """Let a model pass that the loop computes as it is.
+def refuse_foreign(family: Family, *, base_is_called: bool = False) -> None:
+    """Let a model pass that the loop computes as it is; arguments as for :func:`replaced_modules`.
 
     Raises:
         UnsupportedModelError: otherwise; it names the module and what is wrong with it.
     """
     check_depth(family, family.shape(family.config).num_layers)
-    for name, module in replaced_modules(family):
+    if why := foreign_forward(family, family.base):
+        refuse("", family.base, why)
+    for name, module in replaced_modules(family, base_is_called=base_is_called):
         if why := skipped(family, module):
             refuse(name, module, why)
 
@@ -82,16 +87,21 @@ def refuse(name: str, module: nn.Module, why: str) -> NoReturn:
 
 
 def skipped(family: Family, module: nn.Module) -> str:
-    """What of a module is lost when its forward is not called; empty if nothing."""
+    """What of a module is lost when it is not called; empty if nothing."""
+    return foreign_forward(family, module) or hooks_of(module)
+
+
+def foreign_forward(family: Family, module: nn.Module) -> str:
+    """Says so if a module's forward is another than its family's."""
     patched = module.__dict__.get("forward")
     if patched is not None and not hasattr(patched, "attachment"):  # the latter is pruning itself
         return "has a forward that another library has put in place of its own"
     home = _home(module)
     package = type(family).__module__.partition(".")[0]  # a family of one's own may be for models of one's own
-    own = (_home(family.base), "transformers.activations")
-    if home not in own and home.partition(".")[0] not in ("torch", package):
+    own = [cls.__module__ for cls in type(family.base).__mro__ if cls.__module__.startswith("transformers.models.")]
+    if home not in (*own, "transformers.activations") and home.partition(".")[0] not in ("torch", package):
         return f"has a forward that is not its family's, but of {home}"
-    return hooks_of(module)
+    return ""
 
 
 def _home(module: nn.Module) -> str:

@@ -41,11 +41,11 @@ class Attachment:
         base: Any = model.base_model
         family = family_of(base.config)
         self.family: Family = family(base)
-        refuse_foreign(self.family)
-        self.replaced = list(replaced_modules(self.family))
-        self.shape = family.shape(base.config)
         self.reads: Reads = family.reads(model) if reads is None else reads
         head_reads_first = model is not base and "first" in (self.reads, family.reads(model))
+        refuse_foreign(self.family, base_is_called=not head_reads_first)
+        self.replaced = list(replaced_modules(self.family, base_is_called=not head_reads_first))
+        self.shape = family.shape(base.config)
         if "forward" in model.__dict__ and (head_reads_first or answers_with_spans(model)):
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
