@@ -1,6 +1,6 @@
-// The library's C interface: what token_pruning/engine/library.py declares. Every function that can fail returns null or a
-// negative number and leaves a message for tp_last_error. Pointers are to contiguous float32 or int32 unless they say
-// otherwise; nothing is kept of them after a call.
+// The library's C interface: what token_pruning/engine/library.py declares. Every function that can fail returns null
+// or a negative number and leaves a message for tp_last_error. Pointers are to contiguous float32 or int32 unless they
+// say otherwise; nothing is kept of them after a call.
 #include <cstdio>
 #include <exception>
 #include <memory>
