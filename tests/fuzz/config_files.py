@@ -499,9 +499,9 @@ def _by_transformers(folder: Path, argv: list[str]) -> list[float] | None:
             logits = model(**batch).logits
             if logits.shape[1] == 1:
                 return [float(value) for value in logits[:, 0]]
-            if model.config.problem_type == "multi_label_classification":
-                return None
-            return [float(value) for value in logits.softmax(-1).max(-1).values]
+            meaning = {"multi_label_classification": logits.sigmoid(), "regression": logits}
+            outputs = meaning.get(str(model.config.problem_type), logits.softmax(-1))
+            return [float(value) for value in outputs.max(-1).values]
     except Exception:
         return None
     finally:
