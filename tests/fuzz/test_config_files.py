@@ -59,6 +59,7 @@ FOUND: list[tuple[str, str, list[Any], Any, list[str]]] = [
     ("bert", "tokenizer.json", ["model", "vocab"], {}, PREDICT),
     ("bert", "tokenizer.json", ["model", "vocab", "good"], 50, PREDICT),
     ("bert", "config.json", ["chunk_size_feed_forward"], None, [*PREDICT, "--dense"]),
+    ("bert", "config.json", ["return_dict"], None, EVAL),
     ("modernbert", "tokenizer.json", ["post_processor", "pair", 0, "SpecialToken", "id"], "float16", PREDICT),
     ("modernbert", "tokenizer.json", ["post_processor", "single", 0, "SpecialToken", "id"], "[CLS", PREDICT),
     ("bert", "tokenizer_config.json", ["pad_token"], None, PREDICT),

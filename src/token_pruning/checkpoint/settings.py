@@ -196,7 +196,11 @@ def _not_as_tuple(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be true or left out")
 
 
-_NEVER_NULL = {"chunk_size_feed_forward"}  # transformers checks others, or takes null for their default
+_NEVER_NULL = {
+    "chunk_size_feed_forward",
+    "return_dict",
+    "use_return_dict",
+}  # transformers checks others, or takes null for their default
 _CHECKS: dict[str, Check] = {
     "architectures": _architectures,
     **dict.fromkeys(("num_hidden_layers", "n_layers"), _LAYERS),
