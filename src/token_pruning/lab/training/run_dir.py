@@ -187,7 +187,6 @@ class RunDir:
         """
         try:
             yield
-            sync(staging)
         except BaseException as error:
             full = shutil.disk_usage(self.path).free < _FULL
             shutil.rmtree(staging, ignore_errors=True)
@@ -219,6 +218,7 @@ class RunDir:
         with self.whole_or_removed(staging):
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            sync(staging)
         for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             move_file(file, self.path / file.name)
         sync_names(self.path)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
-from token_pruning.lab.files import STAGING_PREFIX
+from token_pruning.lab.files import STAGING_PREFIX, sync
 from token_pruning.lab.training.budget import BudgetController, soft_relative_flops
 from token_pruning.lab.training.distillation import Distillation
 from token_pruning.lab.training.evaluate import EvaluateSplits
@@ -177,7 +177,9 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
                     else:
                         self.state.stateful_callbacks[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()  # every process has written its random state
+            self.accelerator.wait_for_everyone()  # every process has written its random state
+            if self.args.should_save:
+                sync(staging)
         if self.args.should_save:
             self.run_dir.publish(staging)
             if self.keep_checkpoints is not None:
