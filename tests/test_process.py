@@ -117,31 +117,6 @@ def test_any_locale(name: str, tmp_path: Path) -> None:
         locale.setlocale(locale.LC_ALL, before)
 
 
-def test_a_fork_while_others_compute(tmp_path: Path) -> None:
-    """A child made by fork, as servers and data loaders make them, has an engine that works."""
-    code = (
-        "import os, sys, threading, warnings\n"
-        "warnings.simplefilter('ignore')\n"
-        "from tests.tiny import *\n"
-        "engine = tp.compile(tp.prune(tiny_model(), tp.TopK(token_keep_rate=0.3)), 'float32', threads=2)\n"
-        "batch = ragged_batch([12, 7, 3])\n"
-        "expected = engine(**batch).logits\n"
-        "stop = threading.Event()\n"
-        "others = [threading.Thread(target=lambda: [engine(**batch) for _ in iter(stop.is_set, True)]) for _ in '12']\n"
-        "for other in others: other.start()\n"
-        "for _ in range(4):\n"
-        "    child = os.fork()\n"
-        "    if not child:\n"
-        "        os._exit(0 if all(torch.equal(engine(**batch).logits, expected) for _ in '12') else 1)\n"
-        "    assert os.waitpid(child, 0)[1] == 0\n"
-        "stop.set()\n"
-        "for other in others: other.join()\n"
-        "print('right')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "right", done.stdout + done.stderr
-
-
 def test_a_handler_for_ctrl_c_of_somebody_elses_is_called() -> None:
     """Signals are not ours: the caller's handler runs, and the call goes on."""
     engine, batch = tp.compile(tiny_model(), "float32"), ragged_batch([12, 7, 3])

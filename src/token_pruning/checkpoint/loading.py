@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from token_pruning.checkpoint.ibert import IBERT_MODEL_TYPES, as_roberta_config, as_roberta_weights, ltp_thresholds
-from token_pruning.checkpoint.settings import check_config, foreign_errors, quiet, read_json_object
+from token_pruning.checkpoint.settings import check_config, foreign_errors, naming, quiet, read_json_object
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.families import supported_model_types
 from token_pruning.pruners import Pruner, ignored_keys, method_keys, pruner_from_config
@@ -112,12 +112,10 @@ class Checkpoint:
             ConfigError: for a missing or unknown ``prune_mode``, or a key with a value that is not allowed.
         """
         file = self.path / "config.json"
-        try:
+        with naming(file):
             pruner = pruner_from_config(
                 self.config, self.thresholds, self.vocabulary_scores, learned=learned, temperature=temperature
             )
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
         if ignored := ignored_keys(self.config):
             logger.warning(
                 "%s: %s without effect: not of prune_mode %r", file, ", ".join(ignored), self.config["prune_mode"]

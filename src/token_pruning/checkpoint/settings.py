@@ -55,6 +55,15 @@ def foreign_errors(message: str, kind: type[TokenPruningError] = CheckpointError
 
 
 @contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Around checks that know the keys and not where they stand: messages begin with the file."""
+    try:
+        yield
+    except TokenPruningError as error:
+        raise type(error)(f"{file}: {error}") from None
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own words: what they would say of a checkpoint is an error here, or about thresholds."""
     level = transformers.logging.get_verbosity()
@@ -129,7 +138,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         ConfigError: for a value that is not allowed, or a key that looks like a misspelt one of a pruning method.
         UnsupportedModelError: for quantised weights.
     """
-    try:
+    with naming(file):
         for key, check in _CHECKS.items():
             if config.get(key) is not None or (key in config and key in _NEVER_NULL):
                 check(key, config[key])
@@ -138,8 +147,6 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
                 choice(key, value, sorted(ACT2FN))
         _check_outputs(config)
         _check_spelling(config)
-    except TokenPruningError as error:
-        raise type(error)(f"{file}: {error}") from None
 
 
 def _architectures(name: str, value: Any) -> None:

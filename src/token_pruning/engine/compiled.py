@@ -51,9 +51,9 @@ def compile(
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
         threads: threads of one call (default: ``torch.get_num_threads()``); it takes no more than the cores that the
-            process may use when it is made. Calls from several Python threads run side
-            by side; while one call has the helper threads, each other call runs on its caller's thread alone. PyTorch's
-            path, where that is used, follows ``torch.set_num_threads``.
+            process may use when it is made. Calls from several Python threads run side by side; while one call has the
+            helper threads, each other call runs on its caller's thread alone. PyTorch's path, where that is used,
+            follows ``torch.set_num_threads``.
         reads: as for :func:`token_pruning.prune`, for a model that is not pruned.
 
     Returns:

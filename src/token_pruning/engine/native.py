@@ -154,10 +154,7 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
     """A base model's weights, one after the other, so that they are never all copied at once."""
 
     def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
-        size = module.normalized_shape[0]
-        gamma = torch.ones(size, dtype=torch.float32, device="cpu") if module.weight is None else module.weight
-        beta = torch.zeros(size, dtype=torch.float32, device="cpu") if module.bias is None else module.bias
-        return _Part("norm", layer, which, (gamma, beta))
+        return _Part("norm", layer, which, (module.weight, module.bias))
 
     embeddings = family.embedding_modules()
     for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):

@@ -14,7 +14,7 @@ from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import try_file, write_standard_output, write_text
 from token_pruning.lab.heads import head_kind
 from token_pruning.lab.options import InferenceOptions, option
-from token_pruning.lab.training.features import collator, tokenize
+from token_pruning.lab.training.features import collator, output_names, tokenize
 from token_pruning.lab.training.load import load_float32, load_tokenizer, other_architecture
 
 
@@ -101,7 +101,7 @@ def answers(logits: torch.Tensor, config: Any, name: str) -> list[dict[str, Any]
     kind = head_kind(config.problem_type, logits.shape[1])
     if kind == "score":
         return [{"score": score} for score in logits[:, 0].tolist()]
-    names = [str(config.id2label[number]) for number in range(logits.shape[1])]
+    names = output_names(config)
     if kind != "classes" and len(set(names)) < len(names):
         raise ConfigError(f"{name}: id2label names two outputs alike: {', '.join(names)}; each needs its own name")
     if kind == "classes":

@@ -48,16 +48,16 @@ def labelled_features(
     features = tokenize(tokenizer, examples, model, max_length)
     if examples.labels is not None:
         labels: list[Any] = list(examples.labels)
-        if task.labels is not None and (order := label_order(output_names(model), task.labels)):
+        if task.labels is not None and (order := label_order(output_names(model.config), task.labels)):
             labels = [order.index(task.labels[label]) for label in labels]
         for feature, label in zip(features, labels, strict=True):
             feature["labels"] = label
     return features
 
 
-def output_names(model: Any) -> list[str]:
-    """The model's own names of its outputs, in their order."""
-    return [name for _, name in sorted(model.config.id2label.items())]
+def output_names(config: Any) -> list[str]:
+    """A model's own names of its outputs, in their order."""
+    return [name for _, name in sorted(config.id2label.items())]
 
 
 def label_order(names: Iterable[str], labels: tuple[str, ...]) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
+from token_pruning.checkpoint.settings import naming
 from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.data import Task, TaskData, TextExamples, load_unlabelled
@@ -167,10 +168,8 @@ def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner
         return start, None
     if options.target_flops is None:
         return start, pruner_of(start, options)
-    try:
+    with naming(start.path / "config.json"):
         check_keys({key: value for key, value in start.config.items() if value is not None})
-    except ConfigError as error:
-        raise ConfigError(f"{start.path / 'config.json'}: {error}") from None
     start = with_relative_scores(start)
     temperature = TEMPERATURE if options.temperature is None else options.temperature
     pruner = start.pruner(learned=options.soft, temperature=temperature)

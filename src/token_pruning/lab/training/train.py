@@ -169,7 +169,7 @@ def _add_teacher_logits(plan: TrainPlan, built: _Built, teacher: Checkpoint) -> 
         theirs = label_order(names, labels)
         if not theirs and not all(name.startswith("LABEL_") for name in names):
             logger.warning("%s names its outputs %s; they are taken for %s", teacher.path, names, list(labels))
-        ours = label_order(output_names(built.model), labels)
+        ours = label_order(output_names(built.model.config), labels)
         logits = logits[:, [(theirs or list(labels)).index(label) for label in ours or labels]]
     for feature, row in zip(built.features, logits.tolist(), strict=True):
         feature["teacher_logits"] = row
