@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Reads, family_of, shape_of, supported_model_types
-from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
-from token_pruning.pruners.summary import SummaryTokens
+from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.runtime.attachment import Attachment, Execution
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import Trace, recording
@@ -88,18 +87,17 @@ def unprune(model: ModelT) -> ModelT:
 
 
 @contextmanager
-def prunable(
-    model: Any,
-    summary_tokens: SummaryTokens = "none",
-    vocabulary: VocabularyGate | None = None,
-    reads: Reads | None = None,
-) -> Iterator[None]:
-    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
+def prunable(model: Any, pruner: Pruner | None = None, reads: Reads | None = None) -> Iterator[None]:
+    """A dense model inside the block, in evaluation mode: pruned by a method that drops nothing.
+
+    Args:
+        model: that is not pruned.
+        pruner: the method; thresholds of zero for importance in scoring mode ``"relative"`` unless given.
+        reads: see :func:`prune`.
+    """
     layers = shape_of(hugging_face_model(model).base_model.config).num_layers
     training = model.training
-    pruner = FixedThreshold(
-        thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens, vocabulary=vocabulary
-    )
+    pruner = pruner or FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative")
     prune(model, pruner, reads=reads).eval()
     try:
         yield
