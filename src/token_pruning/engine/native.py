@@ -39,6 +39,7 @@ from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, segments_of
 from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.runtime.departed import LastStates, needs_left_at
+from token_pruning.runtime.roles import asking, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
@@ -180,6 +181,14 @@ def _linears(layer: LayerModules) -> tuple[nn.Linear, ...]:
         layer.feed_forward_up,
         layer.feed_forward_down,
     )
+
+
+class _Roles(NamedTuple):
+    """What the tokens of a call are to the method, ``[tokens]`` uint8 of 0 or 1, as encoder.h has it; None for none."""
+
+    segments: Tensor | None
+    stays: Tensor | None
+    asks: Tensor | None
 
 
 class NativeEncoder:
@@ -353,9 +362,14 @@ class NativeEncoder:
             id_grid = tokens.id_grid()
             assert id_grid is not None
             segments = segments_of(id_grid, tokens.layout)[entering.indices].to(torch.uint8)
+
+        def of_entered(role: Tensor | None) -> Tensor | None:
+            return None if role is None else (role if kept is None else role[kept]).to(torch.uint8)
+
+        roles = _Roles(segments, of_entered(protected(tokens, pruner)), of_entered(asking(tokens, pruner)))
         entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
         states, survived, layers = self._forward(
-            entered, token_pruner, segments, first_only=first_only, recorded=bool(traces), seconds=seconds
+            entered, token_pruner, roles, first_only=first_only, recorded=bool(traces), seconds=seconds
         )
         for trace in traces:
             trace.passes.append(PassRecord(pruner, tokens.layout, entering, reads, layers))
@@ -377,7 +391,7 @@ class NativeEncoder:
         self,
         tokens: PackedTokens,
         token_pruner: TokenPruner,
-        segments: Tensor | None,
+        roles: _Roles,
         *,
         first_only: bool,
         recorded: bool,
@@ -386,8 +400,8 @@ class NativeEncoder:
         """The native call.
 
         Returns:
-            Last states; ``[tokens]`` int32 layers that each token survived; and a record per layer (1-based) if they
-            are asked for, else none.
+            Last states, zeros for tokens that left where these count for nothing; ``[tokens]`` int32 layers that each
+            token survived; and a record per layer (1-based) if they are asked for, else none.
         """
         layout, layers = tokens.layout, self.shape.num_layers
         cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
@@ -396,12 +410,14 @@ class NativeEncoder:
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
         total, sequences = layout.total, cu_seqlens.numel() - 1
         rows, size = sequences if first_only else total, self.shape.hidden_size
-        out = torch.empty(rows, size, dtype=torch.float32, device="cpu")
+        method = token_pruner.pruner
+        departed = method.departed != "survivors"
+        make = torch.empty if first_only or departed else torch.zeros
+        out = make(rows, size, dtype=torch.float32, device="cpu")
         survived = torch.zeros(total, dtype=torch.int32, device="cpu")
         received = None
         if recorded:
             received = torch.full((layers, total), torch.nan, dtype=torch.float32, device="cpu")
-        method = token_pruner.pruner
         summaries = method.summary_tokens != "none"
         hosts = torch.zeros(total, dtype=torch.uint8, device="cpu") if summaries else None
         prunes = bytes(
@@ -414,6 +430,7 @@ class NativeEncoder:
         decides = not absolute and any(prunes)
         importance = torch.empty(total, dtype=torch.float32, device="cpu") if decides else None
         keep = torch.empty(total, dtype=torch.uint8, device="cpu") if decides else None
+        probes, probed = _probes(token_pruner, size)
         assert tokens.ids is not None
         request = Request(
             sequences=sequences,
@@ -429,7 +446,12 @@ class NativeEncoder:
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             first_only=first_only,
             record=recorded,
-            segments=sized(segments, torch.uint8, total),
+            departed=departed,
+            stays=sized(roles.stays, torch.uint8, total),
+            asks=sized(roles.asks, torch.uint8, total),
+            probes=sized(probes, torch.float32, layers * (size + 1)),
+            probed=None if probed is None else ctypes.cast(c_char_p(probed), c_void_p),
+            segments=sized(roles.segments, torch.uint8, total),
             hosts=pointer(hosts),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
@@ -513,15 +535,30 @@ def _records(
         entering, leaving = _layout_of(tokens, present), _layout_of(tokens, left)
         scores = None
         if method.prunes(layer, pruner.num_layers):
-            scores = importance_scores(
-                received[layer - 1][present], entering, method.scoring_mode, method.max_seq_length
-            )
+            scores = _scores(pruner, layer, received[layer - 1][present], entering)
         summaries = None
         if hosts is not None:
             summary = (survived < layer)[left]
             summaries = Summaries(summary, torch.full(summary.shape, torch.nan, dtype=torch.float32, device="cpu"))
         records[layer] = LayerRecord(entering, leaving, scores=scores, summaries=summaries)
     return records
+
+
+def _scores(pruner: TokenPruner, layer: int, received: Tensor, layout: Layout) -> Tensor:
+    """What ``layer`` (1-based) decides by, ``[layout.total]`` float32: importance, or what its probe says."""
+    if pruner.probe(layer) is not None:
+        return received
+    return importance_scores(received, layout, pruner.pruner.scoring_mode, pruner.pruner.max_seq_length)
+
+
+def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None]:
+    """Every layer's probe, ``[layers, size + 1]`` float32, and which layers have one; None for both without any."""
+    probes = [pruner.probe(layer) for layer in range(1, pruner.num_layers + 1)]
+    if all(probe is None for probe in probes):
+        return None, None
+    nothing = torch.zeros(size + 1, dtype=torch.float32, device="cpu")
+    weights = torch.stack([nothing if probe is None else probe for probe in probes])
+    return weights, bytes(probe is not None for probe in probes)
 
 
 def _decision(
@@ -537,7 +574,7 @@ def _decision(
             layer=layer + 1,
             num_layers=pruner.num_layers,
             layout=layout,
-            scores=importance_scores(received, layout, method.scoring_mode, method.max_seq_length),
+            scores=_scores(pruner, layer + 1, received, layout),
             input_lengths=tokens.layout.lengths_tensor,
             threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
             summaries=None if hosts is None else (survived < layer)[present],
