@@ -21,8 +21,11 @@ from token_pruning.errors import (
 )
 from token_pruning.integrations import LIBRARIES as _LIBRARIES  # noqa: F401 - their models are known now
 from token_pruning.pruners import (
+    Correction,
+    DepartureMaps,
     FixedThreshold,
     LearnedThreshold,
+    Probes,
     Pruner,
     RelativeThreshold,
     RisingThreshold,
@@ -41,11 +44,14 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "ConfigError",
+    "Correction",
     "DataError",
+    "DepartureMaps",
     "Engine",
     "FixedThreshold",
     "Flops",
     "LearnedThreshold",
+    "Probes",
     "Pruner",
     "RelativeThreshold",
     "RisingThreshold",

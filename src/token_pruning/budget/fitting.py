@@ -22,6 +22,8 @@ from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops, relative_flops
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, reads_of, record
+from token_pruning.runtime.selection import select
+from token_pruning.runtime.token_pruner import TokenPruner
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
 _DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
@@ -126,6 +128,8 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
     device = attachment.model.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     packed = attachment.pack(**inputs)
+    selection = select(packed, attachment.token_pruner.pruner)
+    packed = packed if selection is None else selection.tokens
     entering, *_ = attachment.token_pruner.enter(packed)
     shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
@@ -200,30 +204,19 @@ def prunable_layers(model: nn.Module, reads: Reads | None = None) -> int:
 def using(model: nn.Module, pruner: Pruner) -> Iterator[None]:
     """A pruned model with another method inside the block, in evaluation mode.
 
-    Thresholds are those of the method. The model's configuration is left as it is.
+    The model's configuration is left as it is.
     """
-    token_pruner = attachment_of(model).token_pruner
-    before, thresholds, training = token_pruner.pruner, token_pruner.thresholds, model.training
-    values = pruner.initial_thresholds(token_pruner.num_layers)
+    attachment = attachment_of(model)
+    before, training = attachment.token_pruner, model.training
+    stand_in = TokenPruner(pruner, before.num_layers, attachment.model.device)
+    stand_in.attachment = attachment
     model.eval()
     try:
-        token_pruner.pruner = pruner
-        if thresholds is not None and values is not None:
-            stand_in = torch.tensor(values, dtype=torch.float32, device=thresholds.device)
-            _set_thresholds(token_pruner, stand_in)
+        attachment.exchange(stand_in.eval())
         yield
     finally:
-        token_pruner.pruner = before
-        if thresholds is not None:
-            _set_thresholds(token_pruner, thresholds)
+        attachment.exchange(before)
         model.train(training)
-
-
-def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
-    """Exchange the tensor itself, parameter or buffer, so that the optimizer's stays what it was."""
-    for tensors in (token_pruner._parameters, token_pruner._buffers):
-        if "thresholds" in tensors:
-            tensors["thresholds"] = thresholds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,10 @@ from token_pruning.pruners import Unpruned
 from token_pruning.ragged import Layout
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import MODULE_NAME
+from token_pruning.runtime.departed import Departures
 from token_pruning.runtime.inputs import check_arguments, check_ids, input_tables, model_output, pack_inputs
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of
+from token_pruning.runtime.selection import select
 from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
@@ -147,7 +149,7 @@ class Pooled(NamedTuple):
 
     Attributes:
         vectors: ``[batch, dim]``: the first token's last state, or the mean of all tokens'; zeros for no tokens.
-        states: ``[tokens, dim]``, or ``[batch, dim]`` where only first tokens are read; None unless asked for.
+        states: ``[tokens, dim]``, or ``[batch, dim]`` where only first tokens are read; may be None unless asked for.
     """
 
     vectors: Tensor
@@ -185,15 +187,29 @@ class Engine:
             model is not base and not self._one_each and name.endswith(family.first_token_heads)
         )
         self._padding = getattr(base.config, "pad_token_id", None) or 0
-        some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
-        needs_embeddings = some_never_enter and not self._first_only
+        pruner = self.token_pruner.pruner
+        needs_embeddings = bool(pruner.vocabulary_threshold) and reads != "first" and pruner.departed != "survivors"
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._family, self._model_class = stub.family, type(model)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
+        self._departures = self._make_departures()
         # A head is everything of the model but its base, which the stub stands in for.
         self._head = stub if model is base else _unpruned_copy(model, {base: stub})
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
         _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
+
+    def _make_departures(self) -> Departures:
+        """What departed tokens count as, by products whose rows do not depend on the others of a batch."""
+
+        def affine(weights: Tensor) -> nn.Module:
+            linear = nn.Linear(weights.shape[1] - 1, weights.shape[0], device="meta")
+            linear.weight, linear.bias = nn.Parameter(weights[:, :-1]), nn.Parameter(weights[:, -1])
+            return self._encoder.head_linear(linear, -1)
+
+        maps = {at: affine(weights) for at, weights in self.token_pruner.departure_maps.items()}
+        weights = self.token_pruner.correction_weights
+        correction = None if weights is None else affine(weights)
+        return Departures(self.token_pruner, maps=maps, correction=correction)
 
     @memory_errors()
     @torch.inference_mode()
@@ -296,8 +312,8 @@ class Engine:
         if not isinstance(self._head, _CompiledBase):
             raise ConfigError(f"run_pooled runs a base model; this is a {type(self._head).__name__}")
         inputs = self._padded(input_ids, cu_seqlens, token_type_ids, None)
-        pooled: Pooled = self._head(**inputs, **{_POOLED: True})
-        return pooled if states else pooled._replace(states=None)
+        pooled: Pooled = self._head(**inputs, **{_POOLED: "states" if states else "vectors"})
+        return pooled
 
     def _padded(
         self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
@@ -375,7 +391,7 @@ class _CompiledBase(nn.Module):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        packed, pooled = kwargs.pop(_PACKED, False), kwargs.pop(_POOLED, False)
+        packed, pooled = kwargs.pop(_PACKED, False), kwargs.pop(_POOLED, None)
         self._check_options(input_ids, kwargs)
         for name, value in (
             ("input_ids", input_ids),
@@ -384,23 +400,31 @@ class _CompiledBase(nn.Module):
         ):
             if value is not None:
                 _check_on_cpu(name, value)
+        engine = self._engine
+        pruner = engine.token_pruner.pruner
         tokens = pack_inputs(
             self.family,
             self._tables,
+            max_tokens=pruner.max_tokens,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids if self._tables["token_type_ids"] else None,
             position_ids=position_ids,
         )
-        engine = self._engine
-        states = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only)
-        if pooled:
-            vectors = states
-            if not engine._first_only:
-                rows = torch.arange(len(states), device="cpu")
-                vectors = nn.functional.embedding_bag(rows, states, tokens.layout.cu_seqlens[:-1].long(), mode="mean")
-            return Pooled(vectors, states)
-        return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
+        selection = select(tokens, pruner)
+        entering = tokens if selection is None else selection.tokens
+        last = engine._encoder.run(entering, engine.token_pruner, reads=engine.reads)
+        departures = engine._departures
+        states = None
+        if pooled != "vectors" or engine.reads == "first":
+            states = departures.states(last, entering.layout, engine.reads, selection, tokens.layout)
+        if pooled is None:
+            assert states is not None
+            return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
+        if states is not None and engine.reads == "first":
+            return Pooled(states, states)
+        texts = None if selection is None else selection.cu_texts
+        return Pooled(departures.pooled(last, entering.layout, cu_texts=texts), states)
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
         first_only, one_each = self._engine._first_only, self._engine._one_each

@@ -33,11 +33,12 @@ from token_pruning.engine.library import (
     sized,
 )
 from token_pruning.errors import TokenPruningError
-from token_pruning.families import Family, LayerModules
+from token_pruning.families import Family, LayerModules, Reads
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, segments_of
 from token_pruning.ragged import Layout, PackedTokens
+from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
@@ -327,14 +328,14 @@ class NativeEncoder:
         return NativeLinear(self._library, linear, dtype, self._limit, self.threads)
 
     def run(
-        self, tokens: PackedTokens, token_pruner: TokenPruner, *, first_only: bool, seconds: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: PackedTokens, token_pruner: TokenPruner, *, reads: Reads, seconds: Tensor | None = None
+    ) -> LastStates:
         """See :class:`token_pruning.engine.encoder.Encoder`.
 
         Args:
             tokens: see there.
             token_pruner: see there.
-            first_only: see there.
+            reads: see there.
             seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
 
         Raises:
@@ -343,26 +344,34 @@ class NativeEncoder:
             Exception: whatever the pruner raises.
         """
         if not tokens.layout.batch_size:
-            return torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu")
+            return LastStates(torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu"))
+        pruner, first_only = token_pruner.pruner, reads == "first"
         entering, kept, dropped = token_pruner.enter(tokens)
-        traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
+        traces = [trace for recorded, trace in recording.get() if recorded is token_pruner]
         segments = None
-        if token_pruner.pruner.summary_tokens == "segment":
+        if pruner.summary_tokens == "segment":
             id_grid = tokens.id_grid()
             assert id_grid is not None
             segments = segments_of(id_grid, tokens.layout)[entering.indices].to(torch.uint8)
         entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
-        states, layers = self._forward(
+        states, survived, layers = self._forward(
             entered, token_pruner, segments, first_only=first_only, recorded=bool(traces), seconds=seconds
         )
         for trace in traces:
-            trace.passes.append(PassRecord(token_pruner.pruner, tokens.layout, entering, layers, first_only))
-        if first_only or kept is None or dropped is None:
-            return states
-        # What never entered keeps its embedding.
-        everything = states.new_empty(tokens.layout.total, states.shape[1]).index_copy(0, kept, states)
-        assert self._embeddings is not None
-        return everything.index_copy(0, dropped, self._embeddings.embed(tokens.of(dropped, tokens.layout)))
+            trace.passes.append(PassRecord(pruner, tokens.layout, entering, reads, layers))
+        left_at = survived.long() + 1 if needs_left_at(pruner, reads) else None
+        if kept is None or dropped is None:
+            return LastStates(states, left_at)
+        if left_at is not None:
+            left_at = left_at.new_zeros(tokens.layout.total).index_copy(0, kept, left_at)
+        if first_only:
+            return LastStates(states, left_at)
+        everything = states.new_zeros(tokens.layout.total, states.shape[1]).index_copy(0, kept, states)
+        if pruner.departed != "survivors":  # what never entered keeps its embedding
+            assert self._embeddings is not None
+            embedded = self._embeddings.embed(tokens.of(dropped, tokens.layout))
+            everything = everything.index_copy(0, dropped, embedded)
+        return LastStates(everything, left_at)
 
     def _forward(
         self,
@@ -373,8 +382,13 @@ class NativeEncoder:
         first_only: bool,
         recorded: bool,
         seconds: Tensor | None,
-    ) -> tuple[Tensor, dict[int, LayerRecord]]:
-        """The native call: last states, and a record per layer (1-based) if they are asked for, else none."""
+    ) -> tuple[Tensor, Tensor, dict[int, LayerRecord]]:
+        """The native call.
+
+        Returns:
+            Last states; ``[tokens]`` int32 layers that each token survived; and a record per layer (1-based) if they
+            are asked for, else none.
+        """
         layout, layers = tokens.layout, self.shape.num_layers
         cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
         filled = cu_seqlens.diff() > 0
@@ -436,7 +450,7 @@ class NativeEncoder:
                     seconds[PARTS.index("decide")] += time.perf_counter() - began
             self._spare.append(workspace)
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
-        return layout.per_sequence(out) if first_only else out, records
+        return layout.per_sequence(out) if first_only else out, survived, records
 
     def _workspace_for(self, request: Request) -> "Workspace":
         """Memory for a call, an earlier one's where that is large enough."""

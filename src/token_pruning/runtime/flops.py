@@ -1,9 +1,9 @@
 """Floating-point operations in closed form, from token counts per layer.
 
 Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
-feed-forward) at two operations per multiply–accumulate. Embeddings, normalisations, softmax and heads are not counted.
-Of a layer with a window the keys inside it count, though plain PyTorch attention also computes the others and masks
-them.
+feed-forward), and of probes, maps and corrections, at two operations per multiply–accumulate. Embeddings,
+normalisations, softmax and heads are not counted. Of a layer with a window the keys inside it count, though plain
+PyTorch attention also computes the others and masks them.
 """
 
 from dataclasses import asdict, dataclass
@@ -114,10 +114,13 @@ def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_len
     """
     valid = computed.dense
     padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
+    rows = (computed.keys, computed.queries, computed.projected, computed.feed_forward)
     totals = [
         layer_flops(shape, keys, feed_forward, queries, projected).sum(0).mean().item()
-        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, computed[1:])
+        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, rows)
     ]
+    products = computed.probed.sum(0) + computed.mapped[0] * shape.hidden_size  # each with a row of the hidden size
+    totals[-1] += 2 * shape.hidden_size * products.double().mean().item()
     return Flops(*totals)
 
 

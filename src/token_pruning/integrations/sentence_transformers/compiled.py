@@ -185,7 +185,7 @@ class _Vectors(_Inference):
         """All features of each text, without padding."""
         lengths, count = batch.lengths.tolist(), len(batch.places)
         states = features.pop("token_embeddings")
-        rows = {
+        rows: dict[str, Any] = {
             "input_ids": torch.split(batch.ids, lengths),
             "attention_mask": torch.split(torch.ones_like(batch.ids), lengths),
             "token_embeddings": torch.split(states, 1 if self.engine.reads == "first" else lengths),
