@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from token_pruning.runtime.attachment import MODULE_NAME
-from token_pruning.runtime.prune import attachment_of
+from token_pruning.runtime.prune import attachment_of, is_pruned
 
 TENSORS_FILE = "token_pruner.safetensors"
 
@@ -38,6 +38,9 @@ class SavedBeside:
 
     def __call__(self, output_path: Any, *args: Any, **kwargs: Any) -> None:
         module = self.module
+        if not is_pruned(module.model):  # unpruned by itself, not as a part of this
+            type(module).save(module, output_path, *args, **kwargs)
+            return
         attachment = attachment_of(module.model)
         model = attachment.model
         tensors = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.autonotebook import tqdm
 
 BATCH_TOKENS = 8192
-"""Tokens of one batch, but for a longer text, which is a batch of its own."""
+"""Tokens of one batch that enter the encoder, but for a longer text, which is a batch of its own."""
 
 _TOKENIZED_AT_ONCE = 512  # texts: tokenizers spread a call over threads, and ids as Python integers take memory
 
@@ -41,7 +41,7 @@ class Batch:
 
 
 def batches(
-    model: Any, inputs: list[Any], prompt: str | None, show_progress_bar: bool, **options: Any
+    model: Any, inputs: list[Any], prompt: str | None, show_progress_bar: bool, most: int | None, **options: Any
 ) -> Iterator[Batch]:
     """All inputs, the longest first.
 
@@ -50,6 +50,7 @@ def batches(
         inputs: texts, or pairs of texts.
         prompt: put before each text.
         show_progress_bar: of the texts that are done.
+        most: tokens of a text that enter the encoder; None for all.
         options: for the model's ``preprocess``.
     """
     given = options.pop("processing_kwargs", None) or {}
@@ -68,7 +69,7 @@ def batches(
             )
             ids, types = features.pop("input_ids"), features.pop("token_type_ids", None)
             features = {name: value for name, value in features.items() if not isinstance(value, list)}
-            for some in _by_tokens([len(row) for row in ids]):
+            for some in _by_tokens([min(len(row), most or len(row)) for row in ids]):
                 yield Batch(
                     places[some], _packed(ids[some]), _ends(ids[some]), types and _packed(types[some]), features
                 )

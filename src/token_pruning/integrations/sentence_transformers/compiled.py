@@ -6,6 +6,7 @@ casts and moves it (``_apply``), which does nothing.
 """
 
 import copy
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ _OUTPUTS = ("sentence_embedding", "token_embeddings", None)
 
 
 class _Source:
-    """The Hugging Face model that was compiled, for saving; copies share it."""
+    """The Hugging Face model that was compiled, for saving; copies share it, and a pool's workers do without."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Source":
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None if get_spawning_popen() else self.model}
 
 
 class EngineModel(nn.Module):
@@ -58,6 +62,8 @@ class EngineModel(nn.Module):
     def saved(self) -> Any:
         """The model to save: the one that was compiled, or if it was pruned otherwise since, a copy pruned as then."""
         model, wanted = self.source.model, self.engine.token_pruner
+        if model is None:
+            raise ConfigError("a worker of a pool has no weights to save; save the model that started the pool")
         pruned = not self.engine.is_dense
         if is_pruned(model) is pruned and (not pruned or _same(attachment_of(model).token_pruner, wanted)):
             return model
@@ -130,7 +136,8 @@ class _Inference:
         """See :func:`~token_pruning.integrations.sentence_transformers.batches.batches`."""
         if device is not None and torch.device(device).type != "cpu":
             raise ConfigError(f"device is {str(device)!r}; a compiled model runs on the CPU")
-        return batches(self.model, inputs, prompt, show, **options)
+        pruner = self.engine.token_pruner.pruner
+        return batches(self.model, inputs, prompt, show, None if pruner.chunks else pruner.max_tokens, **options)
 
     def vectors(self, batch: Batch, *, states: bool = False) -> dict[str, Any]:
         """What the modules say of a batch's texts; ``states`` asks for each token's too, ``[tokens, dim]``."""
