@@ -43,7 +43,7 @@ from token_pruning.runtime.roles import asking, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
-_STATE_FORMAT = 1  # of a pickled engine
+_STATE_FORMAT = 2  # of a pickled engine
 
 
 class _Linear(NamedTuple):
@@ -52,6 +52,29 @@ class _Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None = None
+
+
+class _Value(NamedTuple):
+    """A tensor in a pickle.
+
+    As a tensor, multiprocessing would send it to a process that it starts by a file descriptor; those of tensors that
+    are made for the pickle alone are closed before the process opens them.
+    """
+
+    data: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Value | None":
+        """A tensor's numbers."""
+        if tensor is None:
+            return None
+        return cls(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """A tensor with them."""
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -134,11 +157,11 @@ class NativeLinear(nn.Module):
             check(self._library, self._library.tp_linear_get(self._handle, *arrays))
 
         numbers = _exported(self._dtype, (self.out_features, self.in_features), read)
-        return {**state, "numbers": tuple(numbers), "format": _STATE_FORMAT}
+        return {**state, "numbers": tuple(map(_Value.of, numbers)), "format": _STATE_FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         library, state["_limit"] = _restored_limit(state)
-        numbers = _Linear(*state.pop("numbers"))
+        numbers = _Linear(*(value and value.tensor() for value in state.pop("numbers")))
         self.__dict__.update(state)
         self._pack(library, numbers)
 
@@ -318,13 +341,20 @@ class NativeEncoder:
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_library", "_handle", "_spare", "_shapes", "level")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return {**state, "parts": [tuple(self._get(*place)) for place in self._shapes], "format": _STATE_FORMAT}
+        parts = [(*place, *map(_Value.of, self._get(*place).tensors)) for place in self._shapes]
+        return {**state, "parts": parts, "format": _STATE_FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         library, state["_limit"] = _restored_limit(state)
         parts = state.pop("parts")
         self.__dict__.update(state, _restored=True)
-        self._pack(library, (_Part(*part) for part in parts))
+        self._pack(
+            library,
+            (
+                _Part(kind, layer, which, tuple(value and value.tensor() for value in values))
+                for kind, layer, which, *values in parts
+            ),
+        )
 
     @property
     def weight_bytes(self) -> int:
