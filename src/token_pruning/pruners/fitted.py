@@ -103,8 +103,9 @@ class Correction:
 
 
 def apply_affine(rows: Tensor, weights: Tensor) -> Tensor:
-    """``[n, in]`` to ``[n, out]`` by weights ``[out, in + 1]``, in float32."""
-    return torch.nn.functional.linear(rows.float(), weights[:, :-1], weights[:, -1])
+    """``[n, in]`` to ``[n, out]`` by weights ``[out, in + 1]``, in float32 whatever autocast says."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.nn.functional.linear(rows.float(), weights[:, :-1], weights[:, -1])
 
 
 def _rising(name: str, layers: Any, lowest: int) -> tuple[int, ...]:
