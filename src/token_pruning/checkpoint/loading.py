@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,10 +253,10 @@ def from_pretrained(
         return adapter.load(folder, pruner, execution=execution, **kwargs)
     with_info = bool(kwargs.pop("output_loading_info", False))
     checkpoint = read_checkpoint(folder)
-    if pruner is None:
-        pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
+    method = pruner or checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
     model, info = _load(checkpoint, model_class, False, kwargs)
-    pruned = checkpoint.prune(model, pruner, execution=execution)
+    with naming(checkpoint.path / "config.json") if pruner is None else nullcontext():
+        pruned = checkpoint.prune(model, method, execution=execution)
     return (pruned, info) if with_info else pruned
 
 

@@ -175,6 +175,7 @@ class Engine:
             attachment.token_pruner.fit_vocabulary()
             token_pruner = copy.deepcopy(attachment.token_pruner, {id(attachment): None})
             self.token_pruner = token_pruner.to("cpu").eval().requires_grad_(False)
+            self.token_pruner.check_maps(reads)
         else:
             layers = family.shape(base.config).num_layers
             self.token_pruner = TokenPruner(Unpruned(), layers, torch.device("cpu"))

@@ -224,6 +224,11 @@ _OTHER_KEYS = {
     "probes": "probe_layers",
     "maps": "map_layers",
 }
+# What a setting does not go without, as small as can be.
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "chunks": {"max_tokens": _FEWEST_TOKENS},
+    "departed": {"maps": DepartureMaps([0], torch.zeros(1, 1, 2, device="cpu"))},
+}
 _METHODS: dict[str, type[Pruner]] = {}
 _LEARNED: dict[str, type[Pruner]] = {}
 
@@ -270,11 +275,11 @@ def check_keys(keys: Mapping[str, Any]) -> None:
 
 
 def _problem(cls: type[Pruner], name: str, value: Any) -> ConfigError | None:
-    """What a method says of one value, with its defaults for all others."""
+    """What a method says of one value, with its defaults for all others that it can do with."""
     if any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls)):
         return None
     try:
-        cls(**{name: value})
+        cls(**{name: value, **_COMPANIONS.get(name, {})})
     except ConfigError as error:
         return error
     return None

@@ -45,7 +45,7 @@ class Probes:
     def __post_init__(self) -> None:
         """Check the setting."""
         object.__setattr__(self, "layers", _rising("probe_layers", self.layers, lowest=1))
-        _check_weights("probe weights", self.weights, (len(self.layers), None))
+        _check_weights("probe weights", self.weights, len(self.layers))
 
     def row(self, layer: int) -> int | None:
         """The row of ``weights`` for a layer; None for a layer without a probe."""
@@ -73,8 +73,7 @@ class DepartureMaps:
     def __post_init__(self) -> None:
         """Check the setting."""
         object.__setattr__(self, "layers", _rising("map_layers", self.layers, lowest=0))
-        hidden = self.weights.shape[-1] - 1 if isinstance(self.weights, Tensor) and self.weights.dim() == 3 else None
-        _check_weights("map weights", self.weights, (len(self.layers), hidden, None))
+        _check_weights("map weights", self.weights, len(self.layers), square=True)
 
     def __repr__(self) -> str:
         return f"DepartureMaps(layers={list(self.layers)})"
@@ -95,16 +94,16 @@ class Correction:
 
     def __post_init__(self) -> None:
         """Check the setting."""
-        hidden = self.weights.shape[-1] - 1 if isinstance(self.weights, Tensor) and self.weights.dim() == 2 else None
-        _check_weights("correction weights", self.weights, (hidden, None))
+        _check_weights("correction weights", self.weights, square=True)
 
     def __repr__(self) -> str:
         return "Correction()"
 
 
 def apply_affine(rows: Tensor, weights: Tensor) -> Tensor:
-    """``[n, in]`` to ``[n, out]`` by weights ``[out, in + 1]``, in float32."""
-    return torch.nn.functional.linear(rows.float(), weights[:, :-1], weights[:, -1])
+    """``[n, in]`` to ``[n, out]`` by weights ``[out, in + 1]``, in float32 whatever autocast says."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.nn.functional.linear(rows.float(), weights[:, :-1], weights[:, -1])
 
 
 def _rising(name: str, layers: Any, lowest: int) -> tuple[int, ...]:
@@ -116,15 +115,12 @@ def _rising(name: str, layers: Any, lowest: int) -> tuple[int, ...]:
     return found
 
 
-def _check_weights(name: str, weights: Any, shape: tuple[int | None, ...]) -> None:
-    """Raises ConfigError unless it is a floating-point tensor of the shape, None standing for any size."""
-    good = (
-        isinstance(weights, Tensor)
-        and weights.is_floating_point()
-        and weights.dim() == len(shape)
-        and all(wanted in (None, size) for size, wanted in zip(weights.shape, shape, strict=True))
-    )
-    if not good:
-        found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        wanted = ", ".join("hidden" if size is None else str(size) for size in shape[:-1])
-        raise ConfigError(f"{name} are {found}; they must be floating-point numbers of shape [{wanted}, hidden + 1]")
+def _check_weights(name: str, weights: Any, *leading: int, square: bool = False) -> None:
+    """Raises ConfigError unless it is a floating-point tensor of affine maps, to the hidden size again if square."""
+    wanted = [*map(str, leading), *["hidden"] * square, "hidden + 1"]
+    if isinstance(weights, Tensor) and weights.is_floating_point() and weights.dim() == len(wanted):
+        *outer, last = weights.shape
+        if outer == [*leading, *[last - 1] * square]:
+            return
+    found = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+    raise ConfigError(f"{name} are {found}; they must be floating-point numbers of shape [{', '.join(wanted)}]")

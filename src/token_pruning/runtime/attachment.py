@@ -56,7 +56,7 @@ class Attachment:
         self.loop: Callable[..., PackedLoop] = PackedLoop if self.packed else PaddedLoop
         self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
-        self.token_pruner.check_maps(self.shape.hidden_size, self.reads)
+        self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
         self.token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
@@ -162,6 +162,8 @@ class Attachment:
                     f"{name}=True is not possible in packed execution, where layers hold different tokens; "
                     'use prune(model, pruner, execution="masked")'
                 )
+        if not self.token_pruner.soft:  # thresholds may have been trained or set since, and what is read be more
+            self.token_pruner.check_maps(reads)
         loop = self.loop(self.family, self.token_pruner, entering, reads=reads)
         states = Departures(self.token_pruner).states(loop.run(), entering.layout, reads, selection, tokens.layout)
         fields: dict[str, Any] = {}

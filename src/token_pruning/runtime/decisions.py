@@ -69,8 +69,7 @@ class Decisions:
         """What the layer's probe says of states ``[rows, dim]`` after its attention block: ``[rows]`` float32."""
         probe = self.token_pruner.probe(layer)
         assert probe is not None
-        with torch.autocast(states.device.type, enabled=False):
-            return apply_affine(states, probe[None]).squeeze(1)
+        return apply_affine(states, probe[None]).squeeze(1)
 
     def paid(self, layer: int) -> Tensor | None:
         """How much the attention that each token of ``layer`` pays counts, ``[entering.total]`` float32; None for 1.
@@ -109,6 +108,8 @@ class Decisions:
             assert isinstance(pruner, LearnedThreshold)
             # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
             soft_mask = pruner.soft_mask(tokens)
+            if self._stays is not None:
+                soft_mask = soft_mask.masked_fill(self._stays[entering.indices], 1.0)
             record = LayerRecord(entering, entering, soft_mask=soft_mask, scores=tokens.scores)
             layers.setdefault(layer, record)
             return record

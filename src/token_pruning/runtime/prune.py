@@ -40,9 +40,10 @@ def prune(
         execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
             gone: a slow reference with the same results, which can return attentions and hidden states.
         reads: which last hidden states are used: ``"first"``, only those of sequences' first tokens, so that the last
-            layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; or ``"all"``. As
+            layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; ``"mean"``, only
+            the mean over a sequence's tokens, so that rows of tokens that left need not be their own; or ``"all"``. As
             the model's head, or its Pooling module, is known to do unless given; an embedding model of plain
-            transformers with CLS pooling may say ``"first"``.
+            transformers with CLS pooling may say ``"first"``, one with mean pooling ``"mean"``.
 
     Returns:
         The same model.

@@ -71,8 +71,9 @@ def select(tokens: PackedTokens, pruner: Pruner) -> Selection | None:
     ranks = torch.cat([torch.arange(int(size)) for size in each])
     places = torch.arange(len(each)).repeat_interleave(each) * width + ranks
     chosen = Layout(places.to(device), pad(each.cumsum(0), (1, 0)).to(device, torch.int32), width)
-    first_positions = tokens.positions[layout.cu_seqlens.long()[layout.sequence_ids[rows]]]
-    positions = first_positions + ranks.to(device, first_positions.dtype)
+    own = tokens.positions[rows]
+    anew = tokens.positions[layout.cu_seqlens.long()[layout.sequence_ids[rows]]] + ranks.to(device, own.dtype)
+    positions = torch.where((layout.lengths_tensor > most)[layout.sequence_ids[rows]], anew, own)
     cu_texts = pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device)
     return Selection(
         replace(tokens.of(rows, chosen), positions=positions), rows, cu_texts, torch.cat(windowed).to(device)

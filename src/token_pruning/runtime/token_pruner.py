@@ -137,12 +137,12 @@ class TokenPruner(nn.Module):
             for layer, can, threshold in zip(layers, drops, self.thresholds.tolist(), strict=True)
         ]
 
-    def check_maps(self, hidden_size: int, reads: Reads) -> None:
+    def check_fit(self, hidden_size: int, reads: Reads) -> None:
         """Hold the linear settings against the model.
 
         Raises:
-            ConfigError: for weights of another hidden size, a layer that tokens may leave after without a map, or a
-                correction where no single vector is read.
+            ConfigError: for weights of another hidden size, a correction where no single vector is read, or as
+                :meth:`check_maps`.
         """
         for name, tensor in (
             ("probe", self.probe_weights), ("map", self.map_weights), ("correction", self.correction_weights)
@@ -153,6 +153,14 @@ class TokenPruner(nn.Module):
                 )
         if self.correction_weights is not None and reads == "all":
             raise ConfigError("correction is for one vector of a text; this model's outputs read all last states")
+        self.check_maps(reads)
+
+    def check_maps(self, reads: Reads) -> None:
+        """See that every token that may leave has a map, with the thresholds there are now.
+
+        Raises:
+            ConfigError: for a layer that tokens may leave after without a map.
+        """
         if self.pruner.departed != "map" or reads == "first":
             return
         needed = [layer for layer, drops in enumerate(self.dropping_layers(), start=1) if drops]

@@ -102,16 +102,19 @@ class PassRecord:
         return self.reads == "first"
 
     def probed(self, layer: int) -> bool:
-        """Whether a probe took the layer's decision."""
+        """Whether a probe takes the layer's decision; one that nobody but a trace wants does not count."""
         probes = self.pruner.probes
-        return probes is not None and layer in probes.layers and self.layers[layer].scores is not None
+        wanted = layer < len(self.layers) or not self.first_only
+        return probes is not None and layer in probes.layers and self.layers[layer].scores is not None and wanted
 
     def lost(self, layer: int) -> Tensor:
         """Tokens that left at a layer, or at 0 before the first, ``[batch]`` int64."""
         if layer == 0:
             return self.valid.lengths_tensor - self.entering.lengths_tensor
         record = self.layers[layer]
-        return record.entering.lengths_tensor - record.leaving.lengths_tensor
+        if record.dropped_rows is None:
+            return torch.zeros_like(self.valid.lengths_tensor)
+        return record.entering.sequence_ids[record.dropped_rows].bincount(minlength=self.valid.batch_size)
 
 
 @dataclass
