@@ -79,6 +79,7 @@ def put(model: Model, engine: Engine, names: tuple[str, ...]) -> Model:
 
 def export_onnx(model: Model, texts: Sequence[Any], folder: Path) -> None:
     """Write ``plain.onnx``, ``fused.onnx`` and, of each, ``…-int8.onnx``."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.transformers import optimizer
 
@@ -115,6 +116,7 @@ def export_onnx(model: Model, texts: Sequence[Any], folder: Path) -> None:
                 per_channel=True,
                 reduce_range=not vnni,
                 weight_type=QuantType.QInt8 if vnni else QuantType.QUInt8,
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # fused operators tell no type
             )
     finally:
         logging.disable(logging.NOTSET)

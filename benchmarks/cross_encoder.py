@@ -42,7 +42,7 @@ def train(pairs: Sequence[tuple[str, str, bool]], folder: Path, *, seed: int = 0
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 9:
+        if step % 5 == 4:
             print(
                 f"step {step + 1} of {steps}, loss {loss.item():.3f}, {time.perf_counter() - started:.0f} s", flush=True
             )

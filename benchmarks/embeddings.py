@@ -170,7 +170,7 @@ def pruned(
     """The cells of a pruned model; without ``target_flops`` it only takes what ``length`` says."""
     started = time.perf_counter()
     if target_flops is None:
-        tp.prune(model, tp.Unpruned(), **length)
+        tp.prune(model, tp.Unpruned(**length))
     else:
         tp.calibrate(model, task.calibration[:calibration], target_flops=target_flops, **length)
     seconds = time.perf_counter() - started

@@ -38,6 +38,7 @@ import token_pruning as tp
 
 METHODS = ("dense", "truncated", "pruned")
 PASSAGES = 50
+JUDGED = 100  # questions that tell whether an engine scores as the dense model does
 
 
 def predictor(model: CrossEncoder, batch_size: int = 32) -> Predict:
@@ -70,7 +71,7 @@ def token_counts(model: CrossEncoder, pairs: Sequence[tuple[str, str]]) -> list[
 
 
 def train(arguments: argparse.Namespace) -> None:
-    task = read_reranking(arguments.data, arguments.questions)
+    task = read_reranking(arguments.data, questions=0)
     seconds = cross_encoder.train(task.training, arguments.model)
     print(f"{arguments.model}: trained on {len(task.training):,} pairs in {seconds:.0f} seconds")
 
@@ -129,12 +130,11 @@ def pruned(
 
 
 def speed(arguments: argparse.Namespace) -> None:
-    task = read_reranking(arguments.data, arguments.questions)
+    task = read_reranking(arguments.data, JUDGED)
     generator = random.Random(0)
     everything = list(dict.fromkeys(text for texts in task.passages for text in texts))
     rankings = [(query, generator.sample(everything, PASSAGES)) for query in task.questions[: arguments.queries]]
-    judged = task.pairs
-    dense = predictor(cross_encoder.load(arguments.model))(judged)
+    dense = predictor(cross_encoder.load(arguments.model))(task.pairs)
 
     def run(model: CrossEncoder, batch_size: int) -> Callable[[], Any]:
         def rank_all() -> None:
@@ -144,7 +144,7 @@ def speed(arguments: argparse.Namespace) -> None:
         return rank_all
 
     def facts(model: CrossEncoder) -> dict[str, Any]:
-        scores = predictor(model)(judged)
+        scores = predictor(model)(task.pairs)
         score = task.score(task.outcome(scores), task.groups["all"])
         return {"score": score, "agreement": float(np.corrcoef(scores, dense)[0, 1])}
 
@@ -177,11 +177,11 @@ def parse_arguments() -> argparse.Namespace:
         default=Path(tempfile.gettempdir()) / "token-pruning" / "cross-encoder",
         help="where `train` leaves the model and the others find it (default: %(default)s)",
     )
-    shared.add_argument("--questions", type=int, default=400, help="to measure on, at most 1,000")
     commands.add_parser("train", parents=[shared], help="fine-tune the reranker; some twenty minutes on two cores")
     measuring = argparse.ArgumentParser(add_help=False)
     comparison.add_arguments(measuring)
     first = commands.add_parser("quality", parents=[shared, measuring], help="scores beside FLOPs")
+    first.add_argument("--questions", type=int, default=400, help="to measure on, at most 1,000")
     first.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     first.add_argument("--costs", type=float, nargs="+", default=list(COSTS), help="relative FLOPs")
     second = commands.add_parser("speed", parents=[shared, measuring], help="seconds of rank")

@@ -32,6 +32,7 @@ BATCH_SIZES = (8, 16, 32, 64)
 INSTALLED_BATCH_SIZE = 32
 INSTALLED, TUNED = "sentence-transformers, as installed", "sentence-transformers"
 UNPRUNED, PRUNED = "token-pruning, unpruned", "token-pruning, pruned"
+OWN = (UNPRUNED, PRUNED)
 PAUSE = 0.05  # seconds in which the threads of the engine before stop spinning
 
 Run = Callable[[Model, int], Callable[[], Any]]
@@ -106,7 +107,7 @@ class Bench:
                 {
                     "what": row.name,
                     "dtype": row.dtype,
-                    "batch_size": row.batch_size,
+                    "batch_size": None if row.what in OWN else row.batch_size,
                     "seconds": spread(own),
                     "passes": own,
                     "to_installed": ratio(seconds[rows[0].name], own),
@@ -138,7 +139,7 @@ class Bench:
             more = {"target_flops": target}
             forms += [(PRUNED, dtype, [tp.compile(model, dtype=dtype, threads=threads)], more) for dtype in dtypes]
         return [
-            [Row(what, dtype, model, size, more) for model in models for size in BATCH_SIZES]
+            [Row(what, dtype, model, size, more) for model in models for size in _batch_sizes(what)]
             for what, dtype, models, more in forms
         ]
 
@@ -153,6 +154,11 @@ class Bench:
         return files
 
 
+def _batch_sizes(what: str) -> Sequence[int]:
+    """Those to try; a compiled model makes batches of its own, by tokens."""
+    return BATCH_SIZES if what not in OWN else BATCH_SIZES[:1]
+
+
 def _fastest(forms: Sequence[Row], run: Run) -> Row:
     """The quickest of an engine's forms, by the better of two calls each."""
     chosen = min(forms, key=lambda row: clock(row, run))
@@ -162,11 +168,11 @@ def _fastest(forms: Sequence[Row], run: Run) -> Row:
 
 def _truncated(rows: Sequence[Row], run: Run) -> list[Row]:
     """The fastest dense engine of others, and this package's, on texts cut until they take as long as pruned."""
-    own = {row.what: row for row in rows if row.dtype == "float32" and row.what in (UNPRUNED, PRUNED)}
+    own = {row.what: row for row in rows if row.dtype == "float32" and row.what in OWN}
     if PRUNED not in own:
         return []
     goal = clock(own.pop(PRUNED), run)
-    others = [row for row in rows if row.dtype == "float32" and row.what not in (UNPRUNED, PRUNED)]
+    others = [row for row in rows if row.dtype == "float32" and row.what not in OWN]
     quickest = min(others, key=lambda row: clock(row, run))
     return [
         replace(
@@ -207,7 +213,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 def fastest_other(rows: Sequence[Row], seconds: Mapping[str, Sequence[float]], dtype: str) -> str | None:
     """The name of the fastest engine of others, whole texts only."""
-    names = [row.name for row in rows if row.dtype == dtype and not row.length and row.what not in (UNPRUNED, PRUNED)]
+    names = [row.name for row in rows if row.dtype == dtype and not row.length and row.what not in OWN]
     return min(names, key=lambda name: statistics.median(seconds[name])) if names else None
 
 
@@ -233,7 +239,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         rows.append(
             [
                 row["what"] + (f", relative FLOPs {row['target_flops']}" if "target_flops" in row else ""),
-                str(row["batch_size"]),
+                str(row["batch_size"] or ""),
                 f"{took['median']:.3f} ({took['lowest']:.3f} – {took['highest']:.3f})",
                 f"{row['to_installed']:.2f}",
                 f"{row['to_best']:.2f}" if row["to_best"] else "",
