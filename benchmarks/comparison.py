@@ -181,6 +181,8 @@ def publish(
     arguments: argparse.Namespace,
     lines: Callable[[Mapping[str, Any]], list[str]],
     head: Sequence[str] = (),
+    *,
+    whole: bool = False,
 ) -> None:
     """Print a table, and write it to ``OUTPUT.json`` and ``OUTPUT.md``.
 
@@ -189,6 +191,7 @@ def publish(
         arguments: with ``output``, and ``add`` if what the file has is to stay.
         lines: a table for a reader.
         head: what stands above the tables.
+        whole: whether its rows were measured together, so that none of an earlier run may stand among them.
     """
     print("\n".join(lines(done)), flush=True)
     if arguments.output is None:
@@ -196,25 +199,31 @@ def publish(
     path, tables = arguments.output.with_suffix(".json"), []
     if arguments.add and path.exists():
         tables = json.loads(path.read_text(encoding="utf-8"))
-    merge(tables, done)
+    merge(tables, done, whole=whole)
     write(tables, "\n".join([*head, *(line for each in tables for line in lines(each))]), arguments.output)
 
 
-def merge(tables: list[dict[str, Any]], done: dict[str, Any]) -> None:
-    """Put a table among others, in place. Of one with the same title those rows stay that the new one has not."""
-    for old in tables:
+def merge(tables: list[dict[str, Any]], done: dict[str, Any], *, whole: bool = False) -> None:
+    """Put a table among others, in place. Of one with the same title those rows stay that the new one has not.
+
+    With ``whole`` none of them does.
+    """
+    for place, old in enumerate(tables):
         if old["title"] == done["title"]:
-            new = {row["what"]: row for row in done["rows"]}
-            rows = [new.pop(row["what"], row) for row in old["rows"]] + list(new.values())
-            commands = list(dict.fromkeys([*old["commands"], *done["commands"]]))
-            old.update({**done, "rows": rows, "commands": commands})
+            if not whole:
+                new = {row["what"]: row for row in done["rows"]}
+                rows = [new.pop(row["what"], row) for row in old["rows"]] + list(new.values())
+                commands = list(dict.fromkeys([*old["commands"], *done["commands"]]))
+                done = {**done, "rows": rows, "commands": commands}
+            tables[place] = done
             return
     tables.append(done)
 
 
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [head, "|" + "---|" * len(header), *body]
 
 
 def quality_lines(table: Mapping[str, Any]) -> list[str]:

@@ -77,9 +77,9 @@ def in_windows(model: SentenceTransformer, size: int) -> Encode:
     def encode(texts: list[str]) -> NDArray[np.float32]:
         tokenizer, vectors = model.tokenizer, []
         for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            first, *ids, last = tokenizer(text, verbose=False)["input_ids"]
             parts = [ids[start : start + size - 2] for start in range(0, len(ids), size - 2)]
-            windows = [tokenizer.build_inputs_with_special_tokens(part) for part in parts]
+            windows = [[first, *part, last] for part in parts]
             features = dict(tokenizer.pad({"input_ids": windows}, return_tensors="pt"))
             means = model[1](model[0](features))["sentence_embedding"]
             vectors.append((means * torch.tensor([[len(ids)] for ids in windows])).sum(0))
@@ -217,7 +217,7 @@ def speed(arguments: argparse.Namespace) -> None:
             task = read_similarity(arguments.data) if which == "sts" else read_retrieval(arguments.data)
             with tempfile.TemporaryDirectory() as folder:
                 found = time_encode(name, task, Path(folder), arguments)
-            comparison.publish(found, arguments, timing.lines, timing.settings())
+            comparison.publish(found, arguments, timing.lines, timing.settings(), whole=True)
             arguments.add = True
 
 

@@ -163,7 +163,7 @@ def speed(arguments: argparse.Namespace) -> None:
         arguments,
         agreement="correlation with the dense scores",
     )
-    comparison.publish(found, arguments, timing.lines, timing.settings())
+    comparison.publish(found, arguments, timing.lines, timing.settings(), whole=True)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -107,5 +107,7 @@ def test_a_table_keeps_rows_that_were_not_measured_again(
         ("dense", 81.0), ("truncated", 70.0), ("pruned", 78.0),
     ]  # fmt: skip
     assert table["commands"] == [f"python benchmarks/embeddings.py --data DATA{more}" for more in ("", " --add")]
+    comparison.merge(tables := [table], {**table, "rows": [row("timed together", 1.0)]}, whole=True)
+    assert [each["what"] for each in tables[0]["rows"]] == ["timed together"]
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "| truncated | 0.50 |" in text and "/data" not in text
