@@ -54,12 +54,14 @@ class Plan:
         allowed: the layers (1-based, ascending) at which tokens may leave.
         layers: layers after which a token's leaving saves anything.
         only_received: whether nothing else is tried: the caller said what to search.
+        gates: whether rules with a vocabulary gate are tried.
     """
 
     schedules: Sequence[Schedule]
     allowed: tuple[int, ...]
     layers: int
     only_received: bool
+    gates: bool
 
 
 class Comparison:
@@ -132,7 +134,10 @@ class Comparison:
         gate = self.template.vocabulary
         method = replace(self.template, vocabulary=None if gate is None or threshold is None else gate.at(threshold))
         fit = self._fit(method, schedule, target, self.fitting, tolerance)
-        return None if fit is None else self._judged(fit, self.held_out, self.dense)
+        if fit is None:
+            return None
+        rule = f"{'the gate given, ' if threshold else ''}attention received {schedule.name}"
+        return self._judged(replace(fit, rule=rule), self.held_out, self.dense)
 
     # Everything: who decides, where, and what departed tokens count as.
 
@@ -181,7 +186,7 @@ class Comparison:
 
         def compare(rules: Iterable[Rule], what: str) -> Rule | None:
             for rule in tqdm([*rules], desc=what, leave=False, disable=self._bar):
-                if str(rule) in tried:
+                if str(rule) in tried or (rule.gate and not self.plan.gates):
                     continue
                 fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)
                 if fit is not None:
