@@ -175,7 +175,8 @@ class Comparison:
     def cuts(self) -> tuple[int, ...]:
         """Early layers that get probes and maps."""
         layers = self.plan.layers
-        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if layer <= max(3, layers // 2)} - {0}))
+        last = min(layers, max(3, layers // 2))
+        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= last}))
 
     def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
         """Rules compared on some examples: their fits by divergence, and the best of the rules."""
@@ -194,7 +195,7 @@ class Comparison:
             return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
 
         departed = self._departed()
-        cuts = [cut for cut in self.cuts if cut <= layers]
+        cuts = self.cuts
         compare(first_rules(layers, pairs, departed), "who decides")
         best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:
@@ -202,7 +203,7 @@ class Comparison:
         compare(further_rules(best, layers, cuts, departed), "after which layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
-            allowed = tuple(cuts) if rule.probes else self.plan.allowed
+            allowed = cuts if rule.probes else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
                 compare(moved, "after several layers")
