@@ -12,7 +12,7 @@ from torch import Tensor
 import token_pruning as tp
 from tests.families.shared import batch_of, kept_model, without_dropout
 from tests.runtime.by_hand import Text, counts_as, pooled_by_hand, spans_by_hand, text_by_hand, windows_by_hand
-from tests.tiny import VOCABULARY, assert_close, pruned, ragged_batch, tiny_model
+from tests.tiny import VOCABULARY, assert_close, pruned, ragged_batch, same_survivors, tiny_model
 from token_pruning.ragged import layout_from_mask
 from token_pruning.runtime.departed import Departures, LastStates
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -112,6 +112,7 @@ def test_every_setting_with_every_other(data: st.DataObject) -> None:
         "maps": MAPS if departed == "map" else None,
         "correction": None if reads == "all" else one_of(None, CORRECTION),
         "scoring_mode": one_of("relative", "mean_norm"),
+        "prune_layers": one_of(None, None, [1, 3]),
     }
     if options["scoring_mode"] == "mean_norm" and name == "fixed":
         options["thresholds"] = [0.01, 0.02, 0.03, 0.04]
@@ -240,6 +241,31 @@ def test_results_do_not_depend_on_the_batch(departed: str) -> None:
     apart = [mean_of(model(**one), {"attention_mask": torch.ones_like(one["input_ids"])}) for one in singles(batch)]
     tp.unprune(model)
     assert_close(together, torch.cat(apart), 1e-5)
+
+
+@pytest.mark.parametrize("summaries", ["shared", "segment"])
+@pytest.mark.parametrize(("departed", "reads"), READ)
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@torch.no_grad()
+def test_beside_summaries(family: str, departed: str, reads: Any, summaries: Any) -> None:
+    """What left counts by its own state, though its row may carry a summary."""
+    model, batch = kept_model(family, "encoder"), batch_of(family, lengths=(30, 1, 17, 2))
+    pruner = method(
+        **EVERY[departed],
+        summary_tokens=summaries,
+        protect=["separators"],
+        received_from="first_segment",
+        vocabulary=GATE,
+    )
+    found = []
+    for execution in ("packed", "masked"):
+        tp.prune(model, pruner, execution=execution, reads=reads)
+        with tp.record(model) as trace:
+            found.append((model(**batch).last_hidden_state, trace))
+        tp.unprune(model)
+    assert same_survivors(found[0][1], found[1][1])
+    valid = batch["attention_mask"].bool() if reads != "first" else torch.ones(4, 1, dtype=torch.bool)
+    assert_close(found[0][0][valid], found[1][0][valid], 2e-5)
 
 
 def departures_of(pruner: tp.Pruner) -> Departures:
