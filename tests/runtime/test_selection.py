@@ -10,7 +10,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.families.shared import kept_model
-from tests.runtime.by_hand import spans_by_hand, windows_by_hand
+from tests.runtime.by_hand import mean_of, spans_by_hand, windows_by_hand
 from tests.tiny import EVERY_FAMILY, PAD, assert_close, ragged_batch, tiny_model
 from token_pruning.ragged import PackedTokens, layout_from_mask
 from token_pruning.runtime.selection import select
@@ -99,11 +99,6 @@ def random_ids(*shape: int) -> Tensor:
     """Single texts: a separator ends each."""
     ids = torch.randint(5, 200, shape, generator=torch.Generator().manual_seed(0))
     return ids.index_fill(1, torch.tensor([shape[1] - 1]), SEPARATOR)
-
-
-def mean_of(output: Any, mask: Tensor) -> Tensor:
-    pooled: Tensor = (output.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return pooled
 
 
 @pytest.mark.parametrize("chunks", [False, True])
