@@ -19,6 +19,7 @@ from token_pruning.errors import (
     TokenPruningError,
     UnsupportedModelError,
 )
+from token_pruning.integrations import LIBRARIES as _LIBRARIES  # noqa: F401 - their models are known now
 from token_pruning.pruners import (
     Correction,
     DepartureMaps,

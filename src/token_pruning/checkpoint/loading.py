@@ -22,6 +22,7 @@ from token_pruning.checkpoint.settings import check_config, foreign_errors, nami
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.families import supported_model_types
 from token_pruning.pruners import Pruner, ignored_keys, method_keys, pruner_from_config
+from token_pruning.runtime.adapters import adapter_for
 from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
@@ -158,8 +159,7 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
         ConfigError: if ``config.json`` is not JSON, or has a key with a value that is not allowed.
         UnsupportedModelError: for quantised weights, I-BERT's included, or an adapter's.
     """
-    path = Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)
-    path = path / subfolder
+    path = _folder(path, subfolder, hub)
     config_file = path / "config.json"
     if (path / _ADAPTER).exists():
         raise UnsupportedModelError(
@@ -189,6 +189,11 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
     if "thresholds" not in checkpoint.tensors and (own := ltp_thresholds(found, config, path)) is not None:
         checkpoint.tensors["thresholds"] = torch.tensor(own, dtype=torch.float64, device="cpu")
     return checkpoint
+
+
+def _folder(path: str | Path, subfolder: str, hub: Mapping[str, Any]) -> Path:
+    """Where the files are, on this machine."""
+    return (Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)) / subfolder
 
 
 def _is_folder(path: str | Path) -> bool:
@@ -221,14 +226,17 @@ def from_pretrained(
 
     Args:
         path: a folder (or hub model) written by ``save_pretrained`` on a pruned model, or one whose ``config.json`` got
-            ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa.
+            ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa. What
+            sentence-transformers wrote (a folder with ``modules.json``) loads as its ``SentenceTransformer`` or
+            ``CrossEncoder``.
         pruner: the method to attach instead of the one ``config.json`` names.
         execution: as for :func:`token_pruning.prune`.
-        model_class: the class to build; else the one ``config.json`` names under ``architectures``.
+        model_class: the class of transformers to build; else the one ``config.json`` names under ``architectures``.
         **kwargs: passed to the class's ``from_pretrained``, for example ``dtype``, ``num_labels``, ``config``,
             ``revision``, ``subfolder``, ``device_map``, ``ignore_mismatched_sizes`` or ``output_loading_info``. Without
             ``dtype`` the weights keep the checkpoint's. Refused are ``trust_remote_code=True``,
-            ``use_safetensors=False``: no code and no pickle of a checkpoint is ever run.
+            ``use_safetensors=False``: no code and no pickle of a checkpoint is ever run. A sentence-transformers model
+            takes its own class's arguments, and ``dtype``.
 
     Returns:
         The model; with ``output_loading_info`` the pair of it and the dictionary that transformers gives.
@@ -238,10 +246,13 @@ def from_pretrained(
         ConfigError: if ``config.json`` is malformed or has a value that is not allowed, or an argument is refused.
         UnsupportedModelError: for an architecture without an adapter.
     """
-    with_info = bool(kwargs.pop("output_loading_info", False))
     _refuse_unsafe(kwargs)
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    checkpoint = read_checkpoint(path, subfolder=kwargs.pop("subfolder", None) or "", **hub)
+    folder = _folder(path, kwargs.pop("subfolder", None) or "", hub)
+    if model_class is None and (adapter := adapter_for(folder)):
+        return adapter.load(folder, pruner, execution=execution, **kwargs)
+    with_info = bool(kwargs.pop("output_loading_info", False))
+    checkpoint = read_checkpoint(folder)
     method = pruner or checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
     model, info = _load(checkpoint, model_class, False, kwargs)
     with naming(checkpoint.path / "config.json") if pruner is None else nullcontext():

@@ -41,6 +41,8 @@ class LayerTokens:
         threshold: this layer's threshold as a float32 scalar, or None for methods without thresholds.
         summaries: ``[layout.total]`` bool, True for a summary token, which stays whatever is decided; None where there
             are none.
+        protected: ``[layout.total]`` bool, True for a token that stays whatever is decided, besides first ones; None
+            where there are none.
     """
 
     layer: int
@@ -50,6 +52,7 @@ class LayerTokens:
     input_lengths: Tensor
     threshold: Tensor | None
     summaries: Tensor | None = None
+    protected: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,7 @@ class Decisions:
             input_lengths=self.record.entering.lengths_tensor,
             threshold=None if module.thresholds is None else module.thresholds[layer - 1],
             summaries=None if summaries is None else summaries.present,
+            protected=None if self._stays is None else self._stays[entering.indices],
         )
 
     @torch.no_grad()
@@ -157,8 +158,8 @@ class Decisions:
         if decided is not None and decided.dropped_rows is not None:
             return torch.ones_like(tokens.scores, dtype=torch.bool).index_fill(0, decided.dropped_rows, False)
         keep = self.token_pruner.pruner.checked_keep(tokens).index_fill(0, tokens.layout.first_rows, True)
-        if self._stays is not None:
-            keep = keep | self._stays[tokens.layout.indices]
+        if tokens.protected is not None:
+            keep = keep | tokens.protected
         return keep if tokens.summaries is None else keep | tokens.summaries
 
     def _groups(self, layout: Layout) -> Tensor:

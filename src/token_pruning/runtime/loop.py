@@ -14,6 +14,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.families import Family, Reads
 from token_pruning.ragged import (
     Layout,
+    LogitTerms,
     PackedTokens,
     first_token_attention,
     masked_attention,
@@ -125,6 +126,10 @@ class PackedLoop:
         narrow = decisions.first_only(number) and not decisions.prunes(number) and entering.total > 0
         return entering.first_rows if narrow else None
 
+    def terms(self, number: int, layer: nn.Module) -> LogitTerms:
+        """What is added to the layer's attention logits."""
+        return self.family.terms(layer)
+
     def attend(
         self,
         number: int,
@@ -136,7 +141,7 @@ class PackedLoop:
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
         family, entering = self.family, self.decisions.entering(number)
-        scale, terms = family.scale(layer), family.terms(layer)
+        scale, terms = family.scale(layer), self.terms(number, layer)
         dropout = family.dropout(layer) if layer.training else 0.0
         # Windows and distances are those of the text as it came: of columns, whatever position ids there are.
         columns = pad(entering.indices % entering.width, (0, key.shape[0] - entering.total)) if terms else None
@@ -303,7 +308,7 @@ class PaddedLoop(PackedLoop):
         columns = torch.arange(entering.width, device=alive.device)
         context, probabilities, received = masked_attention(
             q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
-            paid=self._paid(number), terms=family.terms(layer), positions=columns.expand(alive.shape),
+            paid=self._paid(number), terms=self.terms(number, layer), positions=columns.expand(alive.shape),
         )  # fmt: skip
         self.probabilities.append(probabilities)
         by_attention = self.decisions.prunes(number) and not self.decisions.probes(number)

@@ -1,0 +1,254 @@
+"""Rows of the embedding and reranking benchmarks: what a model scores and costs beside the dense one, and tables."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from measures import length_for, loss_interval, truncated
+from numpy.typing import NDArray
+from output import write
+
+from token_pruning.engine.machine import cpu_name, has_amx
+from token_pruning.families import shape_of
+from token_pruning.runtime.flops import layer_flops, relative_flops
+
+COSTS = (0.75, 0.6, 0.5, 0.45, 0.3)
+PACKAGES = ("token-pruning", "sentence-transformers", "transformers", "torch", "onnxruntime", "openvino", "nncf")
+
+
+class Scored(Protocol):
+    """What outcomes, a number per item, are scored by."""
+
+    @property
+    def groups(self) -> Mapping[str, NDArray[np.int64]]: ...
+
+    def score(self, outcome: NDArray[np.float64], items: NDArray[np.int64]) -> float: ...
+
+
+class Rows:
+    """One model's rows on one task.
+
+    Args:
+        task: what gives scores.
+        dense: the dense model's outcome.
+        intervals: the groups of items whose loss gets an interval.
+    """
+
+    def __init__(self, task: Scored, dense: NDArray[np.float64], intervals: Sequence[str]) -> None:
+        self._task, self._dense, self._intervals = task, dense, intervals
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, cost: float, outcome: NDArray[np.float64], **more: Any) -> None:
+        """A row, printed at once.
+
+        Args:
+            what: its name.
+            cost: FLOPs relative to the dense model.
+            outcome: a number per item.
+            **more: further cells.
+        """
+        task, same = self._task, outcome is self._dense
+        scores = {name: task.score(outcome, items) for name, items in task.groups.items()}
+        losses = {
+            name: {
+                "loss": task.score(self._dense, task.groups[name]) - scores[name],
+                "interval": loss_interval(task.score, self._dense, outcome, task.groups[name]),
+            }
+            for name in ([] if same else self._intervals)
+        }
+        self.rows.append({"what": what, "cost": cost, "scores": scores, "losses": losses, **more})
+        cells = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+        print(f"{what}: cost {cost:.3f}; {cells}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def cut_to(model: Any, length: int | None) -> Iterator[None]:
+    """Let a SentenceTransformer or CrossEncoder truncate to ``length`` tokens; None leaves it as it is."""
+    before = model.max_seq_length
+    model.max_seq_length = length or before
+    try:
+        yield
+    finally:
+        model.max_seq_length = before
+
+
+def flops_of(config: Any, lengths: Sequence[int]) -> float:
+    """FLOPs per text of the dense model, as ``tp.count_flops`` counts them."""
+    shape, counts = shape_of(config), torch.tensor(lengths)
+    return shape.num_layers * layer_flops(shape, counts, counts).mean().item()
+
+
+def truncation_cost(config: Any, lengths: Sequence[int], length: int, *, first_only: bool) -> float:
+    """FLOPs with texts cut to ``length`` tokens, relative to the dense model.
+
+    Args:
+        config: the model's.
+        lengths: the texts' tokens.
+        length: what they are cut to.
+        first_only: whether the last layer computes first tokens only, as this package does where a head reads no
+            others. Truncation is granted that too.
+    """
+    shape = shape_of(config)
+    left = torch.tensor(truncated(lengths, length)).expand(shape.num_layers + 1, -1)
+    return relative_flops(shape, torch.tensor(lengths), left, first_only=first_only).item()
+
+
+def truncation_lengths(config: Any, lengths: Sequence[int], costs: Sequence[float], *, first_only: bool) -> list[int]:
+    """The lengths to truncate to that cost about as much, each once."""
+
+    def cost(length: int) -> float:
+        return truncation_cost(config, lengths, length, first_only=first_only)
+
+    found = [length_for(target, cost, max(lengths)) for target in costs]
+    return list(dict.fromkeys(found))
+
+
+# Results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every measurement takes."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--add", action="store_true", help="keep what OUTPUT.json has besides what is measured")
+
+
+def machine_of(threads: int) -> dict[str, Any]:
+    """The machine and what ran on it."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu_name(),
+        "amx": has_amx(),
+        "processors": os.cpu_count(),
+        "threads": threads,
+        "versions": installed,
+    }
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """For a reader."""
+    installed = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"{machine['cpu']}, {'with' if machine['amx'] else 'without'} AMX, {machine['processors']} processors, "
+        f"{threads_line(machine['threads'])}. {installed}."
+    )
+
+
+def threads_line(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def command(hidden: Mapping[str, Path | None]) -> str:
+    """The command line that is running, with names in place of this machine's folders."""
+    names = {str(path): name for name, path in hidden.items() if path is not None}
+    script = Path(sys.argv[0])
+    words = [f"{script.parent.name}/{script.name}", *(names.get(word, word) for word in sys.argv[1:])]
+    return f"python {shlex.join(words)}"
+
+
+def table(
+    title: str, about: str, measure: str, rows: list[dict[str, Any]], arguments: argparse.Namespace, **more: Any
+) -> dict[str, Any]:
+    """A table as it goes into the JSON file, with the machine and the command that are measuring it."""
+    machine = machine_of(arguments.threads)
+    return {
+        "title": title,
+        "about": f"{about} {machine_line(machine)}",
+        "measure": measure,
+        "machine": machine,
+        "commands": [command({"DATA": arguments.data, "FOLDER": getattr(arguments, "model", None)})],
+        "rows": rows,
+        **more,
+    }
+
+
+def publish(
+    done: dict[str, Any],
+    arguments: argparse.Namespace,
+    lines: Callable[[Mapping[str, Any]], list[str]],
+    head: Sequence[str] = (),
+    *,
+    whole: bool = False,
+) -> None:
+    """Print a table, and write it to ``OUTPUT.json`` and ``OUTPUT.md``.
+
+    Args:
+        done: from :func:`table`.
+        arguments: with ``output``, and ``add`` if what the file has is to stay.
+        lines: a table for a reader.
+        head: what stands above the tables.
+        whole: whether its rows were measured together, so that none of an earlier run may stand among them.
+    """
+    print("\n".join(lines(done)), flush=True)
+    if arguments.output is None:
+        return
+    path, tables = arguments.output.with_suffix(".json"), []
+    if arguments.add and path.exists():
+        tables = json.loads(path.read_text(encoding="utf-8"))
+    merge(tables, done, whole=whole)
+    write(tables, "\n".join([*head, *(line for each in tables for line in lines(each))]), arguments.output)
+
+
+def merge(tables: list[dict[str, Any]], done: dict[str, Any], *, whole: bool = False) -> None:
+    """Put a table among others, in place. Of one with the same title those rows stay that the new one has not.
+
+    With ``whole`` none of them does.
+    """
+    for place, old in enumerate(tables):
+        if old["title"] == done["title"]:
+            if not whole:
+                new = {row["what"]: row for row in done["rows"]}
+                rows = [new.pop(row["what"], row) for row in old["rows"]] + list(new.values())
+                commands = list(dict.fromkeys([*old["commands"], *done["commands"]]))
+                done = {**done, "rows": rows, "commands": commands}
+            tables[place] = done
+            return
+    tables.append(done)
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    head, *body = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [head, "|" + "---|" * len(header), *body]
+
+
+def quality_lines(table: Mapping[str, Any]) -> list[str]:
+    """A section for a reader: the scores of every row, and what it loses."""
+    groups = list(table["rows"][0]["scores"])
+    lossy = list(dict.fromkeys(name for row in table["rows"] for name in row["losses"]))
+    header = [
+        "",
+        "relative FLOPs",
+        "tokens",
+        *(table["measure"] if name == "all" else name for name in groups),
+        *("loss, 95 % interval" if name == "all" else f"{name}: loss" for name in lossy),
+    ]
+    rows = []
+    for row in table["rows"]:
+        tokens = f"{row['tokens']:.1f}" if "tokens" in row else ""
+        scores = [f"{row['scores'][name]:.1f}" for name in groups]
+        losses = [_loss(row["losses"].get(name)) for name in lossy]
+        rows.append([row["what"], f"{row['cost']:.2f}", tokens, *scores, *losses])
+    commands = ["```bash", *table["commands"], "```"]
+    return [f"## {table['title']}", "", table["about"], "", *table_lines(header, rows), "", *commands, ""]
+
+
+def _loss(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    low, high = found["interval"]
+    return f"{found['loss']:.1f} ({low:.1f} to {high:.1f})"
