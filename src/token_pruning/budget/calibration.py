@@ -5,7 +5,7 @@ examples that thresholds were not fitted to.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,10 +29,10 @@ from token_pruning.errors import ConfigError
 from token_pruning.families import Reads, shape_of
 from token_pruning.pruners import FixedThreshold, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.runtime.prune import hugging_face_model, is_pruned, prunable, prune
+from token_pruning.runtime.adapters import adapter_of
+from token_pruning.runtime.prune import hugging_face_model, is_pruned, prunable, prune, reads_of
 
 FEWEST_EXAMPLES = 32
-_COMPARABLE = 0.012  # as CLOSE_ENOUGH, while schedules are compared
 _METRIC_STEP = 0.05  # between the budgets that max_drop tries, relative FLOPs
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -83,8 +83,9 @@ def calibrate(
     change. The schedule that changes them least is improved by moving parts of what leaves between neighbouring layers.
 
     Args:
-        model: a supported model that is not pruned, with any head.
-        examples: at least 32: tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
+        model: a supported model that is not pruned, with any head; or a model of sentence-transformers.
+        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several for each query.
+            Else tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
         target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
         max_drop: instead: how much the metric may fall, in points (percent). Budgets are tried from the dearest to the
@@ -113,9 +114,14 @@ def calibrate(
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
-    inner = hugging_face_model(model)
+    inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
+    runs = model
+    if adapter is not None:
+        runs = inner
+        if not isinstance(examples, Mapping) and examples and not isinstance(examples[0], Mapping):
+            examples = adapter.tokenized(model, examples, whole=max_tokens is not None)
     batch = _checked_batch(examples, getattr(inner.config, "pad_token_id", None) or 0, max_drop)
     layers = prunable_layers(model, reads)
     allowed = _allowed_layers(prune_layers, layers)
@@ -134,10 +140,10 @@ def calibrate(
         layers,
         only_received=bool(search) or prune_layers is not None or vocabulary is not None or summary_tokens != "none",
     )
-    with prunable(model, template, reads):
-        comparison = Comparison(model, batch, divergence_of(model, batch), plan, seed=seed, progress=progress)
+    with prunable(runs, template, reads_of(model, reads)):
+        comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
         if target_flops is not None:
-            check_target(model, comparison.part(comparison.fitting), target_flops, allowed[0])
+            check_target(runs, comparison.part(comparison.fitting), target_flops, allowed[0])
             candidates = comparison.search(target_flops)
             result = Calibration(candidates[0].pruner, candidates[0], candidates)
         else:

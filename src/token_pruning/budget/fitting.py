@@ -114,7 +114,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
     method = attachment_of(model).token_pruner.pruner
     every = (*profile, *([1.0] * (layers - len(profile))))
     cutting = [layer for layer, (before, after) in enumerate(pairwise((1.0, *every)), start=1) if after < before]
-    cut = _Cut(**{**settings_of(method), "scoring_mode": "relative", "prune_layers": cutting or [1], "profile": every})
+    cut = _Cut(**{**settings_of(method), "scoring_mode": "relative", "prune_layers": cutting, "profile": every})
     with using(model, cut), record(model) as trace:
         outputs_of(model, batch)
     return Fit(

@@ -5,6 +5,7 @@ the library wrote: nothing here imports it.
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,15 @@ class Adapter(Protocol):
 
         Raises:
             UnsupportedModelError: if tokens cannot leave before what is made of their states.
+        """
+
+    def tokenized(self, model: Any, texts: Sequence[Any], *, whole: bool) -> list[dict[str, Any]]:
+        """Texts, or pairs of texts, as the model tokenises them: ``input_ids`` and what else, each a list.
+
+        Args:
+            model: the model; its default prompt is put before each text.
+            texts: ``str`` each, or pairs of them.
+            whole: without truncation.
         """
 
     def attach(self, model: Any, pruner: Pruner) -> None:

@@ -1,5 +1,6 @@
 """sentence-transformers: SentenceTransformer and CrossEncoder, pruned in place, compiled, saved and loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from token_pruning.engine import Engine
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads
 from token_pruning.integrations.sentence_transformers.attached import SavedBeside, WholeTexts
+from token_pruning.integrations.sentence_transformers.batches import tokenized
 from token_pruning.integrations.sentence_transformers.compiled import EngineModel, compiled
 from token_pruning.integrations.sentence_transformers.loading import load
 from token_pruning.integrations.sentence_transformers.modules import pooling_of, reads_of_modules, transformer_of
@@ -26,6 +28,9 @@ class SentenceTransformersAdapter:
 
     def reads(self, model: Any) -> Reads | None:
         return reads_of_modules(model)
+
+    def tokenized(self, model: Any, texts: Sequence[Any], *, whole: bool) -> list[dict[str, Any]]:
+        return tokenized(model, texts, model._resolve_prompt(None, None), whole=whole)
 
     def attach(self, model: Any, pruner: Pruner) -> None:
         transformer = transformer_of(model)

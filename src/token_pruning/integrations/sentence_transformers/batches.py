@@ -1,6 +1,6 @@
 """Texts in batches by tokens: tokenised as the model does it, never padded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -53,19 +53,13 @@ def batches(
         most: tokens of a text that enter the encoder; None for all.
         options: for the model's ``preprocess``.
     """
-    given = options.pop("processing_kwargs", None) or {}
-    # Lists in place of tensors need no padding; whatever the model or the caller would pad to.
-    unpadded = {
-        **given,
-        "text": {**given.get("text", {}), "padding": False},
-        "common": {**given.get("common", {}), "return_tensors": None},
-    }
+    given = _unpadded(options.pop("processing_kwargs", None) or {})
     order = np.argsort([-model._input_length(text) for text in inputs], kind="stable").tolist()
     with tqdm(total=len(inputs), desc="Texts", disable=not show_progress_bar) as progress:
         for first in range(0, len(order), _TOKENIZED_AT_ONCE):
             places = order[first : first + _TOKENIZED_AT_ONCE]
             features = dict(
-                model.preprocess([inputs[i] for i in places], prompt=prompt, processing_kwargs=unpadded, **options)
+                model.preprocess([inputs[i] for i in places], prompt=prompt, processing_kwargs=given, **options)
             )
             ids, types = features.pop("input_ids"), features.pop("token_type_ids", None)
             features = {name: value for name, value in features.items() if not isinstance(value, list)}
@@ -74,6 +68,27 @@ def batches(
                     places[some], _packed(ids[some]), _ends(ids[some]), types and _packed(types[some]), features
                 )
                 progress.update(some.stop - some.start)
+
+
+def tokenized(model: Any, texts: Sequence[Any], prompt: str | None, *, whole: bool) -> list[dict[str, Any]]:
+    """Each text's ``input_ids``, and ``token_type_ids`` where the model has such; without truncation if ``whole``."""
+    options = _unpadded({"text": {"truncation": False, "verbose": False}} if whole else {})
+    found = []
+    for first in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        some = [*texts[first : first + _TOKENIZED_AT_ONCE]]
+        features = model.preprocess(some, prompt=prompt, processing_kwargs=options)
+        names = [name for name in ("input_ids", "token_type_ids") if name in features]
+        found += [dict(zip(names, rows, strict=True)) for rows in zip(*(features[name] for name in names), strict=True)]
+    return found
+
+
+def _unpadded(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tokenisation into lists, which need no padding; whatever the model or the caller would pad to."""
+    return {
+        **given,
+        "text": {**given.get("text", {}), "padding": False},
+        "common": {**given.get("common", {}), "return_tensors": None},
+    }
 
 
 def _by_tokens(lengths: list[int]) -> Iterator[slice]:
