@@ -17,6 +17,7 @@ FLOORS = (
     {"pruners", "families"},
     {"runtime"},
     {"engine", "budget", "checkpoint"},
+    {"integrations"},
     {"lab"},
 )
 LAB = (("data", "training"), ("evaluation", "training"), ("training", "analysis"), ("demo", "cli"))

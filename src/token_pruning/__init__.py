@@ -19,9 +19,13 @@ from token_pruning.errors import (
     TokenPruningError,
     UnsupportedModelError,
 )
+from token_pruning.integrations import LIBRARIES as _LIBRARIES  # noqa: F401 - their models are known now
 from token_pruning.pruners import (
+    Correction,
+    DepartureMaps,
     FixedThreshold,
     LearnedThreshold,
+    Probes,
     Pruner,
     RelativeThreshold,
     RisingThreshold,
@@ -40,11 +44,14 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "ConfigError",
+    "Correction",
     "DataError",
+    "DepartureMaps",
     "Engine",
     "FixedThreshold",
     "Flops",
     "LearnedThreshold",
+    "Probes",
     "Pruner",
     "RelativeThreshold",
     "RisingThreshold",

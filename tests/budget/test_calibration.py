@@ -288,7 +288,7 @@ def test_another_method_for_a_while() -> None:
     token_pruner = model.token_pruner
     parameter, pruner = token_pruner.thresholds, token_pruner.pruner
     with using(model, tp.FixedThreshold(thresholds=[1, 2, 3, 4])):
-        assert not model.training and token_pruner.thresholds.tolist() == [1, 2, 3, 4]
+        assert not model.training and model.token_pruner.thresholds.tolist() == [1, 2, 3, 4]
     assert model.training and token_pruner.thresholds is parameter and token_pruner.pruner is pruner
     assert dict(model.named_parameters())["token_pruner.thresholds"] is parameter
 

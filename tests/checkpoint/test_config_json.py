@@ -63,7 +63,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
         ("is_decoder", 1, "true or false"),
         ("output_attentions", "yes", "true or false"),
         ("return_dict", False, "true or left out"),
-        ("reads", "last", "first, all"),
+        ("reads", "last", "first, mean, all"),
         ("chunk_size_feed_forward", 7, "0 or left out"),
         ("position_embedding_type", "relative_key", "absolute"),
         ("transformers_weights", "x.bin", "left out"),

@@ -540,7 +540,7 @@ def test_native_side_refuses_what_python_would_not_send(model: Any) -> None:
             token_types=changes.get("types"),
             layout=layout_from_mask(batch["attention_mask"].bool()),
         )
-        engine._encoder.run(tokens, engine.token_pruner, first_only=True)
+        engine._encoder.run(tokens, engine.token_pruner, reads="first")
 
     run()
     far = torch.tensor([0, 1, 2**30], dtype=torch.int32)

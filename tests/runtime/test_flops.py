@@ -144,3 +144,75 @@ def test_figures_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         flops.pruned = 0.5
     assert flops.relative == 0.5
+
+
+# Probes, survivors, maps and corrections: hidden 32, intermediate 64, four layers
+
+GATE = tp.VocabularyGate(torch.linspace(0, 1, 200), 0.3)
+PROBES = tp.Probes([2], torch.linspace(-1, 1, 33)[None])
+MAPS = tp.DepartureMaps(range(5), torch.zeros(5, 32, 33))
+CORRECTION = tp.Correction(torch.zeros(32, 33))
+
+
+def by_hand(keys: list[int], projected: list[int], left: list[int], vectors: int, maps: int) -> int:
+    """``vectors``: inner products with a row; ``maps``: products of a row and a matrix."""
+    macs = 0
+    for n, joined, fed in zip(keys, projected, left, strict=True):
+        macs += 3 * n * 32 * 32 + 2 * n * n * 32 + joined * 32 * 32 + 2 * fed * 32 * 64
+    return 2 * (macs + vectors * 32 + maps * 32 * 32)
+
+
+@pytest.mark.parametrize("reads", ["mean", "all"])
+@pytest.mark.parametrize("departed", ["state", "survivors", "map"])
+@pytest.mark.parametrize("probed", [False, True])
+@torch.no_grad()
+def test_what_departed_tokens_cost_by_hand(departed: str, probed: bool, reads: Any) -> None:
+    options: dict[str, Any] = {"departed": departed, "vocabulary": GATE, "probes": PROBES if probed else None}
+    if departed == "map":
+        options["maps"] = MAPS
+    if reads == "mean":
+        options["correction"] = CORRECTION
+    pruner = tp.FixedThreshold(thresholds=[0.5, 0.7, 0.7, 0.7], scoring_mode="relative", **options)
+    model = tp.prune(tiny_model("bert", "encoder"), pruner, reads=reads)
+    for length in (30, 1):
+        trace = recorded(model, ragged_batch([length]))
+        keys, left = trace.attention_lengths[:, 0].tolist(), trace.ffn_lengths[:, 0].tolist()
+        lost = [length - keys[0], *(n - m for n, m in zip(keys, left, strict=True))]
+        assert length == 1 or min(lost[0], lost[1], lost[2]) > 0
+        projected = left if departed == "survivors" else keys
+        projected = [keys[layer] if probed and layer == 1 else joined for layer, joined in enumerate(projected)]
+        maps = 0
+        if departed == "map":
+            maps = sum(map(bool, lost)) if reads == "mean" else sum(lost)
+        if reads == "mean":
+            maps += any(lost)
+        expected = by_hand(keys, projected, left, keys[1] if probed else 0, maps)
+        assert tp.count_flops(model, trace).pruned == expected
+
+
+@pytest.mark.parametrize("probed", [False, True])
+@pytest.mark.parametrize("departed", ["state", "survivors"])
+@pytest.mark.parametrize("reads", ["first", "all"])
+def test_they_equal_the_products_of_a_forward_pass(departed: Any, probed: bool, reads: Any) -> None:
+    probes = tp.Probes([2, 4], torch.linspace(-1, 1, 33).repeat(2, 1)) if probed else None
+    model = tp.prune(
+        bare_encoder("bert"),
+        tp.FixedThreshold(thresholds=[0.5, 0.2, 0.6, 0.3], scoring_mode="relative", departed=departed, probes=probes),
+        reads=reads,
+    )
+    batch = ragged_batch([37])
+    trace = recorded(model, batch)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)  # with gradients on: fused attention is no matrix product to the counter
+    assert tp.count_flops(model, trace).pruned == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_a_token_that_became_a_summary_was_lost() -> None:
+    pruner = tp.FixedThreshold(
+        thresholds=[0.5, 0, 0, 0], scoring_mode="relative", summary_tokens="shared", departed="map", maps=MAPS
+    )
+    model = tp.prune(tiny_model("bert", "encoder"), pruner)
+    trace = recorded(model, ragged_batch([30]))
+    kept = [int((layers > 0).sum()) for layers in trace.survived_layers]
+    assert trace.computed_lengths.mapped.tolist() == [[30 - kept[0]]]

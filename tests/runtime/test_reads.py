@@ -74,10 +74,10 @@ def test_it_is_saved_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_what_is_not_allowed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(tp.ConfigError, match=r"reads is 'last'; it must be one of first, all"):
+    with pytest.raises(tp.ConfigError, match=r"reads is 'last'; it must be one of first, mean, all"):
         tp.prune(tiny_model(), PRUNER, reads="last")  # type: ignore[arg-type]
     folder = write_checkpoint(tmp_path, prune_mode="threshold", token_threshold=0.1, reads=3)
-    with pytest.raises(tp.ConfigError, match=r"config\.json: reads is 3; it must be one of first, all"):
+    with pytest.raises(tp.ConfigError, match=r"config\.json: reads is 3; it must be one of first, mean, all"):
         tp.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["reads"] == 3
 

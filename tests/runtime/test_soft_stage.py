@@ -93,7 +93,7 @@ def test_soft_lengths_and_rates_by_hand(mode: Any, lengths: list[float], rates: 
     pruner = tp.LearnedThreshold(thresholds=[0.2], temperature=0.1, scoring_mode=mode, max_seq_length=4)
     layout = layout_from_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool())
     tokens = PackedTokens(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long), None, layout)
-    state = Decisions(TokenPruner(pruner, 1, torch.device("cpu")).train(), tokens, first_only=False)
+    state = Decisions(TokenPruner(pruner, 1, torch.device("cpu")).train(), tokens, reads="all")
     state.decide(1, torch.tensor([1.2, 0.8, 1.0, 0.6, 1.4]))
     trace = tp.Trace(4, [state.record])
     assert trace.soft_lengths.shape == trace.soft_rates.shape == (1, 2)

@@ -5,38 +5,34 @@ examples that thresholds were not fitted to.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from token_pruning.budget.examples import Batch, Examples, as_batch
+from token_pruning.budget.comparison import Comparison, Plan
+from token_pruning.budget.divergence import divergence_of
+from token_pruning.budget.examples import Examples, as_batch
 from token_pruning.budget.fitting import (
-    CLOSE_ENOUGH,
     Fit,
     check_target,
-    default_keep_rate,
-    fit_to_budget,
     highest_flops,
     lowest_flops,
-    outputs_of,
+    outputs_in_parts,
     prunable_layers,
     using,
 )
-from token_pruning.budget.schedules import Schedule, neighbours, schedules
-from token_pruning.budget.vocabulary import token_ids
+from token_pruning.budget.schedules import Schedule, schedules
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
-from token_pruning.families import Reads
-from token_pruning.pruners import FixedThreshold, Pruner, Unpruned, VocabularyGate
+from token_pruning.families import Reads, shape_of
+from token_pruning.pruners import FixedThreshold, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
-from token_pruning.runtime.flops import count_flops
-from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, prunable, prune, record
+from token_pruning.runtime.adapters import adapter_of
+from token_pruning.runtime.prune import hugging_face_model, is_pruned, prunable, prune, reads_of
 
 FEWEST_EXAMPLES = 32
-_COMPARABLE = 0.012  # as CLOSE_ENOUGH, while schedules are compared
 _METRIC_STEP = 0.05  # between the budgets that max_drop tries, relative FLOPs
 
 Metric = Callable[[Tensor, Tensor], float]
@@ -75,8 +71,11 @@ def calibrate(
     prune_layers: Sequence[int] | None = None,
     vocabulary: VocabularyGate | None = None,
     reads: Reads | None = None,
+    max_tokens: int | None = None,
+    chunks: bool = False,
     seed: int = 0,
     search: Sequence[Schedule] | None = None,
+    progress: bool | None = None,
 ) -> Calibration:
     """Prune a model to a budget without training it, in place.
 
@@ -84,8 +83,9 @@ def calibrate(
     change. The schedule that changes them least is improved by moving parts of what leaves between neighbouring layers.
 
     Args:
-        model: a supported model that is not pruned, with any head.
-        examples: at least 32: tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
+        model: a supported model that is not pruned, with any head; or a model of sentence-transformers.
+        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several for each query.
+            Else tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
         target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
         max_drop: instead: how much the metric may fall, in points (percent). Budgets are tried from the dearest to the
@@ -97,8 +97,11 @@ def calibrate(
         vocabulary: from :func:`token_pruning.vocabulary_gate`, whose threshold is looked for anew: everything is then
             tried twice, with all tokens entering the first layer, and with half of what must be saved kept out of it.
         reads: see :func:`token_pruning.prune`.
+        max_tokens: see :class:`token_pruning.Pruner`.
+        chunks: see :class:`token_pruning.Pruner`.
         seed: of the division into halves. The same seed gives the same thresholds bit for bit.
         search: the schedules to try, with weights in ``prune_layers`` only; :func:`schedules` by default.
+        progress: whether to show a progress bar; on a terminal unless given.
 
     Returns:
         What was found. The model is pruned with it, by absolute thresholds in scoring mode ``"relative"``.
@@ -111,27 +114,41 @@ def calibrate(
     """
     if (target_flops is None) == (max_drop is None):
         raise ConfigError("give either target_flops or max_drop")
-    inner = hugging_face_model(model)
+    inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
+    runs = model
+    if adapter is not None:
+        runs = inner
+        if not isinstance(examples, Mapping) and examples and not isinstance(examples[0], Mapping):
+            examples = adapter.tokenized(model, examples, whole=max_tokens is not None)
     batch = _checked_batch(examples, getattr(inner.config, "pad_token_id", None) or 0, max_drop)
     layers = prunable_layers(model, reads)
     allowed = _allowed_layers(prune_layers, layers)
     _check_schedules(search or (), layers, allowed)
-    total = len(batch["input_ids"])
-    order = torch.randperm(total, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-    half = total // 2
-    fitting, held_out = ({k: v[part] for k, v in batch.items()} for part in (order[:half], order[half:]))
-    with prunable(model, summary_tokens, None if vocabulary is None else vocabulary.at(0.0), reads):
-        tried = list(search or schedules(layers, None if prune_layers is None else allowed))
-        bench = _Bench(model, fitting, held_out, tried, allowed)
+    template = FixedThreshold(
+        thresholds=[0.0] * shape_of(inner.base_model.config).num_layers,
+        scoring_mode="relative",
+        summary_tokens=summary_tokens,
+        max_tokens=max_tokens,
+        chunks=chunks,
+        vocabulary=None if vocabulary is None else vocabulary.at(0.0),
+    )
+    plan = Plan(
+        list(search or schedules(layers, None if prune_layers is None else allowed)),
+        allowed,
+        layers,
+        only_received=bool(search) or prune_layers is not None or vocabulary is not None or summary_tokens != "none",
+    )
+    with prunable(runs, template, reads_of(model, reads)):
+        comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
         if target_flops is not None:
-            check_target(model, fitting, target_flops, allowed[0])
-            candidates = bench.search(target_flops)
-            result = Calibration(_pruner(candidates[0], model), candidates[0], candidates)
+            check_target(runs, comparison.part(comparison.fitting), target_flops, allowed[0])
+            candidates = comparison.search(target_flops)
+            result = Calibration(candidates[0].pruner, candidates[0], candidates)
         else:
             assert max_drop is not None
-            result = bench.cheapest(max_drop, metric or _default_metric)
+            result = _cheapest(comparison, max_drop, metric or _default_metric)
     prune(model, result.pruner, reads=reads)
     return result
 
@@ -177,124 +194,35 @@ def _check_schedules(search: Sequence[Schedule], layers: int, allowed: tuple[int
             raise ConfigError(f"schedule {schedule.name!r} has weights in layers that prune_layers does not name")
 
 
-class _Bench:
-    """The examples, what the dense model says of them, and the comparison of schedules."""
-
-    def __init__(
-        self, model: Any, fitting: Batch, held_out: Batch, search: list[Schedule], allowed: tuple[int, ...]
-    ) -> None:
-        self.model, self.fitting, self.held_out, self.schedules = model, fitting, held_out, search
-        self.allowed = allowed
-        with using(model, Unpruned()):
-            self.dense = outputs_of(model, held_out)
-
-    def search(self, target: float) -> list[Fit]:
-        """Fits to a budget: that of the schedule with the least divergence, then the others."""
-        fits = [
-            fit
-            for threshold in self._vocabulary_thresholds(target)
-            for schedule in self.schedules
-            if (fit := self.fit(schedule, target, threshold, _COMPARABLE))
-        ]
-        if not fits:
-            names = ", ".join(schedule.name for schedule in self.schedules)
-            raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
-        best = min(fits, key=_divergence)
-        for share in (0.5, 0.25):
-            moved = neighbours(best.schedule, share, self.allowed)
-            threshold = best.vocabulary_threshold
-            fits += [fit for schedule in moved if (fit := self.fit(schedule, target, threshold, _COMPARABLE))]
-            best = min(fits, key=_divergence)
-        others = sorted((fit for fit in fits if fit is not best), key=_divergence)
-        return [self.fit(best.schedule, target, best.vocabulary_threshold) or best, *others]
-
-    def _vocabulary_thresholds(self, target: float) -> list[float | None]:
-        """Those to try."""
-        gate = attachment_of(self.model).token_pruner.pruner.vocabulary
-        if gate is None:
-            return [None]
-        keep_rate = default_keep_rate(self.model, self.fitting, target)
-        threshold = gate.keeping(token_ids(self.fitting), keep_rate).threshold
-        return [None, threshold] if threshold else [None]
-
-    def fit(
-        self, schedule: Schedule, target: float, threshold: float | None, tolerance: float = CLOSE_ENOUGH
-    ) -> Fit | None:
-        """A schedule's thresholds for a budget and their divergence, or None where it cannot reach the budget."""
-        method = attachment_of(self.model).token_pruner.pruner
-        method = replace(method, vocabulary=_gate(method, threshold))
-        with using(self.model, method):
-            fit = fit_to_budget(self.model, self.fitting, schedule, target, tolerance)
-        if fit is None:
-            return None
-        with using(self.model, _pruner(fit, self.model)), record(self.model) as trace:
-            outputs = outputs_of(self.model, self.held_out)
-        return replace(
-            fit,
-            relative_flops_held_out=count_flops(self.model, trace).relative,
-            divergence=_distance(self.dense, outputs, getattr(self.model.config, "problem_type", None)),
+def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibration:
+    """The cheapest budget whose estimated loss stays inside the bound."""
+    model, allowed = comparison.model, comparison.plan.allowed
+    fitting, held_out = (comparison.part(rows) for rows in (comparison.fitting, comparison.held_out))
+    labels = held_out["labels"]
+    if bool((labels == labels[0]).all()):
+        raise ConfigError(
+            f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
+            "of different labels to estimate a loss"
         )
-
-    def cheapest(self, max_drop: float, metric: Metric) -> Calibration:
-        """The cheapest budget whose estimated loss stays inside the bound."""
-        labels = self.held_out["labels"]
-        if bool((labels == labels[0]).all()):
-            raise ConfigError(
-                f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
-                "of different labels to estimate a loss"
-            )
-        dense = 100 * metric(self.dense, labels)
-        highest = highest_flops(self.model, self.fitting)
-        lowest = lowest_flops(self.model, self.fitting, self.allowed[0])
-        best: Calibration | None = None
-        seen: list[Fit] = []
-        for step in range(math.ceil((highest - lowest) / _METRIC_STEP) + 1):
-            target = max(lowest, highest - step * _METRIC_STEP)
-            fits = self.search(target)
-            seen += fits
-            pruner = _pruner(fits[0], self.model)
-            with using(self.model, pruner):
-                outputs = outputs_of(self.model, self.held_out)
-            pruned = 100 * metric(outputs, labels)
-            bound = dense - pruned + 100 * _standard_error(metric, self.dense, outputs, labels)
-            if not bound <= max_drop:  # nor where the metric is not a number
-                break
-            best = Calibration(pruner, fits[0], [], dense, pruned, bound)
-        if best is None:  # the dearest budget drops nothing, and so loses nothing
-            raise ConfigError(f"the metric of the dense model on {len(labels)} held-out examples is not a number")
-        return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
-
-
-def _pruner(fit: Fit, model: nn.Module) -> FixedThreshold:
-    method = attachment_of(model).token_pruner.pruner
-    return FixedThreshold(
-        thresholds=fit.thresholds,
-        scoring_mode="relative",
-        summary_tokens=method.summary_tokens,
-        max_seq_length=method.max_seq_length,
-        vocabulary=_gate(method, fit.vocabulary_threshold),
-    )
-
-
-def _gate(method: Pruner, threshold: float | None) -> VocabularyGate | None:
-    """The method's gate with a threshold; None for none."""
-    return None if threshold is None or method.vocabulary is None else method.vocabulary.at(threshold)
-
-
-def _distance(dense: Tensor, pruned: Tensor, problem_type: str | None = None) -> float:
-    """KL divergence of classes, or of the labels of a multi-label head one by one; else squared error ÷ variance."""
-    if problem_type == "multi_label_classification":  # each label is there or not
-        dense, pruned = (torch.stack([x, torch.zeros_like(x)], -1).reshape(-1, 2) for x in (dense, pruned))
-    if dense.shape[1] > 1 and problem_type != "regression":
-        return float(
-            nn.functional.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean")
-        )
-    return float(((pruned - dense).square().mean(0) / dense.var(0).clamp(min=1e-12)).mean())
-
-
-def _divergence(fit: Fit) -> float:
-    assert fit.divergence is not None
-    return fit.divergence
+    dense = 100 * metric(comparison.dense, labels)
+    highest = highest_flops(model, fitting)
+    lowest = lowest_flops(model, fitting, allowed[0])
+    best: Calibration | None = None
+    seen: list[Fit] = []
+    for step in range(math.ceil((highest - lowest) / _METRIC_STEP) + 1):
+        target = max(lowest, highest - step * _METRIC_STEP)
+        fits = comparison.by_attention(target)
+        seen += fits
+        with using(model, fits[0].pruner):
+            outputs = outputs_in_parts(model, held_out)
+        pruned = 100 * metric(outputs, labels)
+        bound = dense - pruned + 100 * _standard_error(metric, comparison.dense, outputs, labels)
+        if not bound <= max_drop:  # nor where the metric is not a number
+            break
+        best = Calibration(fits[0].pruner, fits[0], [], dense, pruned, bound)
+    if best is None:  # the dearest budget drops nothing, and so loses nothing
+        raise ConfigError(f"the metric of the dense model on {len(labels)} held-out examples is not a number")
+    return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 
 def _default_metric(logits: Tensor, labels: Tensor) -> float:

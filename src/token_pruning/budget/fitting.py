@@ -6,7 +6,7 @@ wanted fraction, with everything before it already removed, gives thresholds who
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -18,12 +18,15 @@ from token_pruning.budget.schedules import Schedule
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads, shape_of
-from token_pruning.pruners import LayerTokens, Pruner
+from token_pruning.pruners import FixedThreshold, LayerTokens, Pruner
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops, relative_flops
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, reads_of, record
+from token_pruning.runtime.selection import select
+from token_pruning.runtime.token_pruner import TokenPruner
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
+_PASS_TOKENS = 16_000
 _DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
 
 
@@ -34,14 +37,17 @@ class Fit:
     Attributes:
         schedule: where tokens leave.
         strength: which part of them leaves.
-        thresholds: one per layer, for scoring mode ``"relative"``.
+        thresholds: one per layer, for scoring mode ``"relative"``, or in a probe's units.
         kept: of the tokens that enter the first layer, the fraction kept after each layer, first tokens left out.
         relative_flops: on the examples they were fitted to.
         relative_flops_held_out: on the others, or None if there were none.
-        divergence: how much the outputs change on the held-out examples: KL divergence to the dense model in nats; for
-            regressions and models without logits the squared error ÷ the dense outputs' variance. None if not measured.
+        divergence: how much the outputs change on the held-out examples, see
+            :mod:`token_pruning.budget.divergence`; None if not measured.
+        divergence_error: its standard error over examples.
         vocabulary_threshold: of the method they were fitted for.
         entering: the fraction of all tokens that it lets into the first layer.
+        rule: what decides and what departed tokens count as, in words.
+        method: the method they were fitted for, with thresholds of its own.
     """
 
     schedule: Schedule
@@ -51,8 +57,22 @@ class Fit:
     relative_flops: float
     relative_flops_held_out: float | None = None
     divergence: float | None = None
+    divergence_error: float | None = None
     vocabulary_threshold: float | None = None
     entering: float = 1.0
+    rule: str = "attention received"
+    method: Pruner | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pruner(self) -> FixedThreshold:
+        """The method with these thresholds."""
+        settings = {} if self.method is None else settings_of(self.method)
+        return FixedThreshold(**{**settings, "thresholds": self.thresholds, "scoring_mode": "relative"})
+
+
+def settings_of(method: Pruner) -> dict[str, Any]:
+    """What every method can be set to, by name."""
+    return {f.name: getattr(method, f.name) for f in fields(Pruner)}
 
 
 def fit_to_budget(
@@ -91,21 +111,20 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
     """Thresholds that keep a schedule's fractions of a batch's tokens; arguments as :func:`fit_to_budget`."""
     profile = schedule.profile(strength)
     layers = attachment_of(model).shape.num_layers
-    cut = _Cut(
-        scoring_mode="relative",
-        profile=(*profile, *([1.0] * (layers - len(profile)))),
-        summary_tokens=_summaries(model),
-        vocabulary=attachment_of(model).token_pruner.pruner.vocabulary,
-    )
+    method = attachment_of(model).token_pruner.pruner
+    every = (*profile, *([1.0] * (layers - len(profile))))
+    cutting = [layer for layer, (before, after) in enumerate(pairwise((1.0, *every)), start=1) if after < before]
+    cut = _Cut(**{**settings_of(method), "scoring_mode": "relative", "prune_layers": cutting, "profile": every})
     with using(model, cut), record(model) as trace:
         outputs_of(model, batch)
     return Fit(
         schedule,
         strength,
-        tuple(cut.found),
+        tuple(cut.found.get(layer, 0.0) for layer in range(1, layers + 1)),
         tuple(profile),
         count_flops(model, trace).relative,
         vocabulary_threshold=cut.vocabulary_threshold,
+        method=method,
         entering=float(trace.attention_lengths[0].sum() / trace.input_lengths.sum()),
     )
 
@@ -126,6 +145,8 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
     device = attachment.model.device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     packed = attachment.pack(**inputs)
+    selection = select(packed, attachment.token_pruner.pruner)
+    packed = packed if selection is None else selection.tokens
     entering, *_ = attachment.token_pruner.enter(packed)
     shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
@@ -134,12 +155,17 @@ def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float
         tokens = 1 + kept * (lengths - 1)
         extra = summaries if kept < 1 and layer < shape.num_layers else 0
         left.append(torch.minimum(tokens + extra, lengths))
-    first_only = attachment.reads == "first"
-    return float(
-        relative_flops(
-            shape, packed.layout.lengths_tensor, torch.stack(left), first_only=first_only, summaries=summaries > 0
-        )
+    method, reads = attachment.token_pruner.pruner, attachment.reads
+    probed = method.probes.layers if method.probes is not None else ()
+    unread = (reads == "first" or method.departed == "survivors") and not summaries
+    cost = relative_flops(
+        shape,
+        packed.layout.lengths_tensor,
+        torch.stack(left),
+        first_only=reads == "first",
+        dropped_are_joined=[not unread or layer in probed for layer in range(1, shape.num_layers + 1)],
     )
+    return float(cost)
 
 
 def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
@@ -200,30 +226,19 @@ def prunable_layers(model: nn.Module, reads: Reads | None = None) -> int:
 def using(model: nn.Module, pruner: Pruner) -> Iterator[None]:
     """A pruned model with another method inside the block, in evaluation mode.
 
-    Thresholds are those of the method. The model's configuration is left as it is.
+    The model's configuration is left as it is.
     """
-    token_pruner = attachment_of(model).token_pruner
-    before, thresholds, training = token_pruner.pruner, token_pruner.thresholds, model.training
-    values = pruner.initial_thresholds(token_pruner.num_layers)
+    attachment = attachment_of(model)
+    before, training = attachment.token_pruner, model.training
+    stand_in = TokenPruner(pruner, before.num_layers, attachment.model.device)
+    stand_in.attachment = attachment
     model.eval()
     try:
-        token_pruner.pruner = pruner
-        if thresholds is not None and values is not None:
-            stand_in = torch.tensor(values, dtype=torch.float32, device=thresholds.device)
-            _set_thresholds(token_pruner, stand_in)
+        attachment.exchange(stand_in.eval())
         yield
     finally:
-        token_pruner.pruner = before
-        if thresholds is not None:
-            _set_thresholds(token_pruner, thresholds)
+        attachment.exchange(before)
         model.train(training)
-
-
-def _set_thresholds(token_pruner: Any, thresholds: Tensor) -> None:
-    """Exchange the tensor itself, parameter or buffer, so that the optimizer's stays what it was."""
-    for tensors in (token_pruner._parameters, token_pruner._buffers):
-        if "thresholds" in tensors:
-            tensors["thresholds"] = thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,23 +248,26 @@ class _Cut(Pruner, registered=False):
     prune_mode: ClassVar[str] = "cut"
 
     profile: tuple[float, ...]
-    found: list[float] = field(default_factory=list)
+    found: dict[int, float] = field(default_factory=dict)
 
     def keep(self, tokens: LayerTokens) -> Tensor:
         candidates = torch.ones_like(tokens.scores, dtype=torch.bool)
         candidates[tokens.layout.first_rows] = False
         if tokens.summaries is not None:
             candidates &= ~tokens.summaries
-        scores = tokens.scores[candidates].sort().values
         everything = int((tokens.input_lengths - 1).clamp(min=0).sum())
-        kept = min(len(scores), round(everything * self.profile[tokens.layer - 1]))
-        if kept == len(scores):
-            threshold = 0.0
-        elif kept == 0:
+        kept = round(everything * self.profile[tokens.layer - 1])
+        if tokens.protected is not None:
+            kept -= int((candidates & tokens.protected).sum())
+            candidates &= ~tokens.protected
+        scores = tokens.scores[candidates].sort().values
+        if kept >= len(scores):
+            threshold = -_DROP_EVERYTHING if self.probes and tokens.layer in self.probes.layers else 0.0
+        elif kept <= 0:
             threshold = _DROP_EVERYTHING
         else:
             threshold = float((scores[-kept - 1] + scores[-kept]) / 2)
-        self.found.append(threshold)
+        self.found[tokens.layer] = threshold
         return tokens.scores >= threshold
 
 
@@ -275,21 +293,44 @@ def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> fl
 
 @torch.inference_mode()
 def outputs_of(model: Any, batch: Batch) -> Tensor:
-    """Logits ``[n, labels]`` float32 of the sequences, or of every valid token.
+    """What a model gives for each sequence, or for every valid token, float32.
 
-    Numbers that are not logits of classes, a regression's, an answer's start and end, hidden states, are ``[n, 1]``.
+    Returns:
+        Logits ``[n, labels]``; pooled vectors ``[n, hidden]`` of a model without a head whose mean or first state is
+        read. Other numbers that are not logits of classes, an answer's start and end, hidden states, are ``[n, 1]``.
     """
     device = attachment_of(model).model.device
     names = ("input_ids", "attention_mask", "token_type_ids")
     inputs = {name: batch[name].to(device) for name in names if name in batch}
     output = model(**inputs)
-    valid = inputs["attention_mask"].bool()
+    mask = inputs["attention_mask"]
+    valid = mask.bool()
     logits: Tensor
     if "logits" in output:
         logits = output.logits if output.logits.dim() == 2 else output.logits[valid]
     elif "start_logits" in output:
         logits = torch.stack([output.start_logits, output.end_logits], -1)[valid].reshape(-1, 1)
     else:
-        states = output.last_hidden_state
-        logits = (states if reads_of(model) == "first" else states[valid]).reshape(-1, 1)
+        states, reads = output.last_hidden_state.float(), reads_of(model)
+        if reads == "first":
+            logits = states[:, 0]
+        elif reads == "mean":
+            logits = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            logits = states[valid].reshape(-1, 1)
     return logits.float().cpu()
+
+
+def outputs_in_parts(model: Any, batch: Batch) -> Tensor:
+    """:func:`outputs_of`, for more examples than one pass should take."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    parts, start, tokens = [], 0, 0
+    for end, length in enumerate([*lengths, _PASS_TOKENS], start=1):
+        tokens += length
+        if tokens > _PASS_TOKENS and end - 1 > start:
+            part = {name: values[start : end - 1] for name, values in batch.items()}
+            columns = part["attention_mask"].any(0).nonzero()
+            used = slice(int(columns[0]), int(columns[-1]) + 1)
+            parts.append(outputs_of(model, {name: x[:, used] if x.dim() == 2 else x for name, x in part.items()}))
+            start, tokens = end - 1, length
+    return torch.cat(parts)

@@ -6,7 +6,8 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from token_pruning.checkpoint.settings import check_config, foreign_errors, nami
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.families import supported_model_types
 from token_pruning.pruners import Pruner, ignored_keys, method_keys, pruner_from_config
+from token_pruning.runtime.adapters import adapter_for
 from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
-_THRESHOLDS = "token_pruner.thresholds"
-_VOCABULARY_SCORES = "token_pruner.vocabulary_scores"
+# What a pruned model's weights have besides the dense one's, and of how many dimensions each is.
+_TENSORS = {"thresholds": 1, "vocabulary_scores": 1, "probe_weights": 2, "map_weights": 3, "correction_weights": 2}
 logger = logging.getLogger(__name__)
 
+_LTP_THRESHOLDS = "pruner.keep_threshold"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
 _SMALL_MODEL = 10**7  # parameters
@@ -45,14 +48,19 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: ``config.json`` as it stands there.
-        thresholds: learned thresholds found in the weights, or None.
-        vocabulary_scores: ``[vocabulary]`` float32 found in the weights, or None.
+        tensors: a method's tensors found in the weights, by their names in
+            :class:`token_pruning.runtime.token_pruner.TokenPruner`.
     """
 
     path: Path
     config: dict[str, Any]
-    thresholds: tuple[float, ...] | None = None
-    vocabulary_scores: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Learned thresholds found in the weights, or None."""
+        found = self.tensors.get("thresholds")
+        return None if found is None else tuple(found.reshape(-1).tolist())
 
     @property
     def is_ibert(self) -> bool:
@@ -113,9 +121,7 @@ class Checkpoint:
         """
         file = self.path / "config.json"
         with naming(file):
-            pruner = pruner_from_config(
-                self.config, self.thresholds, self.vocabulary_scores, learned=learned, temperature=temperature
-            )
+            pruner = pruner_from_config(self.config, self.tensors, learned=learned, temperature=temperature)
         if ignored := ignored_keys(self.config):
             logger.warning(
                 "%s: %s without effect: not of prune_mode %r", file, ", ".join(ignored), self.config["prune_mode"]
@@ -153,8 +159,7 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
         ConfigError: if ``config.json`` is not JSON, or has a key with a value that is not allowed.
         UnsupportedModelError: for quantised weights, I-BERT's included, or an adapter's.
     """
-    path = Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)
-    path = path / subfolder
+    path = _folder(path, subfolder, hub)
     config_file = path / "config.json"
     if (path / _ADAPTER).exists():
         raise UnsupportedModelError(
@@ -168,20 +173,27 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
         raise UnsupportedModelError(
             f"{config_file}: quant_mode is true; only I-BERT checkpoints in float mode (quant_mode false) are supported"
         )
-    found = _read_weights(path, (_THRESHOLDS, _VOCABULARY_SCORES, "pruner.keep_threshold"))
-    for name, tensor in found.items():
-        bad = tensor.isnan() if name == _VOCABULARY_SCORES else ~tensor.isfinite()  # special tokens score infinity
-        if not tensor.is_floating_point() or tensor.dim() > 1 or bad.any():
+    found = _read_weights(path, (*(f"token_pruner.{name}" for name in _TENSORS), _LTP_THRESHOLDS))
+    for key, tensor in found.items():
+        name = key.rpartition("token_pruner.")[2]
+        dimensions = (0, 1) if name == "thresholds" or name not in _TENSORS else (_TENSORS[name],)
+        bad = tensor.isnan() if name == "vocabulary_scores" else ~tensor.isfinite()  # special tokens score infinity
+        if not tensor.is_floating_point() or tensor.dim() not in dimensions or bad.any():
             shown = f"{list(tensor.shape)}{' with ' + str(tensor[bad][0].item()) if bad.any() else ''}"
+            wanted = {1: "one row", 2: "rows", 3: "several tables"}[dimensions[-1]]
             raise CheckpointError(
-                f"{path}: weight {name} is {tensor.dtype} of shape {shown}; it must be one row of finite numbers"
+                f"{path}: weight {key} is {tensor.dtype} of shape {shown}; it must be {wanted} of finite numbers"
             )
-    if _THRESHOLDS in found:
-        checkpoint.thresholds = tuple(found[_THRESHOLDS].to(torch.float32).reshape(-1).tolist())
-    else:
-        checkpoint.thresholds = ltp_thresholds(found, config, path)
-    checkpoint.vocabulary_scores = found.get(_VOCABULARY_SCORES)
+        if name in _TENSORS:
+            checkpoint.tensors[name] = tensor
+    if "thresholds" not in checkpoint.tensors and (own := ltp_thresholds(found, config, path)) is not None:
+        checkpoint.tensors["thresholds"] = torch.tensor(own, dtype=torch.float64, device="cpu")
     return checkpoint
+
+
+def _folder(path: str | Path, subfolder: str, hub: Mapping[str, Any]) -> Path:
+    """Where the files are, on this machine."""
+    return (Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)) / subfolder
 
 
 def _is_folder(path: str | Path) -> bool:
@@ -214,14 +226,17 @@ def from_pretrained(
 
     Args:
         path: a folder (or hub model) written by ``save_pretrained`` on a pruned model, or one whose ``config.json`` got
-            ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa.
+            ``prune_mode`` and its keys by hand. I-BERT and LTP checkpoints in float mode load as RoBERTa. What
+            sentence-transformers wrote (a folder with ``modules.json``) loads as its ``SentenceTransformer`` or
+            ``CrossEncoder``.
         pruner: the method to attach instead of the one ``config.json`` names.
         execution: as for :func:`token_pruning.prune`.
-        model_class: the class to build; else the one ``config.json`` names under ``architectures``.
+        model_class: the class of transformers to build; else the one ``config.json`` names under ``architectures``.
         **kwargs: passed to the class's ``from_pretrained``, for example ``dtype``, ``num_labels``, ``config``,
             ``revision``, ``subfolder``, ``device_map``, ``ignore_mismatched_sizes`` or ``output_loading_info``. Without
             ``dtype`` the weights keep the checkpoint's. Refused are ``trust_remote_code=True``,
-            ``use_safetensors=False``: no code and no pickle of a checkpoint is ever run.
+            ``use_safetensors=False``: no code and no pickle of a checkpoint is ever run. A sentence-transformers model
+            takes its own class's arguments, and ``dtype``.
 
     Returns:
         The model; with ``output_loading_info`` the pair of it and the dictionary that transformers gives.
@@ -231,14 +246,17 @@ def from_pretrained(
         ConfigError: if ``config.json`` is malformed or has a value that is not allowed, or an argument is refused.
         UnsupportedModelError: for an architecture without an adapter.
     """
-    with_info = bool(kwargs.pop("output_loading_info", False))
     _refuse_unsafe(kwargs)
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    checkpoint = read_checkpoint(path, subfolder=kwargs.pop("subfolder", None) or "", **hub)
-    if pruner is None:
-        pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
+    folder = _folder(path, kwargs.pop("subfolder", None) or "", hub)
+    if model_class is None and (adapter := adapter_for(folder)):
+        return adapter.load(folder, pruner, execution=execution, **kwargs)
+    with_info = bool(kwargs.pop("output_loading_info", False))
+    checkpoint = read_checkpoint(folder)
+    method = pruner or checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
     model, info = _load(checkpoint, model_class, False, kwargs)
-    pruned = checkpoint.prune(model, pruner, execution=execution)
+    with naming(checkpoint.path / "config.json") if pruner is None else nullcontext():
+        pruned = checkpoint.prune(model, method, execution=execution)
     return (pruned, info) if with_info else pruned
 
 
@@ -298,7 +316,7 @@ def _load(
             output_loading_info=True,
             **kwargs,
         )
-    ours = (_THRESHOLDS, _VOCABULARY_SCORES)  # transformers does not know them; pruning loads them
+    ours = {f"token_pruner.{name}" for name in _TENSORS}  # transformers does not know them; pruning loads them
     unexpected = info["unexpected_keys"]
     info = {**info, "unexpected_keys": type(unexpected)(name for name in unexpected if name not in ours)}
     _check_shapes(model, info, checkpoint.path, anything=any_shape, new_head=new_head)

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,26 @@ from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
 from token_pruning.pruners import Unpruned
 from token_pruning.ragged import Layout
+from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import MODULE_NAME
+from token_pruning.runtime.departed import Departures
 from token_pruning.runtime.inputs import check_arguments, check_ids, input_tables, model_output, pack_inputs
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of
+from token_pruning.runtime.selection import select
 from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
-_PACKED = "token_pruning_packed"  # the forward keyword argument by which run_packed asks for packed states
+# The forward keyword arguments by which run_packed asks for packed states, and run_pooled for one vector a text.
+_PACKED = "token_pruning_packed"
+_POOLED = "token_pruning_pooled"
 
 
 @memory_errors()
 def compile(
     model: nn.Module, dtype: EngineDtype = "auto", threads: int | None = None, *, reads: Reads | None = None
-) -> "Engine":
+) -> Any:
     """Turn a model, pruned or not, into an engine for inference on a CPU.
 
     The engine keeps a packed copy of the weights and the pruning method as they are now; the model can be changed or
@@ -45,8 +50,9 @@ def compile(
     comes in; on the native kernels they are the same to the last bit.
 
     Args:
-        model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it.
-            BERT, RoBERTa, ELECTRA, DistilBERT and models like them run on native kernels, others on PyTorch.
+        model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it. Or a
+            ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. BERT, RoBERTa,
+            ELECTRA, DistilBERT and models like them run on native kernels, others on PyTorch.
         dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
@@ -57,7 +63,8 @@ def compile(
         reads: as for :func:`token_pruning.prune`, for a model that is not pruned.
 
     Returns:
-        The engine.
+        The engine (:class:`Engine`). From a ``SentenceTransformer`` or ``CrossEncoder`` a copy of the same class that
+        runs on it; the engine itself is ``copy[0].model.engine``.
 
     Raises:
         UnsupportedModelError: for a model of another family, one with weights that are not in memory, or one with
@@ -73,11 +80,10 @@ def compile(
             raise UnsupportedModelError(f"weight {name} is not in memory, but on the device meta; load the whole model")
     if inner.main_input_name != "input_ids":
         raise UnsupportedModelError(f"{type(inner).__name__} takes {inner.main_input_name}; an engine takes input_ids")
-    if reads is not None:
-        choice("reads", reads, get_args(Reads))
-        if is_pruned(inner):
-            raise ConfigError(f"reads is {reads!r}; for a pruned model it is prune() that says so")
-    return Engine(inner, dtype, threads, reads or reads_of(inner))
+    if reads is not None and is_pruned(inner):
+        raise ConfigError(f"reads is {reads!r}; for a pruned model it is prune() that says so")
+    engine, adapter = Engine(inner, dtype, threads, reads_of(model, reads)), adapter_of(model)
+    return engine if adapter is None else adapter.compiled(model, engine)
 
 
 def _make_encoder(
@@ -138,12 +144,25 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+class Pooled(NamedTuple):
+    """What :meth:`Engine.run_pooled` gives, float32.
+
+    Attributes:
+        vectors: ``[batch, dim]``: the first token's last state, or the mean of all tokens'; zeros for no tokens.
+        states: ``[tokens, dim]``, or ``[batch, dim]`` where only first tokens are read; may be None unless asked for.
+    """
+
+    vectors: Tensor
+    states: Tensor | None
+
+
 class Engine:
     """A compiled model; see :func:`compile`.
 
     Attributes:
         config: the model's configuration.
         token_pruner: the pruning method and its thresholds, as they were when the model was compiled.
+        reads: which last hidden states are used.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: EngineDtype, threads: int, reads: Reads) -> None:
@@ -156,9 +175,11 @@ class Engine:
             attachment.token_pruner.fit_vocabulary()
             token_pruner = copy.deepcopy(attachment.token_pruner, {id(attachment): None})
             self.token_pruner = token_pruner.to("cpu").eval().requires_grad_(False)
+            self.token_pruner.check_maps(reads)
         else:
             layers = family.shape(base.config).num_layers
             self.token_pruner = TokenPruner(Unpruned(), layers, torch.device("cpu"))
+        self.reads: Reads = reads
         self._first_only = reads == "first"
         # A head that reads first tokens is given one state per sequence even where all states are computed.
         self._one_each = self._first_only or (model is not base and family.reads(model) == "first")
@@ -167,15 +188,29 @@ class Engine:
             model is not base and not self._one_each and name.endswith(family.first_token_heads)
         )
         self._padding = getattr(base.config, "pad_token_id", None) or 0
-        some_never_enter = bool(self.token_pruner.pruner.vocabulary_threshold)
-        needs_embeddings = some_never_enter and not self._first_only
+        pruner = self.token_pruner.pruner
+        needs_embeddings = bool(pruner.vocabulary_threshold) and reads != "first" and pruner.departed != "survivors"
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._family, self._model_class = stub.family, type(model)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
+        self._departures = self._make_departures()
         # A head is everything of the model but its base, which the stub stands in for.
         self._head = stub if model is base else _unpruned_copy(model, {base: stub})
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
         _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
+
+    def _make_departures(self) -> Departures:
+        """What departed tokens count as, by products whose rows do not depend on the others of a batch."""
+
+        def affine(weights: Tensor) -> nn.Module:
+            linear = nn.Linear(weights.shape[1] - 1, weights.shape[0], device="meta")
+            linear.weight, linear.bias = nn.Parameter(weights[:, :-1]), nn.Parameter(weights[:, -1])
+            return self._encoder.head_linear(linear, -1)
+
+        maps = {at: affine(weights) for at, weights in self.token_pruner.departure_maps.items()}
+        weights = self.token_pruner.correction_weights
+        correction = None if weights is None else affine(weights)
+        return Departures(self.token_pruner, maps=maps, correction=correction)
 
     @memory_errors()
     @torch.inference_mode()
@@ -243,6 +278,48 @@ class Engine:
         """
         if self._needs_padding:
             raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head pools a padded batch")
+        output = self._head(**self._padded(input_ids, cu_seqlens, token_type_ids, position_ids), **{_PACKED: True})
+        if not self._one_each:
+            for name in list(output):  # heads saw one long sequence [1, tokens]
+                if name != "pooler_output":
+                    output[name] = output[name].squeeze(0)
+        return output
+
+    @memory_errors()
+    @torch.inference_mode()
+    def run_pooled(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        *,
+        states: bool = False,
+    ) -> Pooled:
+        """Run a base model on sequences that were never padded, for one vector each.
+
+        Args:
+            input_ids: as for :meth:`run_packed`.
+            cu_seqlens: as there.
+            token_type_ids: as there.
+            states: whether the tokens' last states are wanted too.
+
+        Returns:
+            The vectors: first tokens' states where only these are read, else means. On the native kernels they are the
+            same to the last bit in any batch.
+
+        Raises:
+            ConfigError: as :meth:`run_packed`; and for a model with a head.
+        """
+        if not isinstance(self._head, _CompiledBase):
+            raise ConfigError(f"run_pooled runs a base model; this is a {type(self._head).__name__}")
+        inputs = self._padded(input_ids, cu_seqlens, token_type_ids, None)
+        pooled: Pooled = self._head(**inputs, **{_POOLED: "states" if states else "vectors"})
+        return pooled
+
+    def _padded(
+        self, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Packed ids as the forward of a model takes them; of ids alone padding costs nothing."""
         _check_on_cpu("input_ids", check_ids("input_ids", input_ids, 1))
         mask = _mask_of(cu_seqlens, input_ids.shape[0])
         padded = {"input_ids": input_ids.new_full(mask.shape, self._padding).masked_scatter_(mask, input_ids)}
@@ -254,12 +331,20 @@ class Engine:
                         f"{name} has shape {list(value.shape)}; it must be {list(input_ids.shape)}, as input_ids"
                     )
                 padded[name] = value.new_zeros(mask.shape).masked_scatter_(mask, value)
-        output = self._head(**padded, attention_mask=mask, **{_PACKED: True})
-        if not self._one_each:
-            for name in list(output):  # heads saw one long sequence [1, tokens]
-                if name != "pooler_output":
-                    output[name] = output[name].squeeze(0)
-        return output
+        return {**padded, "attention_mask": mask}
+
+    def linear(self, linear: nn.Linear) -> nn.Module:
+        """A linear layer on the engine's kernels, float32: on the native ones a row's result is its own.
+
+        Args:
+            linear: of another module than the engine's, such as one behind the pooling.
+        """
+        return self._encoder.head_linear(linear, -1)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model was not pruned when it was compiled."""
+        return isinstance(self.token_pruner.pruner, Unpruned)
 
     @property
     def is_native(self) -> bool:
@@ -307,7 +392,7 @@ class _CompiledBase(nn.Module):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        packed = kwargs.pop(_PACKED, False)
+        packed, pooled = kwargs.pop(_PACKED, False), kwargs.pop(_POOLED, None)
         self._check_options(input_ids, kwargs)
         for name, value in (
             ("input_ids", input_ids),
@@ -316,17 +401,31 @@ class _CompiledBase(nn.Module):
         ):
             if value is not None:
                 _check_on_cpu(name, value)
+        engine = self._engine
+        pruner = engine.token_pruner.pruner
         tokens = pack_inputs(
             self.family,
             self._tables,
+            max_tokens=pruner.max_tokens,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids if self._tables["token_type_ids"] else None,
             position_ids=position_ids,
         )
-        engine = self._engine
-        states = engine._encoder.run(tokens, engine.token_pruner, first_only=engine._first_only)
-        return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
+        selection = select(tokens, pruner)
+        entering = tokens if selection is None else selection.tokens
+        last = engine._encoder.run(entering, engine.token_pruner, reads=engine.reads)
+        departures = engine._departures
+        states = None
+        if pooled != "vectors" or engine.reads == "first":
+            states = departures.states(last, entering.layout, engine.reads, selection, tokens.layout)
+        if pooled is None:
+            assert states is not None
+            return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
+        if states is not None and engine.reads == "first":
+            return Pooled(states, states)
+        texts = None if selection is None else selection.cu_texts
+        return Pooled(departures.pooled(last, entering.layout, cu_texts=texts), states)
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
         first_only, one_each = self._engine._first_only, self._engine._one_each

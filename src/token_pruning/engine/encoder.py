@@ -1,13 +1,15 @@
 """What runs the layers of a compiled model: the native kernels, or the package's own loop on PyTorch."""
 
 import copy
+from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from token_pruning.families import Family
+from token_pruning.families import Family, Reads
 from token_pruning.ragged import PackedTokens
+from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.token_pruner import TokenPruner
 
@@ -15,17 +17,16 @@ from token_pruning.runtime.token_pruner import TokenPruner
 class Encoder(Protocol):
     """Runs a model's embeddings and layers."""
 
-    def run(self, tokens: PackedTokens, token_pruner: TokenPruner, *, first_only: bool) -> Tensor:
+    def run(self, tokens: PackedTokens, token_pruner: TokenPruner, *, reads: Reads) -> LastStates:
         """One forward pass, given to those who record.
 
         Args:
             tokens: the valid tokens, with ids.
             token_pruner: the method and its thresholds.
-            first_only: whether the states of first tokens alone are wanted.
+            reads: which last states are used.
 
         Returns:
-            Last states, float32: ``[batch, hidden]`` of first tokens (zeros for an empty sequence), or
-            ``[tokens, hidden]``.
+            Last states, float32; zeros for an empty sequence's first token.
         """
 
     def head_linear(self, linear: nn.Linear, vocabulary: int) -> nn.Module:
@@ -54,9 +55,10 @@ class TorchEncoder:
         """A head's linear layer, as it is."""
         return copy.deepcopy(linear)
 
-    def run(self, tokens: PackedTokens, token_pruner: TokenPruner, *, first_only: bool) -> Tensor:
+    def run(self, tokens: PackedTokens, token_pruner: TokenPruner, *, reads: Reads) -> LastStates:
         """See :class:`Encoder`."""
-        return PackedLoop(self._family, token_pruner, tokens, first_only=first_only).run().float()
+        last = PackedLoop(self._family, token_pruner, tokens, reads=reads).run()
+        return replace(last, states=last.states.float())
 
     def explain(self) -> list[str]:
         """Nothing was chosen."""

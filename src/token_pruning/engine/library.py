@@ -22,7 +22,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
 
 
@@ -43,6 +43,11 @@ class Request(ctypes.Structure):
         ("divisor", c_float),
         ("first_only", c_bool),
         ("record", c_bool),
+        ("departed", c_bool),
+        ("stays", c_void_p),
+        ("asks", c_void_p),
+        ("probes", c_void_p),
+        ("probed", c_void_p),
         ("segments", c_void_p),
         ("hosts", c_void_p),
         ("out", c_void_p),

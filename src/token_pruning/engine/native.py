@@ -33,15 +33,17 @@ from token_pruning.engine.library import (
     sized,
 )
 from token_pruning.errors import TokenPruningError
-from token_pruning.families import Family, LayerModules
+from token_pruning.families import Family, LayerModules, Reads
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, segments_of
 from token_pruning.ragged import Layout, PackedTokens
+from token_pruning.runtime.departed import LastStates, needs_left_at
+from token_pruning.runtime.roles import asking, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
-_STATE_FORMAT = 1  # of a pickled engine
+_STATE_FORMAT = 2  # of a pickled engine
 
 
 class _Linear(NamedTuple):
@@ -50,6 +52,29 @@ class _Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None = None
+
+
+class _Value(NamedTuple):
+    """A tensor in a pickle.
+
+    As a tensor, multiprocessing would send it to a process that it starts by a file descriptor; those of tensors that
+    are made for the pickle alone are closed before the process opens them.
+    """
+
+    data: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Value | None":
+        """A tensor's numbers."""
+        if tensor is None:
+            return None
+        return cls(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """A tensor with them."""
+        return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -132,11 +157,11 @@ class NativeLinear(nn.Module):
             check(self._library, self._library.tp_linear_get(self._handle, *arrays))
 
         numbers = _exported(self._dtype, (self.out_features, self.in_features), read)
-        return {**state, "numbers": tuple(numbers), "format": _STATE_FORMAT}
+        return {**state, "numbers": tuple(map(_Value.of, numbers)), "format": _STATE_FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         library, state["_limit"] = _restored_limit(state)
-        numbers = _Linear(*state.pop("numbers"))
+        numbers = _Linear(*(value and value.tensor() for value in state.pop("numbers")))
         self.__dict__.update(state)
         self._pack(library, numbers)
 
@@ -179,6 +204,14 @@ def _linears(layer: LayerModules) -> tuple[nn.Linear, ...]:
         layer.feed_forward_up,
         layer.feed_forward_down,
     )
+
+
+class _Roles(NamedTuple):
+    """What the tokens of a call are to the method, ``[tokens]`` uint8 of 0 or 1, as encoder.h has it; None for none."""
+
+    segments: Tensor | None
+    stays: Tensor | None
+    asks: Tensor | None
 
 
 class NativeEncoder:
@@ -308,13 +341,20 @@ class NativeEncoder:
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_library", "_handle", "_spare", "_shapes", "level")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return {**state, "parts": [tuple(self._get(*place)) for place in self._shapes], "format": _STATE_FORMAT}
+        parts = [(*place, *map(_Value.of, self._get(*place).tensors)) for place in self._shapes]
+        return {**state, "parts": parts, "format": _STATE_FORMAT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         library, state["_limit"] = _restored_limit(state)
         parts = state.pop("parts")
         self.__dict__.update(state, _restored=True)
-        self._pack(library, (_Part(*part) for part in parts))
+        self._pack(
+            library,
+            (
+                _Part(kind, layer, which, tuple(value and value.tensor() for value in values))
+                for kind, layer, which, *values in parts
+            ),
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -327,14 +367,14 @@ class NativeEncoder:
         return NativeLinear(self._library, linear, dtype, self._limit, self.threads)
 
     def run(
-        self, tokens: PackedTokens, token_pruner: TokenPruner, *, first_only: bool, seconds: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: PackedTokens, token_pruner: TokenPruner, *, reads: Reads, seconds: Tensor | None = None
+    ) -> LastStates:
         """See :class:`token_pruning.engine.encoder.Encoder`.
 
         Args:
             tokens: see there.
             token_pruner: see there.
-            first_only: see there.
+            reads: see there.
             seconds: ``[len(PARTS)]`` float64, to which the time of each part is added.
 
         Raises:
@@ -343,38 +383,56 @@ class NativeEncoder:
             Exception: whatever the pruner raises.
         """
         if not tokens.layout.batch_size:
-            return torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu")
+            return LastStates(torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu"))
+        pruner, first_only = token_pruner.pruner, reads == "first"
         entering, kept, dropped = token_pruner.enter(tokens)
-        traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
+        traces = [trace for recorded, trace in recording.get() if recorded is token_pruner]
         segments = None
-        if token_pruner.pruner.summary_tokens == "segment":
+        if pruner.summary_tokens == "segment":
             id_grid = tokens.id_grid()
             assert id_grid is not None
             segments = segments_of(id_grid, tokens.layout)[entering.indices].to(torch.uint8)
+
+        def of_entered(role: Tensor | None) -> Tensor | None:
+            return None if role is None else (role if kept is None else role[kept]).to(torch.uint8)
+
+        roles = _Roles(segments, of_entered(protected(tokens, pruner)), of_entered(asking(tokens, pruner)))
         entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
-        states, layers = self._forward(
-            entered, token_pruner, segments, first_only=first_only, recorded=bool(traces), seconds=seconds
+        states, survived, layers = self._forward(
+            entered, token_pruner, roles, first_only=first_only, recorded=bool(traces), seconds=seconds
         )
         for trace in traces:
-            trace.passes.append(PassRecord(token_pruner.pruner, tokens.layout, entering, layers, first_only))
-        if first_only or kept is None or dropped is None:
-            return states
-        # What never entered keeps its embedding.
-        everything = states.new_empty(tokens.layout.total, states.shape[1]).index_copy(0, kept, states)
-        assert self._embeddings is not None
-        return everything.index_copy(0, dropped, self._embeddings.embed(tokens.of(dropped, tokens.layout)))
+            trace.passes.append(PassRecord(pruner, tokens.layout, entering, reads, layers))
+        left_at = survived.long() + 1 if needs_left_at(pruner, reads) else None
+        if kept is None or dropped is None:
+            return LastStates(states, left_at)
+        if left_at is not None:
+            left_at = left_at.new_zeros(tokens.layout.total).index_copy(0, kept, left_at)
+        if first_only:
+            return LastStates(states, left_at)
+        everything = states.new_zeros(tokens.layout.total, states.shape[1]).index_copy(0, kept, states)
+        if pruner.departed != "survivors":  # what never entered keeps its embedding
+            assert self._embeddings is not None
+            embedded = self._embeddings.embed(tokens.of(dropped, tokens.layout))
+            everything = everything.index_copy(0, dropped, embedded)
+        return LastStates(everything, left_at)
 
     def _forward(
         self,
         tokens: PackedTokens,
         token_pruner: TokenPruner,
-        segments: Tensor | None,
+        roles: _Roles,
         *,
         first_only: bool,
         recorded: bool,
         seconds: Tensor | None,
-    ) -> tuple[Tensor, dict[int, LayerRecord]]:
-        """The native call: last states, and a record per layer (1-based) if they are asked for, else none."""
+    ) -> tuple[Tensor, Tensor, dict[int, LayerRecord]]:
+        """The native call.
+
+        Returns:
+            Last states, zeros for tokens that left where these count for nothing; ``[tokens]`` int32 layers that each
+            token survived; and a record per layer (1-based) if they are asked for, else none.
+        """
         layout, layers = tokens.layout, self.shape.num_layers
         cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
         filled = cu_seqlens.diff() > 0
@@ -382,12 +440,14 @@ class NativeEncoder:
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
         total, sequences = layout.total, cu_seqlens.numel() - 1
         rows, size = sequences if first_only else total, self.shape.hidden_size
-        out = torch.empty(rows, size, dtype=torch.float32, device="cpu")
+        method = token_pruner.pruner
+        departed = method.departed != "survivors"
+        make = torch.empty if first_only or departed else torch.zeros
+        out = make(rows, size, dtype=torch.float32, device="cpu")
         survived = torch.zeros(total, dtype=torch.int32, device="cpu")
         received = None
         if recorded:
             received = torch.full((layers, total), torch.nan, dtype=torch.float32, device="cpu")
-        method = token_pruner.pruner
         summaries = method.summary_tokens != "none"
         hosts = torch.zeros(total, dtype=torch.uint8, device="cpu") if summaries else None
         prunes = bytes(
@@ -400,6 +460,7 @@ class NativeEncoder:
         decides = not absolute and any(prunes)
         importance = torch.empty(total, dtype=torch.float32, device="cpu") if decides else None
         keep = torch.empty(total, dtype=torch.uint8, device="cpu") if decides else None
+        probes, probed = _probes(token_pruner, size)
         assert tokens.ids is not None
         request = Request(
             sequences=sequences,
@@ -415,7 +476,12 @@ class NativeEncoder:
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             first_only=first_only,
             record=recorded,
-            segments=sized(segments, torch.uint8, total),
+            departed=departed,
+            stays=sized(roles.stays, torch.uint8, total),
+            asks=sized(roles.asks, torch.uint8, total),
+            probes=sized(probes, torch.float32, layers * (size + 1)),
+            probed=None if probed is None else ctypes.cast(c_char_p(probed), c_void_p),
+            segments=sized(roles.segments, torch.uint8, total),
             hosts=pointer(hosts),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
@@ -436,7 +502,7 @@ class NativeEncoder:
                     seconds[PARTS.index("decide")] += time.perf_counter() - began
             self._spare.append(workspace)
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
-        return layout.per_sequence(out) if first_only else out, records
+        return layout.per_sequence(out) if first_only else out, survived, records
 
     def _workspace_for(self, request: Request) -> "Workspace":
         """Memory for a call, an earlier one's where that is large enough."""
@@ -499,15 +565,30 @@ def _records(
         entering, leaving = _layout_of(tokens, present), _layout_of(tokens, left)
         scores = None
         if method.prunes(layer, pruner.num_layers):
-            scores = importance_scores(
-                received[layer - 1][present], entering, method.scoring_mode, method.max_seq_length
-            )
+            scores = _scores(pruner, layer, received[layer - 1][present], entering)
         summaries = None
         if hosts is not None:
             summary = (survived < layer)[left]
             summaries = Summaries(summary, torch.full(summary.shape, torch.nan, dtype=torch.float32, device="cpu"))
         records[layer] = LayerRecord(entering, leaving, scores=scores, summaries=summaries)
     return records
+
+
+def _scores(pruner: TokenPruner, layer: int, received: Tensor, layout: Layout) -> Tensor:
+    """What ``layer`` (1-based) decides by, ``[layout.total]`` float32: importance, or what its probe says."""
+    if pruner.probe(layer) is not None:
+        return received
+    return importance_scores(received, layout, pruner.pruner.scoring_mode, pruner.pruner.max_seq_length)
+
+
+def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None]:
+    """Every layer's probe, ``[layers, size + 1]`` float32, and which layers have one; None for both without any."""
+    probes = [pruner.probe(layer) for layer in range(1, pruner.num_layers + 1)]
+    if all(probe is None for probe in probes):
+        return None, None
+    nothing = torch.zeros(size + 1, dtype=torch.float32, device="cpu")
+    weights = torch.stack([nothing if probe is None else probe for probe in probes])
+    return weights, bytes(probe is not None for probe in probes)
 
 
 def _decision(
@@ -523,7 +604,7 @@ def _decision(
             layer=layer + 1,
             num_layers=pruner.num_layers,
             layout=layout,
-            scores=importance_scores(received, layout, method.scoring_mode, method.max_seq_length),
+            scores=_scores(pruner, layer + 1, received, layout),
             input_lengths=tokens.layout.lengths_tensor,
             threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
             summaries=None if hosts is None else (survived < layer)[present],

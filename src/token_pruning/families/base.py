@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.ragged import NO_TERMS, LogitTerms, PackedTokens
 
-Reads = Literal["first", "all"]
+Reads = Literal["first", "mean", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)

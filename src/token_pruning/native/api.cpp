@@ -87,7 +87,7 @@ struct Head {
 TP_EXPORT const char* tp_last_error() { return last_error; }
 
 // What Python must agree with: a number that changes with the interface, and the size of the one structure it fills.
-TP_EXPORT int tp_abi_version() { return 3; }
+TP_EXPORT int tp_abi_version() { return 4; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
 

@@ -159,7 +159,7 @@ public:
         for (int s = 0; s < request.sequences; s++)
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
         chunk_rows_ = (int)round_up(std::min(tokens_, std::max(kernels_.chunk_rows, longest_)), 32);
-        summaries_wanted_ = request.hosts;
+        summaries_wanted_ = request.hosts, probes_wanted_ = request.probes;
     }
 
     // Every list and array of the pass, which lies in the workspace itself. Nothing is allocated besides: no thread may
@@ -179,6 +179,7 @@ public:
             gone_ = arena.take<float>(tokens * hidden);
             means_ = arena.take<float>(SEGMENTS * sequences * hidden);
         }
+        if (probes_wanted_) joined_ = arena.take<float>(tokens * hidden);
         const size_t inner = shape_.inner, rows = chunk_rows_, wide = exchange();
         states_[0] = arena.take<float>(tokens * hidden);
         states_[1] = arena.take<float>(tokens * hidden);
@@ -288,6 +289,10 @@ private:
             if (fresh_ || layer != layer_) {  // else this is where the decision was waited for
                 take(team, sequence_chunks_,
                      [&](Range r) { first_rows_only(layer) ? attend_first(team, layer, r) : attend(team, layer, r); });
+                if (joins(layer)) {
+                    restart(rank);
+                    take(team, row_chunks_, [&](Range r) { join(team, layer, r); });
+                }
                 barrier_.wait();
                 if (rank == 0) {
                     Clock clock(*this, team, DECIDE);
@@ -446,17 +451,24 @@ private:
         project(team, l.value, rows, 2 * hidden);
         team.wait();
         Clock clock(*this, team, ATTEND);
-        const bool receive = decides(layer);
+        const bool receive = decides(layer) && !joins(layer);
         const int size = shape_.head_size(), heads = shape_.heads;
         const Range items = share(sequences.size() * heads, team.rank, team.threads);
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s];
-            kernels_.attend({projected(team, at, head * size), projected(team, at, hidden + head * size),
-                             projected(team, at, 2 * hidden + head * size), (size_t)3 * hidden, (size_t)3 * hidden,
-                             count, count, size, 1.0f / std::sqrt((float)size), context(offsets_[s], head * size),
-                             (size_t)hidden, receive ? team.chunk->received + (size_t)head * rows + at : nullptr,
-                             team.scratch->attention});
+            float* received = receive ? team.chunk->received + (size_t)head * rows + at : nullptr;
+            const Range asking = receive ? asking_rows(s) : Range{0, count};
+            // What rows pay is added up in the kernel, so those that do not count go there by themselves.
+            for (Range queries : {Range{0, asking.begin}, asking, Range{asking.end, count}}) {
+                if (queries.size() == 0) continue;
+                kernels_.attend({projected(team, at + queries.begin, head * size),
+                                 projected(team, at, hidden + head * size),
+                                 projected(team, at, 2 * hidden + head * size), (size_t)3 * hidden, (size_t)3 * hidden,
+                                 queries.size(), count, size, 1.0f / std::sqrt((float)size),
+                                 context(offsets_[s] + queries.begin, head * size), (size_t)hidden,
+                                 queries.begin == asking.begin ? received : nullptr, team.scratch->attention});
+            }
         }
         if (!receive) return;
         team.wait();
@@ -467,6 +479,23 @@ private:
         for (int head = 0; head < heads; head++)
             for (int i = part.begin; i < part.end; i++) total[i] += team.chunk->received[(size_t)head * rows + i];
         for (int i = part.begin; i < part.end; i++) total[i] /= (float)heads;
+        for (int s = sequences.begin; request_->asks && s < sequences.end; s++) {
+            const int from = offsets_[s] - first, to = offsets_[s + 1] - first;
+            const float factor = (float)(to - from) / (float)asking_rows(s).size();
+            for (int i = std::max(part.begin, from); i < std::min(part.end, to); i++) total[i] *= factor;
+        }
+    }
+
+    // The rows of a sequence, counted from its first, whose attention counts.
+    Range asking_rows(int sequence) const {
+        const int count = offsets_[sequence + 1] - offsets_[sequence];
+        const int* tokens = original_ + offsets_[sequence];
+        int begin = 0;
+        while (request_->asks && begin < count && !request_->asks[tokens[begin]]) begin++;
+        if (!request_->asks || begin == count) return {0, count};
+        int end = begin;
+        while (end < count && request_->asks[tokens[end]]) end++;
+        return {begin, end};
     }
 
     // The last layer where only first tokens are wanted: keys and values of every token, one query per sequence.
@@ -502,8 +531,8 @@ private:
         }
     }
 
-    // Output projection, residual and LayerNorm of the given rows, into the chunk's `attended`.
-    void finish_attention(const Team& team, const Layer& l, const int* index, int begin, int rows) {
+    // Output projection, residual and LayerNorm of the given rows.
+    void finish_attention(const Team& team, const Layer& l, const int* index, int begin, int rows, float* out) {
         const int hidden = shape_.hidden;
         ChunkSpace& c = *team.chunk;
         pack(team, index ? context_ : context(begin, 0), kernels_.half, hidden, index, rows, hidden, c.packed);
@@ -511,18 +540,44 @@ private:
         multiply(team, OUTPUT, l.output, c.packed, rows, Epilogue::residual, c.sums, hidden,
                  index ? states_[0] : states_[0] + (size_t)begin * hidden, index);
         team.wait();
-        normalize(team, c.sums, c.attended, rows, hidden, l.attention_norm);
+        normalize(team, c.sums, out, rows, hidden, l.attention_norm);
+    }
+
+    // The same of all rows, before the decision, and what the layer's probe says of them.
+    void join(const Team& team, int layer, Range r) {
+        const size_t hidden = shape_.hidden;
+        finish_attention(team, encoder_.layers[layer], nullptr, r.begin, r.size(), joined_ + r.begin * hidden);
+        Clock clock(*this, team, DECIDE);
+        const float* probe = request_->probes + layer * (hidden + 1);
+        const Range part = share(r.size(), team.rank, team.threads, 16);  // the rows that this thread has normalized
+        for (int i = r.begin + part.begin; i < r.begin + part.end; i++)
+            received_[i] = score(joined_ + i * hidden, probe, (int)hidden);
+    }
+
+    // probe[0, size) · row + probe[size], in a few sums that need not wait for each other.
+    static float score(const float* row, const float* probe, int size) {
+        constexpr int SUMS = 8;
+        double sums[SUMS] = {};
+        const int whole = size / SUMS * SUMS;
+        for (int k = 0; k < whole; k += SUMS)
+            for (int i = 0; i < SUMS; i++) sums[i] += (double)row[k + i] * probe[k + i];
+        double total = probe[size];
+        for (int k = whole; k < size; k++) total += (double)row[k] * probe[k];
+        for (double sum : sums) total += sum;
+        return (float)total;
     }
 
     // Tokens that leave after this layer's attention: their last state is that of the attention block.
     void leave(const Team& team, int layer, Range r) {
-        finish_attention(team, encoder_.layers[layer], dropped_.data() + r.begin, 0, r.size());
+        const size_t hidden = shape_.hidden, bytes = hidden * sizeof(float);
+        const int* rows = dropped_.data() + r.begin;
+        const bool joined = joins(layer);
+        if (!joined) finish_attention(team, encoder_.layers[layer], rows, 0, r.size(), team.chunk->attended);
         const Range part = share(r.size(), team.rank, team.threads, 16);
         for (int i = part.begin; i < part.end; i++) {
-            const float* state = team.chunk->attended + (size_t)i * shape_.hidden;
-            const size_t bytes = shape_.hidden * sizeof(float);
-            if (!request_->first_only) memcpy(request_->out + (size_t)left_[r.begin + i] * shape_.hidden, state, bytes);
-            if (summarizes(layer)) memcpy(gone_ + (size_t)(r.begin + i) * shape_.hidden, state, bytes);
+            const float* state = joined ? joined_ + rows[i] * hidden : team.chunk->attended + i * hidden;
+            if (departed_wanted()) memcpy(request_->out + left_[r.begin + i] * hidden, state, bytes);
+            if (summarizes(layer)) memcpy(gone_ + (r.begin + i) * hidden, state, bytes);
         }
     }
 
@@ -554,10 +609,17 @@ private:
         const Layer& l = encoder_.layers[layer];
         const int rows = r.size(), hidden = shape_.hidden, inner = shape_.inner;
         ChunkSpace& c = *team.chunk;
-        finish_attention(team, l, gather_ ? kept_.data() + r.begin : nullptr, r.begin, rows);
-        if (gather_ && summarizes(layer))
-            merge_summaries(c.attended, r.begin, share(rows, team.rank, team.threads, 16));
-        pack(team, c.attended, false, hidden, nullptr, rows, hidden, c.packed);
+        const int* index = gather_ ? kept_.data() + r.begin : nullptr;
+        const float* attended = c.attended;
+        if (joins(layer)) {
+            attended = index ? joined_ : joined_ + (size_t)r.begin * hidden;
+        } else {
+            finish_attention(team, l, index, r.begin, rows, c.attended);
+            if (gather_ && summarizes(layer))
+                merge_summaries(c.attended, r.begin, share(rows, team.rank, team.threads, 16));
+            index = nullptr;  // they are gathered now
+        }
+        pack(team, attended, false, hidden, index, rows, hidden, c.packed);
         team.wait();
         if (kernels_.quantized) {
             multiply(team, UP, l.up, c.packed, rows, Epilogue::activate_store, c.inner, inner);
@@ -567,7 +629,7 @@ private:
             multiply(team, UP, l.up, c.packed, rows, Epilogue::activate_pack, c.packed_inner, inner);
         }
         team.wait();
-        multiply(team, DOWN, l.down, c.packed_inner, rows, Epilogue::residual, c.sums, hidden, c.attended);
+        multiply(team, DOWN, l.down, c.packed_inner, rows, Epilogue::residual, c.sums, hidden, attended, index);
         team.wait();
         normalize(team, c.sums, states_[1] + (size_t)r.begin * hidden, rows, hidden, l.output_norm);
     }
@@ -578,6 +640,10 @@ private:
         return request_->prunes[layer] && (request_->record || !first_rows_only(layer));
     }
 
+    // Whether it is a probe that they go by.
+    bool joins(int layer) const { return request_->probed && request_->probed[layer] && decides(layer); }
+
+    bool departed_wanted() const { return request_->departed && !request_->first_only; }
     bool summarizes(int layer) const { return request_->hosts && layer + 1 < shape_.layers; }
     bool is_summary(int row) const { return request_->hosts && request_->hosts[original_[row]]; }
 
@@ -634,12 +700,12 @@ private:
             for (Summary& s : summaries_) s.gathered = 0;
             for (int s = 0; s < sequences_; s++) {
                 const int count = offsets_[s + 1] - offsets_[s];
-                const float divisor = request_->divisor > 0 ? request_->divisor : (float)count;
+                const float divisor = joins(layer) ? 1.0f : request_->divisor > 0 ? request_->divisor : (float)count;
                 for (int i = offsets_[s]; i < offsets_[s + 1]; i++) {
                     const bool keep =
                         request_->keep ? request_->keep[i] != 0 : received_[i] / divisor >= request_->thresholds[layer];
-                    const bool summary = is_summary(i);
-                    if (i == offsets_[s] || keep || summary) {
+                    const bool summary = is_summary(i), stays = request_->stays && request_->stays[original_[i]];
+                    if (i == offsets_[s] || keep || stays || summary) {
                         kept_.push_back(i);
                         if (request_->hosts) summary_of_kept_.push_back(summary ? summary_of(s, i) : -1);
                         if (!summary) request_->survived[original_[i]]++;
@@ -665,7 +731,7 @@ private:
             return;
         }
         plan(threads);
-        if (!request_->first_only || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
+        if (departed_wanted() || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
     }
 
     // After the last layer: what is wanted of the states that are left.
@@ -691,13 +757,14 @@ private:
     Request* request_ = nullptr;
     const int tokens_, sequences_, asked_;
     int longest_ = 0, chunk_rows_ = 0;
-    bool summaries_wanted_ = false, together_ = false;
+    bool summaries_wanted_ = false, probes_wanted_ = false, together_ = false;
     bool fresh_ = true;  // whether this call began the pass; else it goes on in `layer_`, whose decision is there now
     int layer_ = 0;
 
     float* states_[2];  // rows that entered the layer, rows that leave it
     char* context_;
-    float* received_;
+    float* received_;          // by row, attention received or a probe's score: what the layer decides by
+    float* joined_ = nullptr;  // rows after the attention block, where a probe reads them
     ChunkSpace* chunks_;
     ThreadSpace* scratch_;
 
@@ -738,6 +805,13 @@ void check_contents(const Encoder& encoder, const Request& r) {
     require(r.ids && r.positions && r.out && r.survived, "a tensor is missing");
     require((!r.thresholds && !r.keep) || r.prunes, "prunes is missing");
     require(!r.keep == !r.importance, "keep and importance go together");
+    require(!r.probes == !r.probed, "probes and probed go together");
+    require(!r.hosts || !r.probes, "summaries and probes exclude each other");
+    for (int s = 0; r.asks && s < r.sequences; s++)
+        for (int i = r.cu_seqlens[s], runs = 0; i < r.cu_seqlens[s + 1]; i++) {
+            runs += r.asks[i] && (i == r.cu_seqlens[s] || !r.asks[i - 1]);
+            require(runs < 2, "the asking tokens of a sequence must be next to each other");
+        }
     for (int i = 0; i < r.tokens; i++) {
         require(r.ids[i] >= 0 && r.ids[i] < e.words && r.positions[i] >= 0 && r.positions[i] < e.positions &&
                     (!r.types || (r.types[i] >= 0 && r.types[i] < e.types)),

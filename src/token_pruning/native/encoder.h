@@ -82,26 +82,36 @@ struct Request {
     int threads;
     const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
-    // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0; null: nothing
-    // is pruned by them. A layer prunes where prunes[layer] is set.
+    // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0, or on what a
+    // probe says; null: nothing is pruned by them. A layer prunes where prunes[layer] is set.
     const float* thresholds;
     const uint8_t* prunes;  // [layers]
     float divisor;
-    bool first_only;  // only first tokens' states are wanted: the last layer computes no others
-    bool record;      // decide in the last layer even where its decisions change nothing
+    bool first_only;       // only first tokens' states are wanted: the last layer computes no others
+    bool record;           // decide in the last layer even where its decisions change nothing
+    bool departed;         // last states of tokens that left are wanted too; else their rows of `out` are not written
+    const uint8_t* stays;  // [tokens] or null: 1 for a token that never leaves, as no sequence's first token does
+    // Whose attention counts, [tokens] of 1 or 0; null: everybody's. Those of a sequence are next to each other; what
+    // they pay to a token, averaged, times the sequence's rows, is what it received. Where none of them is left, all
+    // count. A row that carries a summary counts as the token whose row it was.
+    const uint8_t* asks;
+    // Probes, [layers, hidden + 1], or null: where probed[layer] is set, decisions go by probe · row + its last number
+    // in place of attention received, row being a token's state after the layer's attention block. Not with summaries.
+    const float* probes;
+    const uint8_t* probed;  // [layers]
     // Summary tokens: which of its sequence's summaries, 0 or 1, a dropped token goes to; null: 0. Used where `hosts`
     // is given: [tokens], zero at first, set to 1 for a dropped token whose row carries a summary from then on.
     const uint8_t* segments;  // [tokens]
     uint8_t* hosts;
-    float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: every token's last state
+    float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: tokens' last states
     int32_t* survived;  // [tokens], zero at first: layers after which the token was still there
-    float* received;    // [layers, tokens] or null: attention each token received, untouched where none was computed
+    float* received;    // [layers, tokens] or null: what each layer decided by, untouched where it did not
     double* seconds;    // [PARTS] or null: what the calling thread spent its time on
     char* workspace;    // aligned to 64 bytes; nothing else is needed between calls, and nothing is kept after the last
     size_t workspace_bytes;
     // Decisions taken by the caller in place of thresholds: forward() returns at each with `layer`, `rows`, and what
-    // each row received in importance[0, rows); the caller writes 1 or 0 to keep[0, rows) and calls again. Rows whose
-    // keep nobody wrote are found out. Both [tokens], or null.
+    // each row received, or its probe says, in importance[0, rows); the caller writes 1 or 0 to keep[0, rows) and
+    // calls again. Rows whose keep nobody wrote are found out. Both [tokens], or null.
     float* importance;
     uint8_t* keep;
     bool waiting;  // false at first
@@ -119,7 +129,7 @@ public:
     // the wider of H and the tables' width, S sequences, T threads, and R = N, or where that is less the longest
     // sequence or the kernels' chunk_rows, whichever is more, rounded up to 32:
     //     N · (8 + wide) · H + N · 40 + S · 64                  states, context, who is where
-    //     (N + 2·S) · 4·H with summary tokens
+    //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes
     //     T · R · (4·H · (1 + wide) + 4·E + 8·heads)            a chunk's rows: projections, sums
     //     T · packed rows of R · (E + F), and for int8 R · F · wide, and the kernels' scratch for R rows and for
     //     the longest sequence's keys (product_scratch, attention_scratch)

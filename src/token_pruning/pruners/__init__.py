@@ -10,15 +10,19 @@ from token_pruning.pruners.base import (
     methods,
     pruner_from_config,
 )
+from token_pruning.pruners.fitted import Correction, DepartureMaps, Probes
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
 from token_pruning.pruners.unpruned import Unpruned
 from token_pruning.pruners.vocabulary import VocabularyGate
 
 __all__ = [
+    "Correction",
+    "DepartureMaps",
     "FixedThreshold",
     "LayerTokens",
     "LearnedThreshold",
+    "Probes",
     "Pruner",
     "RelativeThreshold",
     "RisingThreshold",

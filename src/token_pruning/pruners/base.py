@@ -3,13 +3,25 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from token_pruning.checks import choice, number, positive_integer
+from token_pruning.checks import choice, number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
+from token_pruning.pruners.fitted import (
+    DEPARTED,
+    PROTECTED,
+    RECEIVED_FROM,
+    Correction,
+    Departed,
+    DepartureMaps,
+    Probes,
+    Protected,
+    ReceivedFrom,
+)
 from token_pruning.pruners.importance import SCORING_MODES, ScoringMode
 from token_pruning.pruners.summary import SUMMARY_TOKENS, SummaryTokens
 from token_pruning.pruners.vocabulary import VocabularyGate
@@ -24,11 +36,13 @@ class LayerTokens:
         layer: 1 for the first layer.
         num_layers: number of layers of the model.
         layout: the tokens that entered the layer, packed.
-        scores: importance scores, ``[layout.total]`` float32.
+        scores: importance scores, ``[layout.total]`` float32; in a layer with a probe what the probe says.
         input_lengths: tokens of each sequence that entered the first layer, ``[batch]`` int64.
         threshold: this layer's threshold as a float32 scalar, or None for methods without thresholds.
         summaries: ``[layout.total]`` bool, True for a summary token, which stays whatever is decided; None where there
             are none.
+        protected: ``[layout.total]`` bool, True for a token that stays whatever is decided, besides first ones; None
+            where there are none.
     """
 
     layer: int
@@ -38,6 +52,7 @@ class LayerTokens:
     input_lengths: Tensor
     threshold: Tensor | None
     summaries: Tensor | None = None
+    protected: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +71,21 @@ class Pruner(ABC):
             stage drops nothing, so it has none.
         prune_layers: the layers (1-based) at which tokens may leave; None for all that the method has. Where the
             arithmetic saved is small, as for a single sequence on a GPU, each pruning layer costs more than it saves.
+        protect: which tokens never leave, besides the first: ``"separators"``, and ``"first_segment"``, the first text
+            of a pair, such as a reranker's query.
+        received_from: whose attention counts as importance: that of ``"all"`` tokens, of the ``"first_segment"`` (but
+            for the first token and separators), or of the ``"first"`` token. Its mean over a sequence is 1 for each.
+        departed: what a token that left counts as where all last states are read or pooled: its ``"state"`` when it
+            left; nothing, ``"survivors"`` alone count; or ``"map"``, what ``maps`` makes of its state.
+        max_tokens: of a longer text only so many tokens enter: its first and last, and evenly spaced spans of eight; of
+            a pair the first text whole. None for no limit but the model's.
+        chunks: all of a longer text enters instead, in windows of ``max_tokens``, and all of them are pooled together.
         vocabulary: which tokens never enter the first layer (``vocabulary_threshold`` in ``config.json``, the scores
             beside the weights); None for none.
+        probes: in which layers a probe says what tokens are worth, not attention (``probe_layers`` in ``config.json``,
+            the weights beside the model's); None for none.
+        maps: see ``departed`` (``map_layers`` in ``config.json``).
+        correction: what is made of the pooled vector of a text that lost tokens; None for nothing.
 
     Raises:
         ConfigError: for a value that is not allowed.
@@ -73,7 +101,15 @@ class Pruner(ABC):
     max_seq_length: int = 128
     summary_tokens: SummaryTokens = "none"
     prune_layers: Sequence[int] | None = None
+    protect: Sequence[Protected] = ()
+    received_from: ReceivedFrom = "all"
+    departed: Departed = "state"
+    max_tokens: int | None = None
+    chunks: bool = False
     vocabulary: VocabularyGate | None = None
+    probes: Probes | None = None
+    maps: DepartureMaps | None = None
+    correction: Correction | None = None
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Register the method, unless it is not for checkpoints."""
@@ -86,13 +122,39 @@ class Pruner(ABC):
         choice("scoring_mode", self.scoring_mode, SCORING_MODES)
         positive_integer("max_seq_length", self.max_seq_length)
         choice("summary_tokens", self.summary_tokens, SUMMARY_TOKENS)
-        if self.vocabulary is not None and not isinstance(self.vocabulary, VocabularyGate):
-            raise ConfigError(f"vocabulary is {self.vocabulary!r}; it must be a VocabularyGate")
+        for name, kind in _TENSOR_SETTINGS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} is {value!r}; it must be a {kind.__name__}")
+        self._check_roles()
         if self.prune_layers is not None:
             if isinstance(self.prune_layers, str) or not isinstance(self.prune_layers, Sequence):
                 raise ConfigError(f"prune_layers is {self.prune_layers!r}; it must be a list of layers, the first is 1")
             layers = [positive_integer(f"prune_layers[{i}]", layer) for i, layer in enumerate(self.prune_layers)]
             object.__setattr__(self, "prune_layers", tuple(sorted(set(layers))))
+
+    def _check_roles(self) -> None:
+        if isinstance(self.protect, str) or not isinstance(self.protect, Sequence):
+            raise ConfigError(f"protect is {self.protect!r}; it must be a list of {', '.join(PROTECTED)}")
+        protect = {choice(f"protect[{i}]", role, PROTECTED) for i, role in enumerate(self.protect)}
+        object.__setattr__(self, "protect", tuple(sorted(protect)))
+        choice("received_from", self.received_from, RECEIVED_FROM)
+        choice("departed", self.departed, DEPARTED)
+        if self.max_tokens is not None:
+            whole_number("max_tokens", self.max_tokens, low=_FEWEST_TOKENS, high=2**31 - 1)
+        if not isinstance(self.chunks, bool):
+            raise ConfigError(f"chunks is {self.chunks!r}; it must be true or false")
+        if self.chunks and self.max_tokens is None:
+            raise ConfigError("chunks is true, but max_tokens, the size of a window, is missing")
+        if self.departed == "map" and self.maps is None:
+            raise ConfigError(
+                "departed is 'map', but there are no maps of what left: token_pruning.calibrate makes them"
+            )
+        if self.probes is not None and self.summary_tokens != "none":
+            raise ConfigError(
+                f"summary_tokens is {self.summary_tokens!r}; with probes it must be none: summaries are weighted by "
+                "attention received"
+            )
 
     @abstractmethod
     def keep(self, tokens: LayerTokens) -> Tensor:
@@ -132,17 +194,41 @@ class Pruner(ABC):
 
     def config(self) -> dict[str, Any]:
         """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "vocabulary"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSOR_SETTINGS}
         values["vocabulary_threshold"] = self.vocabulary_threshold
-        if self.summary_tokens == "none":
-            values["summary_tokens"] = None
-        if self.prune_layers is not None:
-            values["prune_layers"] = list(self.prune_layers)
+        values["probe_layers"] = None if self.probes is None else list(self.probes.layers)
+        values["map_layers"] = None if self.maps is None else list(self.maps.layers)
+        for name, default in _LEFT_OUT.items():
+            if values[name] == default:
+                values[name] = None
+        for name in ("prune_layers", "protect"):
+            if values[name] is not None:
+                values[name] = list(values[name])
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}
 
 
+_FEWEST_TOKENS = 16  # of max_tokens: the first, the last and a span between them
+# Settings whose tensors stand beside the model's weights.
+_TENSOR_SETTINGS = {
+    "vocabulary": VocabularyGate,
+    "probes": Probes,
+    "maps": DepartureMaps,
+    "correction": Correction,
+}
+# Defaults that config.json is not filled with.
+_LEFT_OUT = {"summary_tokens": "none", "protect": (), "received_from": "all", "departed": "state", "chunks": False}
 # Fields that go by another name in config.json; transformers would take "temperature" for a generation setting.
-_OTHER_KEYS = {"temperature": "threshold_temperature", "vocabulary": "vocabulary_threshold"}
+_OTHER_KEYS = {
+    "temperature": "threshold_temperature",
+    "vocabulary": "vocabulary_threshold",
+    "probes": "probe_layers",
+    "maps": "map_layers",
+}
+# What a setting does not go without, as small as can be.
+_COMPANIONS: dict[str, dict[str, Any]] = {
+    "chunks": {"max_tokens": _FEWEST_TOKENS},
+    "departed": {"maps": DepartureMaps([0], torch.zeros(1, 1, 2, device="cpu"))},
+}
 _METHODS: dict[str, type[Pruner]] = {}
 _LEARNED: dict[str, type[Pruner]] = {}
 
@@ -154,7 +240,7 @@ def methods() -> dict[str, type[Pruner]]:
 
 def method_keys() -> set[str]:
     """Every key of ``config.json`` that belongs to a method."""
-    names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)}
+    names = {f.name for cls in (*_METHODS.values(), *_LEARNED.values()) for f in fields(cls)} - {"correction"}
     return {"prune_mode", "masking_mode", *(_OTHER_KEYS.get(name, name) for name in names)}
 
 
@@ -189,11 +275,11 @@ def check_keys(keys: Mapping[str, Any]) -> None:
 
 
 def _problem(cls: type[Pruner], name: str, value: Any) -> ConfigError | None:
-    """What a method says of one value, with its defaults for all others."""
+    """What a method says of one value, with its defaults for all others that it can do with."""
     if any(f.default is MISSING and f.default_factory is MISSING for f in fields(cls)):
         return None
     try:
-        cls(**{name: value})
+        cls(**{name: value, **_COMPANIONS.get(name, {})})
     except ConfigError as error:
         return error
     return None
@@ -201,8 +287,7 @@ def _problem(cls: type[Pruner], name: str, value: Any) -> ConfigError | None:
 
 def pruner_from_config(
     config: Mapping[str, Any],
-    thresholds: tuple[float, ...] | None = None,
-    vocabulary_scores: Tensor | None = None,
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     learned: bool = False,
     temperature: float | None = None,
@@ -211,8 +296,8 @@ def pruner_from_config(
 
     Args:
         config: the keys; others are ignored, as are those with a value of None.
-        thresholds: those found beside the weights; a list in the config wins.
-        vocabulary_scores: ``[vocabulary]`` found beside the weights.
+        tensors: those found beside the weights, by their names in
+            :class:`token_pruning.runtime.token_pruner.TokenPruner`; a list of thresholds in the config wins.
         learned: the method that trains the thresholds, where there is one.
         temperature: its temperature, instead of the config's.
 
@@ -226,19 +311,29 @@ def pruner_from_config(
     mode = choice("prune_mode", config["prune_mode"], _METHODS)
     choice("masking_mode", config.get("masking_mode", "hard"), ("soft", "hard"))
     cls = (_LEARNED.get(mode) if learned else None) or _METHODS[mode]
-    names = [f.name for f in fields(cls) if f.name != "vocabulary"]
+    names = [f.name for f in fields(cls) if f.name not in _TENSOR_SETTINGS]
     values = {name: config[name] for name in names if name in config}
-    if thresholds is not None and "thresholds" in names:
-        values.setdefault("thresholds", thresholds)
+    if "thresholds" in tensors and "thresholds" in names:
+        values.setdefault("thresholds", tuple(tensors["thresholds"].reshape(-1).tolist()))
     if cls.required and not any(values.get(key) not in (None, [], ()) for key in cls.required):
         raise ConfigError(f"{cls.required[0]} is missing; prune_mode {mode!r} needs it")
-    if vocabulary_scores is not None:
-        values["vocabulary"] = VocabularyGate(vocabulary_scores, config.get("vocabulary_threshold", 0.0))
+    if "vocabulary_scores" in tensors:
+        values["vocabulary"] = VocabularyGate(tensors["vocabulary_scores"], config.get("vocabulary_threshold", 0.0))
     elif config.get("vocabulary_threshold"):
         raise ConfigError(
             f"vocabulary_threshold is {config['vocabulary_threshold']!r}, but the model has no vocabulary scores to "
             "compare with it: make them with vocabulary_gate(model, examples)"
         )
+    for name, kind in (("probe", Probes), ("map", DepartureMaps)):
+        layers, weights = config.get(f"{name}_layers"), tensors.get(f"{name}_weights")
+        if weights is None and layers is not None:
+            raise ConfigError(f"{name}_layers is {layers!r}, but the model has no weights token_pruner.{name}_weights")
+        if weights is not None and layers is None:
+            raise ConfigError(f"the model has weights token_pruner.{name}_weights, but {name}_layers is missing")
+        if weights is not None and layers is not None:
+            values[f"{name}s"] = kind(layers, weights)
+    if "correction_weights" in tensors:
+        values["correction"] = Correction(tensors["correction_weights"])
     if cls.learned:
         values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
     return cls(**values)

@@ -30,6 +30,7 @@ def packed_attention(
     *,
     needs_importance: bool = True,
     differentiable_importance: bool = True,
+    paid: Tensor | None = None,
     terms: LogitTerms = NO_TERMS,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -44,6 +45,8 @@ def packed_attention(
         dropout: probability of zeroing an attention probability, after the importance was taken.
         needs_importance: False where nothing will be pruned: then no probabilities have to be kept.
         differentiable_importance: False where the received attention needs no gradient: then fused attention may train.
+        paid: ``[layout.total]`` float32: how much the attention that a token pays counts in what others receive; 1 for
+            all unless given.
         terms: what is added to the logits.
         positions: ``[rows]`` integers, in the original text; needed by ``terms`` alone.
 
@@ -51,8 +54,13 @@ def packed_attention(
         context ``[rows, heads, head_dim]`` and received attention ``[layout.total]`` float32 (None if not needed).
     """
     differentiable_importance = needs_importance and differentiable_importance
-    if terms.bias is None and can_fuse(
-        query, key, value, layout, dropout, differentiable_importance=differentiable_importance, window=terms.window
+    paid = paid if needs_importance else None
+    if (
+        terms.bias is None
+        and paid is None
+        and can_fuse(
+            query, key, value, layout, dropout, differentiable_importance=differentiable_importance, window=terms.window
+        )
     ):
         return fused_attention(
             query, key, value, layout, scaling,
@@ -65,7 +73,8 @@ def packed_attention(
         shape = (len(lengths), lengths[0], *query.shape[1:])
         q, k, v = (x.reshape(shape) for x in (query, key, value))
         where = positions[:total].view(shape[:2]) if terms and positions is not None else None
-        context, received = _block_attention(q, k, v, None, dropout, needs_importance, terms, where)
+        weights = None if paid is None else paid.view(shape[:2])
+        context, received = _block_attention(q, k, v, None, dropout, needs_importance, terms, where, weights)
         return _with_zeros(context.flatten(0, 1), rows), None if received is None else received.flatten()
 
     blocks, places, slots = _blocks(layout, round_to=1 if query.dtype == torch.float32 else 8)
@@ -75,13 +84,18 @@ def packed_attention(
     wheres: Any = [None] * len(blocks)
     if terms and positions is not None:
         wheres = torch.split(positions[:total][places.clamp(max=total - 1)], sizes)
+    all_weights: Any = [None] * len(blocks)
+    if paid is not None:  # padded slots count for nothing
+        all_weights = torch.split(pad(paid, (0, 1))[places.clamp(max=total)], sizes)
     contexts: list[Tensor] = []
     importances: list[Tensor] = []
-    for (sequences, width), q, k, v, mask, where in zip(blocks, *inputs, present, wheres, strict=True):
+    for (sequences, width), q, k, v, mask, where, weights in zip(
+        blocks, *inputs, present, wheres, all_weights, strict=True
+    ):
         q, k, v = (x.view(sequences, width, *x.shape[1:]) for x in (q, k, v))
-        where = None if where is None else where.view(sequences, width)
+        where, weights = (None if x is None else x.view(sequences, width) for x in (where, weights))
         context, received = _block_attention(
-            q, k, v, mask.view(sequences, width), dropout, needs_importance, terms, where
+            q, k, v, mask.view(sequences, width), dropout, needs_importance, terms, where, weights
         )
         contexts.append(context.flatten(0, 1))
         if received is not None:
@@ -213,16 +227,17 @@ def _block_attention(
     needs_importance: bool,
     terms: LogitTerms,
     positions: Tensor | None,
+    paid: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention in one block ``[sequences, width, heads, head_dim]``, the query scaled; returned in the same order."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if needs_importance and not torch.is_grad_enabled() and q.device.type == "cpu":
-        return _cached_attention(q, k, v, present, dropout, terms, positions)
+        return _cached_attention(q, k, v, present, dropout, terms, positions, paid)
     added = None if positions is None else terms.of(q, k, positions, positions)
     if not needs_importance and not torch.is_grad_enabled():
         mask = _sdpa_mask(present, added, q.dtype)
         return scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=1.0).transpose(1, 2), None
-    context, received = _softmax_attention(q, k, v, present, dropout, needs_importance, added)
+    context, received = _softmax_attention(q, k, v, present, dropout, needs_importance, added, paid)
     return context.transpose(1, 2), received
 
 
@@ -234,6 +249,7 @@ def _cached_attention(
     dropout: float,
     terms: LogitTerms,
     positions: Tensor | None,
+    paid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Inference on a CPU: a few sequences at a time, so that their probabilities stay in the cache.
 
@@ -251,7 +267,7 @@ def _cached_attention(
             where = None if positions is None else positions[part]
             added = None if where is None else terms.of(q32, k32, where, where)
             probabilities = _probabilities(q32, k32, there, added)
-            received[part] = received_attention(probabilities, there)
+            received[part] = received_attention(probabilities, there if paid is None else paid[part])
             context[part] = (_dropout(probabilities, dropout) @ v32).transpose(1, 2)
     return context, received
 
@@ -264,13 +280,14 @@ def _softmax_attention(
     dropout: float,
     needs_importance: bool,
     added: Tensor | None,
+    paid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention that keeps its probabilities, ``[sequences, heads, width, head_dim]``.
 
     Training always takes this path: the plain backward is several times faster on a CPU than fused attention's.
     """
     probabilities = _probabilities(q, k, present, added)
-    received = received_attention(probabilities, present) if needs_importance else None
+    received = received_attention(probabilities, present if paid is None else paid) if needs_importance else None
     return _dropout(probabilities.to(v.dtype), dropout) @ v, received
 
 

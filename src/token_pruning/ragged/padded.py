@@ -18,6 +18,7 @@ def masked_attention(
     scaling: float,
     dropout: float = 0.0,
     *,
+    paid: Tensor | None = None,
     terms: LogitTerms = NO_TERMS,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +31,8 @@ def masked_attention(
         alive: ``[batch, width]`` bool: the surviving tokens. Others are neither attended to nor counted as queries.
         scaling: factor on ``query · key``.
         dropout: probability of zeroing an attention probability, after the importance was taken.
+        paid: ``[batch, width]`` float32: how much the attention that a token pays counts in what others receive; 1 for
+            all that survive unless given.
         terms: what is added to the logits.
         positions: ``[batch, width]`` integers; needed by ``terms`` alone.
 
@@ -43,7 +46,7 @@ def masked_attention(
     # The lowest finite number, not -inf: a sequence without any valid token must not become NaN.
     logits = logits.masked_fill(~alive[:, None, None, :], torch.finfo(torch.float32).min)
     probabilities = logits.softmax(-1)
-    received = received_attention(probabilities, alive)
+    received = received_attention(probabilities, alive if paid is None else paid)
     probabilities = probabilities.to(value.dtype)
     dropped = torch.nn.functional.dropout(probabilities, dropout, training=dropout > 0)
     return dropped @ value, probabilities, received

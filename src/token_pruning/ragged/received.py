@@ -9,7 +9,8 @@ def received_attention(probabilities: Tensor, queries: Tensor | None = None) -> 
 
     Args:
         probabilities: attention probabilities before dropout, ``[batch, heads, queries, keys]``, floating point.
-        queries: ``[batch, queries]`` bool, True where the query is a surviving token; None when all are.
+        queries: ``[batch, queries]`` bool, True where the query is a surviving token, or floating point, how much its
+            attention counts; None when all are.
 
     Returns:
         ``[batch, keys]`` float32.

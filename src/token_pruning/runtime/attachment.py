@@ -5,6 +5,7 @@ Both are plain objects in place of the modules' ``forward``, so that copies and 
 
 import copy
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from token_pruning.errors import UnsupportedModelError
+from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import check_depth, hooks_of, refuse, refuse_foreign, replaced_modules
 from token_pruning.pruners import Pruner, method_keys
 from token_pruning.ragged import PackedTokens
+from token_pruning.runtime.departed import Departures
 from token_pruning.runtime.inputs import check_arguments, input_tables, model_output, pack_inputs
 from token_pruning.runtime.loop import PackedLoop, PaddedLoop
+from token_pruning.runtime.selection import select
 from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
@@ -46,11 +49,14 @@ class Attachment:
         refuse_foreign(self.family, base_is_called=not head_reads_first)
         self.replaced = list(replaced_modules(self.family, base_is_called=not head_reads_first))
         self.shape = family.shape(base.config)
+        _check_lengths(pruner, self.reads, self.shape.max_positions)
         if "forward" in model.__dict__ and (head_reads_first or answers_with_spans(model)):
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
+        self.loop: Callable[..., PackedLoop] = PackedLoop if self.packed else PaddedLoop
         self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
+        self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
         self.token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
@@ -84,6 +90,11 @@ class Attachment:
         """Write the method as it is now into the config."""
         write_keys(self.model.config, self.token_pruner.pruner)
 
+    def exchange(self, token_pruner: TokenPruner) -> None:
+        """Prune by another method from now on; the config is left as it is."""
+        self.token_pruner = token_pruner
+        self.model._modules[MODULE_NAME] = token_pruner
+
     def _check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
 
@@ -114,7 +125,8 @@ class Attachment:
 
     def pack(self, **inputs: Any) -> PackedTokens:
         """See :func:`token_pruning.runtime.inputs.pack_inputs`."""
-        return pack_inputs(self.family, input_tables(self.base), **inputs)
+        max_tokens = self.token_pruner.pruner.max_tokens
+        return pack_inputs(self.family, input_tables(self.base), max_tokens=max_tokens, **inputs)
 
     def run(self, options: dict[str, Any], *, by_head: bool) -> Any:
         """The base model's forward.
@@ -130,8 +142,15 @@ class Attachment:
         self._check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)
-        first_only = self.reads == "first" and (by_head or self.base is self.model)
+        reads = self.reads if self.reads != "first" or by_head or self.base is self.model else "all"
         tokens = self.pack(**self.family.inputs(options))
+        selection = select(tokens, self.token_pruner.pruner)
+        entering = tokens if selection is None else selection.tokens
+        if selection is not None and reads == "all":
+            raise ConfigError(
+                f"a sequence has more than max_tokens, {self.token_pruner.pruner.max_tokens}, and all of its last "
+                "states are asked for: there are none of tokens that did not enter"
+            )
         wanted = {
             name: asked if (asked := options.get(name)) is not None else getattr(self.base.config, name, False)
             for name in ("output_attentions", "output_hidden_states")
@@ -143,10 +162,10 @@ class Attachment:
                     f"{name}=True is not possible in packed execution, where layers hold different tokens; "
                     'use prune(model, pruner, execution="masked")'
                 )
-        loop = (PackedLoop if self.packed else PaddedLoop)(
-            self.family, self.token_pruner, tokens, first_only=first_only
-        )
-        states = loop.run()
+        if not self.token_pruner.soft:  # thresholds may have been trained or set since, and what is read be more
+            self.token_pruner.check_maps(reads)
+        loop = self.loop(self.family, self.token_pruner, entering, reads=reads)
+        states = Departures(self.token_pruner).states(loop.run(), entering.layout, reads, selection, tokens.layout)
         fields: dict[str, Any] = {}
         if isinstance(loop, PaddedLoop):
             if wanted["output_attentions"]:
@@ -155,7 +174,7 @@ class Attachment:
                 fields["hidden_states"] = _selected(loop.hidden_states, wanted["output_hidden_states"])
         return model_output(
             self.family, states, tokens.layout,
-            first_only=first_only, for_first_token_head=by_head, return_dict=return_dict, **fields,
+            first_only=reads == "first", for_first_token_head=by_head, return_dict=return_dict, **fields,
         )  # fmt: skip
 
 
@@ -264,6 +283,21 @@ def _view_class(cls: Any) -> type:
         members = {cls.base_model_prefix: property(base), "__module__": cls.__module__}
         _VIEW_CLASSES[cls] = type(cls.__name__, (cls,), members)
     return _VIEW_CLASSES[cls]
+
+
+def _check_lengths(pruner: Pruner, reads: Reads, max_positions: int | None) -> None:
+    """Raises ConfigError for a ``max_tokens`` or ``chunks`` that the model cannot have."""
+    if pruner.max_tokens is None:
+        return
+    if reads == "all":
+        raise ConfigError(
+            f"max_tokens is {pruner.max_tokens}, but all last states are read, those of tokens that would not enter "
+            'too; a model whose states are averaged wants reads="mean"'
+        )
+    if pruner.chunks and reads != "mean":
+        raise ConfigError('chunks is true; windows can only be pooled where the mean is read: reads="mean"')
+    if max_positions is not None and pruner.max_tokens > max_positions:
+        raise ConfigError(f"max_tokens is {pruner.max_tokens}; the model has positions for at most {max_positions}")
 
 
 def write_keys(config: Any, pruner: Pruner) -> None:

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from token_pruning.families import Reads
 from token_pruning.pruners import LayerTokens, LearnedThreshold
+from token_pruning.pruners.fitted import apply_affine
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries, plan_merge, segments_of
 from token_pruning.ragged import Layout, PackedTokens, drop
+from token_pruning.runtime.roles import asking, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
@@ -17,21 +20,25 @@ class Decisions:
     Each is recorded once, so that gradient checkpointing can run a layer again.
     """
 
-    def __init__(self, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+    def __init__(self, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads) -> None:
         """Start with the valid tokens.
 
         Args:
             token_pruner: the method and its thresholds.
             tokens: the valid tokens; without ids a pair's sentences share a summary token, and there can be no
                 vocabulary threshold.
-            first_only: whether the last hidden states of other than first tokens are unused.
+            reads: which last hidden states are used.
         """
         self.token_pruner = token_pruner
         self.soft = token_pruner.soft
         entering, self.entered_rows, self.never_entered_rows = token_pruner.enter(tokens)
-        self.record = PassRecord(token_pruner.pruner, tokens.layout, entering, first_only=first_only)
+        self.record = PassRecord(token_pruner.pruner, tokens.layout, entering, reads)
         self.traces = [trace for pruner, trace in recording.get() if pruner is token_pruner]
         self._dropping_layers = None if self.soft or self.traces else token_pruner.dropping_layers()
+        self._stays, self._asks = (
+            None if found is None else tokens.layout.grid(found).flatten()
+            for found in (protected(tokens, token_pruner.pruner), asking(tokens, token_pruner.pruner))
+        )
         self.segments: Tensor | None = None
         if token_pruner.pruner.summary_tokens == "segment" and (input_ids := tokens.id_grid()) is not None:
             self.segments = segments_of(input_ids, tokens.layout)
@@ -54,17 +61,41 @@ class Decisions:
             return self.token_pruner.pruner.prunes(layer, self.token_pruner.num_layers)
         return self._dropping_layers[layer - 1] and not self.first_only(layer)
 
+    def probes(self, layer: int) -> bool:
+        """Whether a probe takes ``layer``'s decision, from states after its attention block."""
+        return self.token_pruner.probe(layer) is not None and self.prunes(layer)
+
+    def probe_scores(self, layer: int, states: Tensor) -> Tensor:
+        """What the layer's probe says of states ``[rows, dim]`` after its attention block: ``[rows]`` float32."""
+        probe = self.token_pruner.probe(layer)
+        assert probe is not None
+        return apply_affine(states, probe[None]).squeeze(1)
+
+    def paid(self, layer: int) -> Tensor | None:
+        """How much the attention that each token of ``layer`` pays counts, ``[entering.total]`` float32; None for 1.
+
+        Its mean over a sequence is 1. Where nobody is left whose attention should count, everybody's does.
+        """
+        if self._asks is None:
+            return None
+        layout = self.entering(layer)
+        asks = self._asks[layout.indices].float()
+        asking = asks.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, asks)
+        share = layout.lengths_tensor / asking.clamp(min=1)
+        return torch.where((asking > 0)[layout.sequence_ids], asks * share[layout.sequence_ids], 1.0)
+
     @property
     def differentiable_importance(self) -> bool:
         """Whether importance passes a gradient on: to thresholds in the soft stage, through summaries' weights."""
         return self.soft or self.token_pruner.pruner.summary_tokens != "none"
 
     def decide(self, layer: int, received: Tensor | None) -> LayerRecord:
-        """Take the layer's decision from the attention its tokens received.
+        """Take the layer's decision.
 
         Args:
             layer: 1-based.
-            received: ``[entering.total]`` float32, or None where nothing is pruned.
+            received: ``[entering.total]`` float32: the attention that tokens received, or what a probe says of them;
+                None where nothing is pruned.
         """
         layers = self.record.layers
         entering = self.entering(layer)
@@ -77,6 +108,8 @@ class Decisions:
             assert isinstance(pruner, LearnedThreshold)
             # Computed again when gradient checkpointing runs the layer again, so that it saves the same tensors.
             soft_mask = pruner.soft_mask(tokens)
+            if self._stays is not None:
+                soft_mask = soft_mask.masked_fill(self._stays[entering.indices], 1.0)
             record = LayerRecord(entering, entering, soft_mask=soft_mask, scores=tokens.scores)
             layers.setdefault(layer, record)
             return record
@@ -110,10 +143,13 @@ class Decisions:
             layer=layer,
             num_layers=module.num_layers,
             layout=entering,
-            scores=importance_scores(received, entering, pruner.scoring_mode, pruner.max_seq_length),
+            scores=received
+            if self.probes(layer)
+            else importance_scores(received, entering, pruner.scoring_mode, pruner.max_seq_length),
             input_lengths=self.record.entering.lengths_tensor,
             threshold=None if module.thresholds is None else module.thresholds[layer - 1],
             summaries=None if summaries is None else summaries.present,
+            protected=None if self._stays is None else self._stays[entering.indices],
         )
 
     @torch.no_grad()
@@ -122,6 +158,8 @@ class Decisions:
         if decided is not None and decided.dropped_rows is not None:
             return torch.ones_like(tokens.scores, dtype=torch.bool).index_fill(0, decided.dropped_rows, False)
         keep = self.token_pruner.pruner.checked_keep(tokens).index_fill(0, tokens.layout.first_rows, True)
+        if tokens.protected is not None:
+            keep = keep | tokens.protected
         return keep if tokens.summaries is None else keep | tokens.summaries
 
     def _groups(self, layout: Layout) -> Tensor:

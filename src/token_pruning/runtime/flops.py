@@ -1,11 +1,12 @@
 """Floating-point operations in closed form, from token counts per layer.
 
 Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
-feed-forward) at two operations per multiply–accumulate. Embeddings, normalisations, softmax and heads are not counted.
-Of a layer with a window the keys inside it count, though plain PyTorch attention also computes the others and masks
-them.
+feed-forward), and of probes, maps and corrections, at two operations per multiply–accumulate. Embeddings,
+normalisations, softmax and heads are not counted. Of a layer with a window the keys inside it count, though plain
+PyTorch attention also computes the others and masks them.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +81,12 @@ def _reached(shape: ModelShape, lengths: Tensor) -> Tensor:
 
 
 def relative_flops(
-    shape: ModelShape, input_lengths: Tensor, left: Tensor, *, first_only: bool, summaries: bool = False
+    shape: ModelShape,
+    input_lengths: Tensor,
+    left: Tensor,
+    *,
+    first_only: bool,
+    dropped_are_joined: Sequence[bool] | None = None,
 ) -> Tensor:
     """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
 
@@ -89,13 +95,15 @@ def relative_flops(
         input_lengths: valid tokens, ``[batch]``.
         left: tokens that enter the first layer, then those left after each layer, ``[layers + 1, batch]``.
         first_only: whether first tokens' last states alone are used.
-        summaries: whether there are summary tokens, which need the states of all that leave.
+        dropped_are_joined: for each layer, whether tokens that leave are in its attention's output projection too; as
+            where their states are read, if not given.
 
     Returns:
         A float64 scalar, differentiable.
     """
     keys, queries, feed_forward = left[:-1], left[:-1], left[1:]
-    projected = left[1:] if first_only and not summaries else left[:-1]
+    joined = [not first_only] * shape.num_layers if dropped_are_joined is None else dropped_are_joined
+    projected = torch.where(torch.tensor(joined, device=left.device)[:, None], left[:-1], left[1:])
     if first_only:
         queries, projected, feed_forward = (
             torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, projected, feed_forward)
@@ -114,10 +122,13 @@ def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_len
     """
     valid = computed.dense
     padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
+    rows = (computed.keys, computed.queries, computed.projected, computed.feed_forward)
     totals = [
         layer_flops(shape, keys, feed_forward, queries, projected).sum(0).mean().item()
-        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, computed[1:])
+        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, rows)
     ]
+    products = computed.probed.sum(0) + computed.mapped[0] * shape.hidden_size  # each with a row of the hidden size
+    totals[-1] += 2 * shape.hidden_size * products.double().mean().item()
     return Flops(*totals)
 
 

@@ -62,6 +62,7 @@ def pack_inputs(
     family: Family,
     tables: Mapping[str, int | None],
     *,
+    max_tokens: int | None = None,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
@@ -73,6 +74,8 @@ def pack_inputs(
     Args:
         family: bound to the base model.
         tables: from :func:`input_tables`.
+        max_tokens: the method's: of longer sequences only so many tokens will enter, so that these may be as long as
+            they like.
         input_ids: ``[batch, width]`` int64 or int32.
         attention_mask: ``[batch, width]`` of any dtype, 1 for valid tokens and 0 for padding (default: all valid).
         token_type_ids: ``[batch, width]`` int64 or int32, or something that broadcasts to it; a model without token
@@ -95,7 +98,11 @@ def pack_inputs(
     mask = everything if attention_mask is None else _valid(attention_mask, given)
     layout = layout_from_mask(mask)
     most = family.shape(family.config).max_positions
-    if most is not None and shape[1] > most and max(layout.lengths, default=0) > most:
+    longest = max(layout.lengths, default=0) if shape[1] > min(most or shape[1], max_tokens or shape[1]) else 0
+    some_chosen = max_tokens is not None and longest > max_tokens
+    if some_chosen and position_ids is not None:
+        raise ConfigError(f"position_ids is given, for a sequence of more than max_tokens, {max_tokens}: leave it out")
+    if most is not None and longest > most and not some_chosen:
         raise ConfigError(
             f"the sequence length is {max(layout.lengths)} tokens; the model has positions for at most {most}: "
             "truncate the input"
@@ -111,7 +118,8 @@ def pack_inputs(
                 f"{name} has shape {list(values.shape)}; it must be {list(shape)}, as the input"
             ) from None
         rows = pack(wide, layout)
-        _check_range(name, rows, tables.get(name), most)
+        if not (some_chosen and name == "position_ids"):  # those are numbered anew
+            _check_range(name, rows, tables.get(name), most)
         return rows
 
     types = None if token_type_ids is None else check_ids("token_type_ids", token_type_ids)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from token_pruning.errors import ConfigError
-from token_pruning.families import Family
+from token_pruning.families import Family, Reads
 from token_pruning.ragged import (
     Layout,
+    LogitTerms,
     PackedTokens,
     first_token_attention,
     masked_attention,
@@ -21,6 +22,7 @@ from token_pruning.ragged import (
     row_bucket,
 )
 from token_pruning.runtime.decisions import Decisions
+from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord
 
@@ -28,36 +30,39 @@ from token_pruning.runtime.trace import LayerRecord
 class PackedLoop:
     """One forward pass over packed rows ``[tokens, dim]``; tokens that leave are gone."""
 
-    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads) -> None:
         """Decide what enters the first layer.
 
         Args:
             family: bound to the model.
             token_pruner: the method and its thresholds.
             tokens: the valid tokens.
-            first_only: whether the last states of first tokens alone are wanted.
+            reads: which last states are used.
         """
-        self.family, self.tokens = family, tokens
-        self.decisions = Decisions(token_pruner, tokens, first_only=first_only)
+        self.family, self.tokens, self.reads = family, tokens, reads
+        self.decisions = Decisions(token_pruner, tokens, reads=reads)
         self.departed: dict[int, tuple[Tensor, Tensor]] = {}
-        """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry."""
+        """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry.
 
-    def run(self) -> Tensor:
+        States only where they count for something.
+        """
+
+    def run(self) -> LastStates:
         """All layers.
 
         Returns:
-            The last states: ``[batch, dim]`` of first tokens where only these are wanted (zeros for a sequence without
-            tokens), else ``[tokens, dim]`` of all. A batch of no sequences is not recorded.
+            The last states: of first tokens where only these are wanted (zeros for a sequence without tokens), else of
+            all. A batch of no sequences is not recorded.
         """
         if not self.tokens.layout.batch_size:  # modules cannot reshape a batch of nothing
             weight: Tensor = next(self.family.base.parameters())
-            return weight.new_zeros(0, self.family.shape(self.family.config).hidden_size)
+            return LastStates(weight.new_zeros(0, self.family.shape(self.family.config).hidden_size))
         rows = self.enter()
         for number, layer in enumerate(self.family.layers, start=1):
             rows = self._checkpointed(number, layer, rows)
-        states = self.leave(rows)
+        last = self.leave(rows)
         self.decisions.finish()
-        return states
+        return last
 
     def step(self, number: int, layer: nn.Module, rows: Tensor) -> Tensor:
         """One layer.
@@ -74,8 +79,13 @@ class PackedLoop:
         asking = self.asking(number)
         query, key, value = self.family.project(layer, rows, positions, asking)
         context, received = self.attend(number, layer, query, key, value, asking)
-        record = self.decisions.decide(number, received)
-        joined = self.join(number, layer, record, context.flatten(1), rows, asking)
+        if self.decisions.probes(number):
+            joined = self.family.join(layer, context.flatten(1), rows)
+            record = self.decisions.decide(number, self.decisions.probe_scores(number, self.states(number, joined)))
+            joined = self.remove(number, record, joined)
+        else:
+            record = self.decisions.decide(number, received)
+            joined = self.join(number, layer, record, context.flatten(1), rows, asking)
         return self.settle(number, record, self.family.feed_forward(layer, joined), joined, rows)
 
     # What packed and padded rows have different ways of doing.
@@ -85,11 +95,20 @@ class PackedLoop:
         decisions, record = self.decisions, self.decisions.record
         if decisions.entered_rows is None or decisions.never_entered_rows is None:
             return self._with_filler(self.family.embed(self.tokens))
-        if record.first_only:
+        if not self.keeps_departed:
             return self._with_filler(self.family.embed(self.tokens.of(decisions.entered_rows, record.entering)))
         embedded, gone = self.family.embed(self.tokens), decisions.never_entered_rows
         self.departed[0] = (record.valid.indices[gone], embedded[gone])
         return self._with_filler(embedded[decisions.entered_rows])
+
+    @property
+    def keeps_departed(self) -> bool:
+        """Whether the states of tokens that left count for something."""
+        return self.reads != "first" and self.decisions.record.pruner.departed != "survivors"
+
+    def states(self, number: int, rows: Tensor) -> Tensor:
+        """The rows of the tokens that entered the layer, ``[entering.total, dim]``."""
+        return rows[: self.decisions.entering(number).total]
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Position ids of the rows, ``[rows]`` integers; 0 for filler."""
@@ -107,6 +126,10 @@ class PackedLoop:
         narrow = decisions.first_only(number) and not decisions.prunes(number) and entering.total > 0
         return entering.first_rows if narrow else None
 
+    def terms(self, number: int, layer: nn.Module) -> LogitTerms:
+        """What is added to the layer's attention logits."""
+        return self.family.terms(layer)
+
     def attend(
         self,
         number: int,
@@ -118,7 +141,7 @@ class PackedLoop:
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
         family, entering = self.family, self.decisions.entering(number)
-        scale, terms = family.scale(layer), family.terms(layer)
+        scale, terms = family.scale(layer), self.terms(number, layer)
         dropout = family.dropout(layer) if layer.training else 0.0
         # Windows and distances are those of the text as it came: of columns, whatever position ids there are.
         columns = pad(entering.indices % entering.width, (0, key.shape[0] - entering.total)) if terms else None
@@ -127,8 +150,9 @@ class PackedLoop:
             return context, None
         return packed_attention(
             query, key, value, entering, scale, dropout,
-            needs_importance=self.decisions.prunes(number),
+            needs_importance=self.decisions.prunes(number) and not self.decisions.probes(number),
             differentiable_importance=self.decisions.differentiable_importance,
+            paid=self.decisions.paid(number),
             terms=terms, positions=columns,
         )  # fmt: skip
 
@@ -145,20 +169,27 @@ class PackedLoop:
 
         Rows that leave are projected only where their states are wanted.
         """
-        family, first_only = self.family, self.decisions.record.first_only
+        family = self.family
         if asking is not None:
             return self._with_filler(family.join(layer, context, rows[asking]))
-        stay = record.entering.first_rows if self.decisions.first_only(number) else record.kept_rows
-        if stay is None:
-            return family.join(layer, context, rows)
-        if record.merge is None and first_only:
+        stay = self._staying(number, record)
+        if stay is not None and record.merge is None and not self.keeps_departed:
             return self._with_filler(family.join(layer, context[stay], rows[stay]))
-        joined = family.join(layer, context, rows)
-        if not first_only and record.dropped_rows is not None:
+        return self.remove(number, record, family.join(layer, context, rows))
+
+    def remove(self, number: int, record: LayerRecord, joined: Tensor) -> Tensor:
+        """The rows that stay, ``[rows, dim]``, of those after the attention block."""
+        stay = self._staying(number, record)
+        if stay is None:
+            return joined
+        if self.keeps_departed and record.dropped_rows is not None:
             self.departed[number] = (record.entering.indices[record.dropped_rows], joined[record.dropped_rows])
         if record.merge is not None:
             joined = record.merge.apply(joined)
         return self._with_filler(joined[stay])
+
+    def _staying(self, number: int, record: LayerRecord) -> Tensor | None:
+        return record.entering.first_rows if self.decisions.first_only(number) else record.kept_rows
 
     def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
         """What enters the next layer, from what the feed-forward gives; in the soft stage times the soft mask."""
@@ -167,17 +198,36 @@ class PackedLoop:
         factor = pad(record.soft_mask, (0, after.shape[0] - record.entering.total), value=1.0)
         return after * factor[:, None].to(after.dtype)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def leave(self, rows: Tensor) -> LastStates:
         """The last states, from the rows that the last layer gives."""
         family, record = self.family, self.decisions.record
         valid, last = record.valid, record.layers[len(record.layers)]
         if record.first_only:
-            return valid.per_sequence(family.finish(rows[: valid.first_rows.numel()]))
+            return LastStates(valid.per_sequence(family.finish(rows[: valid.first_rows.numel()])), self.left_at())
+        own = family.finish(rows[last.token_rows])
         places = [last.leaving.indices[last.token_rows], *(places for places, _ in self.departed.values())]
-        parts = [rows[last.token_rows], *(states for _, states in self.departed.values())]
+        parts = [own, *(self._unread(states) for _, states in self.departed.values())]
         flat = rows.new_zeros(valid.batch_size * valid.width, rows.shape[1])
         states = flat.index_copy(0, torch.cat(places), torch.cat(parts)) if valid.total else flat
-        return family.finish(states.index_select(0, valid.indices))
+        return LastStates(states.index_select(0, valid.indices), self.left_at())
+
+    def _unread(self, states: Tensor) -> Tensor:
+        """States of tokens that left, as their maps were fitted to them, or as they count by themselves."""
+        return states if self.decisions.record.pruner.departed == "map" else self.family.finish(states)
+
+    def left_at(self) -> Tensor | None:
+        """See :class:`LastStates`."""
+        record = self.decisions.record
+        if not needs_left_at(record.pruner, self.reads):
+            return None
+        valid = record.valid
+        found = valid.indices.new_full((valid.batch_size * valid.width,), len(record.layers) + 1)
+        if self.decisions.never_entered_rows is not None:
+            found[valid.indices[self.decisions.never_entered_rows]] = 0
+        for number, each in record.layers.items():
+            if each.dropped_rows is not None:
+                found[each.entering.indices[each.dropped_rows]] = number
+        return found[valid.indices]
 
     def _position_grid(self) -> Tensor:
         return self.tokens.layout.grid(self.tokens.positions).flatten()
@@ -212,9 +262,9 @@ class PackedLoop:
 class PaddedLoop(PackedLoop):
     """The reference: rows are all places of the padded batch, ``[batch · width, dim]``, in every layer."""
 
-    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, first_only: bool) -> None:
+    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads) -> None:
         """See :class:`PackedLoop`; ``probabilities`` and ``hidden_states`` have one tensor per layer."""
-        super().__init__(family, token_pruner, tokens, first_only=first_only)
+        super().__init__(family, token_pruner, tokens, reads=reads)
         self.probabilities: list[Tensor] = []
         self.hidden_states: list[Tensor] = []
 
@@ -229,6 +279,10 @@ class PaddedLoop(PackedLoop):
             places = layout.indices[gone]
             self.departed[0] = (places, rows[places])
         return self._shown(rows)
+
+    def states(self, number: int, rows: Tensor) -> Tensor:
+        """See :class:`PackedLoop`."""
+        return rows[self.decisions.entering(number).indices]
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
@@ -254,10 +308,11 @@ class PaddedLoop(PackedLoop):
         columns = torch.arange(entering.width, device=alive.device)
         context, probabilities, received = masked_attention(
             q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
-            terms=family.terms(layer), positions=columns.expand(alive.shape),
+            paid=self._paid(number), terms=self.terms(number, layer), positions=columns.expand(alive.shape),
         )  # fmt: skip
         self.probabilities.append(probabilities)
-        wanted = received.flatten()[entering.indices] if self.decisions.prunes(number) else None
+        by_attention = self.decisions.prunes(number) and not self.decisions.probes(number)
+        wanted = received.flatten()[entering.indices] if by_attention else None
         return context.transpose(1, 2).flatten(0, 1), wanted
 
     def join(
@@ -269,8 +324,11 @@ class PaddedLoop(PackedLoop):
         rows: Tensor,
         asking: Tensor | None,
     ) -> Tensor:
-        """Everything; a merge puts summaries into the places of some of the tokens dropped."""
-        joined = self.family.join(layer, context, rows)
+        """Everything."""
+        return self.remove(number, record, self.family.join(layer, context, rows))
+
+    def remove(self, number: int, record: LayerRecord, joined: Tensor) -> Tensor:
+        """Nothing is; a merge puts summaries into the places of some of the tokens dropped."""
         if record.merge is not None and record.dropped_rows is not None:
             places = record.entering.indices
             gone = places[record.dropped_rows]
@@ -289,15 +347,24 @@ class PaddedLoop(PackedLoop):
             after = torch.where(stays, after, torch.where(entered, joined, rows))
         return self._shown(after)
 
-    def leave(self, rows: Tensor) -> Tensor:
+    def leave(self, rows: Tensor) -> LastStates:
         """The valid tokens' rows; some have carried summaries, whose tokens' own states come back."""
-        record = self.decisions.record
+        record, left_at = self.decisions.record, self.left_at()
         self.hidden_states[-1] = self.family.finish(self.hidden_states[-1])  # as transformers' own are
         for places, states in self.departed.values():
             rows = rows.index_copy(0, places, states)
         valid = record.valid
-        states = self.family.finish(rows.index_select(0, valid.indices))
-        return valid.per_sequence(states[valid.first_rows]) if record.first_only else states
+        raw = rows.index_select(0, valid.indices)
+        states = self.family.finish(raw)
+        if record.first_only:
+            return LastStates(valid.per_sequence(states[valid.first_rows]), left_at)
+        if left_at is not None and record.pruner.departed == "map":
+            states = torch.where((left_at > len(record.layers))[:, None], states, raw)
+        return LastStates(states, left_at)
+
+    def _paid(self, number: int) -> Tensor | None:
+        paid, entering = self.decisions.paid(number), self.decisions.entering(number)
+        return None if paid is None else entering.grid(paid)
 
     def _shown(self, rows: Tensor) -> Tensor:
         """The rows by way of what is returned as hidden states, so that gradients reach these."""

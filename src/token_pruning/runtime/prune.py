@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Reads, family_of, shape_of, supported_model_types
-from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
-from token_pruning.pruners.summary import SummaryTokens
+from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import Attachment, Execution
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import Trace, recording
@@ -34,13 +34,16 @@ def prune(
     state dict the thresholds (``token_pruner.thresholds``) and vocabulary scores, so ``save_pretrained`` saves all.
 
     Args:
-        model: of a supported family, with any head or without; or a PEFT model around one.
+        model: of a supported family, with any head or without; a PEFT model around one; or a ``SentenceTransformer`` or
+            ``CrossEncoder`` of sentence-transformers that begins with one.
         pruner: the method.
         execution: ``"packed"`` removes tokens. ``"masked"`` computes everything on the padded batch and masks what is
             gone: a slow reference with the same results, which can return attentions and hidden states.
         reads: which last hidden states are used: ``"first"``, only those of sequences' first tokens, so that the last
-            layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; or ``"all"``. As
-            the model's head is known to do unless given; an embedding model with CLS pooling may say ``"first"``.
+            layer computes no others and a base model's ``last_hidden_state`` is ``[batch, 1, dim]``; ``"mean"``, only
+            the mean over a sequence's tokens, so that rows of tokens that left need not be their own; or ``"all"``. As
+            the model's head, or its Pooling module, is known to do unless given; an embedding model of plain
+            transformers with CLS pooling may say ``"first"``, one with mean pooling ``"mean"``.
 
     Returns:
         The same model.
@@ -51,11 +54,9 @@ def prune(
             its vocabulary.
     """
     choice("execution", execution, get_args(Execution))
-    if reads is not None:
-        choice("reads", reads, get_args(Reads))
     if not isinstance(pruner, Pruner):
         raise ConfigError(f"pruner is {pruner!r}; it must be an instance of a pruner such as LearnedThreshold()")
-    inner = hugging_face_model(model)
+    inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
     if pruner.vocabulary is not None:
@@ -65,7 +66,9 @@ def prune(
                 f"the vocabulary gate has {len(pruner.vocabulary.scores)} scores; the model's vocabulary has {entries} "
                 "entries"
             )
-    Attachment(inner, pruner, execution, reads)
+    Attachment(inner, pruner, execution, _asked_reads(model, reads))
+    if adapter is not None:
+        adapter.attach(model, pruner)
     return model
 
 
@@ -84,22 +87,23 @@ def unprune(model: ModelT) -> ModelT:
         ConfigError: if the model is not pruned.
     """
     attachment_of(model).detach()
+    if adapter := adapter_of(model):
+        adapter.detach(model)
     return model
 
 
 @contextmanager
-def prunable(
-    model: Any,
-    summary_tokens: SummaryTokens = "none",
-    vocabulary: VocabularyGate | None = None,
-    reads: Reads | None = None,
-) -> Iterator[None]:
-    """A dense model inside the block: pruned by thresholds of zero, in evaluation mode."""
+def prunable(model: Any, pruner: Pruner | None = None, reads: Reads | None = None) -> Iterator[None]:
+    """A dense model inside the block, in evaluation mode: pruned by a method that drops nothing.
+
+    Args:
+        model: that is not pruned.
+        pruner: the method; thresholds of zero for importance in scoring mode ``"relative"`` unless given.
+        reads: see :func:`prune`.
+    """
     layers = shape_of(hugging_face_model(model).base_model.config).num_layers
     training = model.training
-    pruner = FixedThreshold(
-        thresholds=[0.0] * layers, scoring_mode="relative", summary_tokens=summary_tokens, vocabulary=vocabulary
-    )
+    pruner = pruner or FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative")
     prune(model, pruner, reads=reads).eval()
     try:
         yield
@@ -113,8 +117,8 @@ def record(model: Any) -> Iterator[Trace]:
     """Record what happens to the tokens of every forward pass of ``model`` inside the block, in this thread.
 
     Args:
-        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``, or an engine made by
-            :func:`token_pruning.compile`.
+        model: a pruned model, possibly inside a wrapper such as ``DistributedDataParallel``, or what
+            :func:`token_pruning.compile` made.
 
     Yields:
         The trace; it can be read after the block too.
@@ -122,6 +126,8 @@ def record(model: Any) -> Iterator[Trace]:
     Raises:
         ConfigError: if the model is not pruned.
     """
+    if adapter := adapter_of(model):
+        model = adapter.engine(model) or model
     token_pruner = getattr(model, "token_pruner", None)  # an engine's
     if isinstance(model, nn.Module) or token_pruner is None:
         token_pruner = attachment_of(model).token_pruner
@@ -181,21 +187,42 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
     attachment.describe()
 
 
-def reads_of(model: nn.Module) -> Reads:
-    """Which last hidden states of a model are used, pruned or not."""
+def reads_of(model: nn.Module, asked: Reads | None = None) -> Reads:
+    """Which last hidden states of a model are used, pruned or not.
+
+    Args:
+        model: with a head or without.
+        asked: which are wanted of a model that is not pruned.
+
+    Raises:
+        ConfigError: for something else than what another library's model reads.
+    """
     attachment = _find_attachment(model)
     if attachment is not None:
         return attachment.reads
     inner = hugging_face_model(model)
-    return family_of(inner.base_model.config).reads(inner)
+    return _asked_reads(model, asked) or family_of(inner.base_model.config).reads(inner)
+
+
+def _asked_reads(model: Any, asked: Reads | None) -> Reads | None:
+    """What a caller says is read, or the modules after another library's model; None for what the head reads."""
+    if asked is not None:
+        choice("reads", asked, get_args(Reads))
+    adapter = adapter_of(model)
+    own = None if adapter is None else adapter.reads(model)
+    if own is not None and asked not in (None, own, "all"):
+        raise ConfigError(f"reads is {asked!r}; what comes after the transformer of this model reads {own!r}")
+    return asked or own
 
 
 def hugging_face_model(model: Any) -> PreTrainedModel:
-    """The model itself, or the one inside a PEFT model.
+    """The model itself, or the one inside a PEFT model or another library's.
 
     Raises:
         UnsupportedModelError: if it is none, or a causal language model.
     """
+    if adapter := adapter_of(model):
+        model = adapter.inner(model)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):

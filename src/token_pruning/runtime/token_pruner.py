@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from token_pruning.errors import ConfigError
+from token_pruning.families import Reads
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.ragged import Layout, PackedTokens, drop
+from token_pruning.runtime.roles import protected
 
 
 class TokenPruner(nn.Module):
@@ -18,25 +20,42 @@ class TokenPruner(nn.Module):
         pruner: the method.
         thresholds: ``[layers]`` float32, or None: a parameter where thresholds are learned, else a buffer.
         vocabulary_scores: ``[vocabulary]`` float32, or None: what the vocabulary threshold is compared with.
+        probe_weights: those of :class:`token_pruning.Probes`, float32, or None.
+        map_weights: those of :class:`token_pruning.DepartureMaps`, float32, or None.
+        correction_weights: those of :class:`token_pruning.Correction`, float32, or None.
         attachment: what pruning put on the model; None in an engine.
 
-    Both tensors stay float32 when the model is cast to half precision, since rounding them would change decisions.
+    All tensors stay float32 when the model is cast to half precision, since rounding them would change decisions.
     """
 
     thresholds: Tensor | None
     vocabulary_scores: Tensor | None
+    probe_weights: Tensor | None
+    map_weights: Tensor | None
+    correction_weights: Tensor | None
 
     def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
         """Start from the method's initial thresholds."""
         super().__init__()
         self.attachment: Any = None
-        gate = pruner.vocabulary
-        with torch.inference_mode(False):  # a parameter made in that mode could never be trained
-            scores = None if gate is None else gate.scores.to(device, torch.float32, copy=True)
-        self.register_buffer("vocabulary_scores", scores)
-        for layer in pruner.prune_layers or ():
-            if layer > num_layers:
-                raise ConfigError(f"prune_layers names layer {layer}; the model has {num_layers} layers")
+        given = {
+            "vocabulary_scores": None if pruner.vocabulary is None else pruner.vocabulary.scores,
+            "probe_weights": None if pruner.probes is None else pruner.probes.weights,
+            "map_weights": None if pruner.maps is None else pruner.maps.weights,
+            "correction_weights": None if pruner.correction is None else pruner.correction.weights,
+        }
+        for name, tensor in given.items():
+            with torch.inference_mode(False):  # a parameter made in that mode could never be trained
+                own = None if tensor is None else tensor.detach().to(device, torch.float32, copy=True)
+            self.register_buffer(name, own)
+        for name, layers in (
+            ("prune_layers", pruner.prune_layers),
+            ("probe_layers", pruner.probes and pruner.probes.layers),
+            ("map_layers", pruner.maps and pruner.maps.layers),
+        ):
+            for layer in layers or ():
+                if layer > num_layers:
+                    raise ConfigError(f"{name} names layer {layer}; the model has {num_layers} layers")
         self.pruner = pruner
         self.num_layers = num_layers
         initial = pruner.initial_thresholds(num_layers)
@@ -73,8 +92,15 @@ class TokenPruner(nn.Module):
             values = torch.tensor(pruner.thresholds, dtype=torch.float32).tolist()
             if loaded.tolist() != values:
                 changed["thresholds"] = tuple(loaded.tolist())
-        if pruner.vocabulary is not None and scores is not None and not scores.is_meta:
-            changed["vocabulary"] = replace(pruner.vocabulary, scores=scores)
+        for name, weights in (
+            ("vocabulary", scores),
+            ("probes", self.probe_weights),
+            ("maps", self.map_weights),
+            ("correction", self.correction_weights),
+        ):
+            setting = getattr(pruner, name)
+            if setting is not None and weights is not None and not weights.is_meta:
+                changed[name] = replace(setting, **{"scores" if name == "vocabulary" else "weights": weights})
         if changed:
             self.pruner = replace(pruner, **changed)
             if self.attachment is not None:
@@ -99,13 +125,65 @@ class TokenPruner(nn.Module):
     def dropping_layers(self) -> list[bool]:
         """Where the method can drop anything with the thresholds there are now, first layer first.
 
-        Importance is never negative, so nothing is below a threshold of zero. One device synchronisation.
+        Attention received is never negative, so nothing is below a threshold of zero; a probe may say anything. One
+        device synchronisation.
         """
         layers = range(1, self.num_layers + 1)
         drops = [self.pruner.prunes(layer, self.num_layers) for layer in layers]
         if self.thresholds is None or type(self.pruner).keep is not FixedThreshold.keep:
             return drops
-        return [can and threshold > 0 for can, threshold in zip(drops, self.thresholds.tolist(), strict=True)]
+        return [
+            can and (threshold > 0 or self.probe(layer) is not None)
+            for layer, can, threshold in zip(layers, drops, self.thresholds.tolist(), strict=True)
+        ]
+
+    def check_fit(self, hidden_size: int, reads: Reads) -> None:
+        """Hold the linear settings against the model.
+
+        Raises:
+            ConfigError: for weights of another hidden size, a correction where no single vector is read, or as
+                :meth:`check_maps`.
+        """
+        for name, tensor in (
+            ("probe", self.probe_weights), ("map", self.map_weights), ("correction", self.correction_weights)
+        ):  # fmt: skip
+            if tensor is not None and tensor.shape[-1] != hidden_size + 1:
+                raise ConfigError(
+                    f"{name} weights are for hidden size {tensor.shape[-1] - 1}; the model's is {hidden_size}"
+                )
+        if self.correction_weights is not None and reads == "all":
+            raise ConfigError("correction is for one vector of a text; this model's outputs read all last states")
+        self.check_maps(reads)
+
+    def check_maps(self, reads: Reads) -> None:
+        """See that every token that may leave has a map, with the thresholds there are now.
+
+        Raises:
+            ConfigError: for a layer that tokens may leave after without a map.
+        """
+        if self.pruner.departed != "map" or reads == "first":
+            return
+        needed = [layer for layer, drops in enumerate(self.dropping_layers(), start=1) if drops]
+        needed += [0] if self.pruner.vocabulary_threshold else []
+        missing = sorted({*needed} - {*self.departure_maps})
+        if missing:
+            raise ConfigError(
+                f"departed is 'map', but map_layers lacks {missing[0]}, "
+                + ("where tokens may leave" if missing[0] else "for tokens that never enter")
+            )
+
+    def probe(self, layer: int) -> Tensor | None:
+        """What says a token's worth in a layer (1-based), ``[hidden + 1]``; None where attention does."""
+        probes = self.pruner.probes
+        row = None if probes is None else probes.row(layer)
+        return None if row is None or self.probe_weights is None else self.probe_weights[row]
+
+    @property
+    def departure_maps(self) -> dict[int, Tensor]:
+        """By the layer after whose attention a token left, ``[hidden, hidden + 1]`` each."""
+        if self.pruner.maps is None or self.map_weights is None:
+            return {}
+        return dict(zip(self.pruner.maps.layers, self.map_weights, strict=True))
 
     def enter(self, tokens: PackedTokens) -> tuple[Layout, Tensor | None, Tensor | None]:
         """Drop the tokens that the vocabulary threshold keeps out of the first layer.
@@ -129,6 +207,9 @@ class TokenPruner(nn.Module):
             )
         assert self.vocabulary_scores is not None
         enters = self.vocabulary_scores[tokens.ids] >= threshold
+        stays = protected(tokens, self.pruner)
+        if stays is not None:
+            enters = enters | stays
         return drop(tokens.layout, enters.index_fill(0, tokens.layout.first_rows, True))
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from token_pruning.families import Reads
 from token_pruning.pruners import Pruner
 from token_pruning.pruners.importance import normalizer
 from token_pruning.pruners.summary import Merge, Summaries
@@ -58,6 +59,8 @@ class ComputedLengths(NamedTuple):
         queries: queries, and so attention.
         projected: rows of attention's output projection, which tokens that leave skip where nobody reads their states.
         feed_forward: rows of the feed-forward.
+        probed: rows that a probe was asked about.
+        mapped: ``[1, batch]`` int64: how often a map, or the correction, was applied.
     """
 
     dense: Tensor
@@ -65,11 +68,14 @@ class ComputedLengths(NamedTuple):
     queries: Tensor
     projected: Tensor
     feed_forward: Tensor
+    probed: Tensor
+    mapped: Tensor
 
     @classmethod
     def without_pruning(cls, lengths: Tensor) -> "ComputedLengths":
         """What a dense model computes, from the valid tokens ``[layers, batch]``."""
-        return cls(lengths, lengths, lengths, lengths, lengths)
+        nothing = torch.zeros_like(lengths)
+        return cls(lengths, lengths, lengths, lengths, lengths, nothing, nothing[:1])
 
 
 @dataclass
@@ -80,15 +86,35 @@ class PassRecord:
         pruner: the method.
         valid: the valid tokens.
         entering: those that enter the first layer: all that the vocabulary threshold lets through.
+        reads: which last states are used; where first tokens' alone are, the last layer computes no others.
         layers: a record per layer, 1-based.
-        first_only: whether the last layer computed first tokens only, since the head reads no others.
     """
 
     pruner: Pruner
     valid: Layout
     entering: Layout
+    reads: Reads
     layers: dict[int, LayerRecord] = field(default_factory=dict)
-    first_only: bool = False
+
+    @property
+    def first_only(self) -> bool:
+        """Whether the last layer computed first tokens only."""
+        return self.reads == "first"
+
+    def probed(self, layer: int) -> bool:
+        """Whether a probe takes the layer's decision; one that nobody but a trace wants does not count."""
+        probes = self.pruner.probes
+        wanted = layer < len(self.layers) or not self.first_only
+        return probes is not None and layer in probes.layers and self.layers[layer].scores is not None and wanted
+
+    def lost(self, layer: int) -> Tensor:
+        """Tokens that left at a layer, or at 0 before the first, ``[batch]`` int64."""
+        if layer == 0:
+            return self.valid.lengths_tensor - self.entering.lengths_tensor
+        record = self.layers[layer]
+        if record.dropped_rows is None:
+            return torch.zeros_like(self.valid.lengths_tensor)
+        return record.entering.sequence_ids[record.dropped_rows].bincount(minlength=self.valid.batch_size)
 
 
 @dataclass
@@ -152,11 +178,14 @@ class Trace:
         keys, feed_forward = self.attention_lengths, self.ffn_lengths.clone()
         queries = keys.clone()
         dense = self.input_lengths.expand_as(keys)
-        projected = torch.cat([_projected_lengths(done) for done in self.passes], 1)
+        projected, probed = (
+            torch.cat([count(done) for done in self.passes], 1) for count in (_projected_lengths, _probed_lengths)
+        )
+        mapped = torch.cat([_mapped(done) for done in self.passes])
         narrow = torch.cat([torch.full((done.valid.batch_size,), done.first_only) for done in self.passes])
         for lengths in (queries, projected, feed_forward):
             lengths[-1] = torch.where(narrow.to(lengths.device), lengths[-1].clamp(max=1), lengths[-1])
-        return ComputedLengths(dense, keys, queries, projected, feed_forward)
+        return ComputedLengths(dense, keys, queries, projected, feed_forward, probed, mapped[None])
 
     @property
     def soft_lengths(self) -> Tensor:
@@ -226,9 +255,33 @@ class Trace:
 
 def _projected_lengths(done: PassRecord) -> Tensor:
     """Rows of each layer's output projection, ``[layers, batch]`` int64: all where dropped tokens' states are used."""
-    records = [done.layers[layer] for layer in sorted(done.layers)]
-    only_those_left = done.first_only and done.pruner.summary_tokens == "none"
-    return torch.stack([(each.leaving if only_those_left else each.entering).lengths_tensor for each in records])
+    unread = done.first_only or done.pruner.departed == "survivors"
+    only_those_left = unread and done.pruner.summary_tokens == "none"
+    return torch.stack(
+        [
+            (each.leaving if only_those_left and not done.probed(layer) else each.entering).lengths_tensor
+            for layer, each in sorted(done.layers.items())
+        ]
+    )
+
+
+def _probed_lengths(done: PassRecord) -> Tensor:
+    """Rows of each layer that a probe was asked about, ``[layers, batch]`` int64."""
+    return torch.stack(
+        [each.entering.lengths_tensor * done.probed(layer) for layer, each in sorted(done.layers.items())]
+    )
+
+
+def _mapped(done: PassRecord) -> Tensor:
+    """How often a map or the correction was applied, ``[batch]`` int64: where means are read, a map once for a text."""
+    pruner = done.pruner
+    lost = torch.stack([done.lost(layer) for layer in range(len(done.layers) + 1)])
+    if done.first_only:
+        lost = lost[:-1]
+    total = torch.zeros_like(lost[0])
+    if pruner.departed == "map" and not done.first_only:
+        total = (lost.clamp(max=1) if done.reads == "mean" else lost).sum(0)
+    return total if pruner.correction is None or done.reads == "all" else total + (lost.sum(0) > 0)
 
 
 recording: ContextVar[tuple[tuple[TokenPruner, Trace], ...]] = ContextVar("token_pruning_recording", default=())

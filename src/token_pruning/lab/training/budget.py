@@ -238,24 +238,24 @@ def with_relative_scores(checkpoint: Checkpoint) -> Checkpoint:
             f"prune_layers is {config['prune_layers']}; with a budget, --target-flops, it is --schedule that says "
             "where tokens leave (0,0.5,0,0.5: half of them after layer 2, half after layer 4)"
         )
-    thresholds = checkpoint.thresholds
+    tensors = dict(checkpoint.tensors)
     mode = config.get("scoring_mode") or "mean"
     if mode == "mean":
         length = config.get("max_seq_length") or Pruner.max_seq_length
         scale = partial(convert_scores, source="mean", target="relative", max_seq_length=length)
-        if thresholds is not None:
-            thresholds = tuple(scale(value) for value in thresholds)
+        if "thresholds" in tensors:
+            tensors["thresholds"] = scale(tensors["thresholds"])
         if isinstance(config.get("final_token_threshold"), int | float):
             config["final_token_threshold"] = scale(config["final_token_threshold"])
     elif mode == "mean_norm":  # no one length to convert by: the first fit to the budget comes soon
         config.pop("final_token_threshold", None)
-        thresholds = None
+        tensors.pop("thresholds", None)
     else:
         choice("scoring_mode", mode, SCORING_MODES)
     if mode != "relative":
         config.pop("thresholds", None)
     config = {"final_token_threshold": FINAL_THRESHOLD, **config, "scoring_mode": "relative"}
-    return replace(checkpoint, config=config, thresholds=thresholds)
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 def _or_linear(schedule: Schedule, layers: int) -> Schedule:

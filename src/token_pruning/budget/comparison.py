@@ -1,0 +1,332 @@
+"""The comparison behind :func:`token_pruning.calibrate`: rules and schedules, fitted to a budget on one part of the
+examples, and judged by how little they change the outputs on the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from token_pruning.budget.divergence import Divergence
+from token_pruning.budget.examples import Batch
+from token_pruning.budget.fitting import (
+    CLOSE_ENOUGH,
+    Fit,
+    default_keep_rate,
+    entering_rate,
+    fit_profile,
+    fit_to_budget,
+    highest_flops,
+    outputs_in_parts,
+    predicted_flops,
+    using,
+)
+from token_pruning.budget.observation import Observed, observe
+from token_pruning.budget.ridge import Ridge
+from token_pruning.budget.rules import Rule, first_rules, further_rules, received_rules
+from token_pruning.budget.schedules import Schedule, neighbours
+from token_pruning.budget.vocabulary import token_ids
+from token_pruning.errors import ConfigError
+from token_pruning.pruners import Correction, FixedThreshold, Unpruned, VocabularyGate
+from token_pruning.pruners.fitted import Departed
+from token_pruning.runtime.flops import count_flops, layer_flops
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, record
+
+_COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
+_SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
+_FEWEST_TOKENS = 2500  # of such a pass, however large the model is
+_FEWEST_GROUPS = 16
+_FITTING_TOKENS = 40_000  # more say no better where a threshold must be
+_FINALISTS = 4
+_FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
+_PENALTIES = (0.03, 0.1, 0.3, 1.0)  # of the correction
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may be tried.
+
+    Attributes:
+        schedules: of attention received.
+        allowed: the layers (1-based, ascending) at which tokens may leave.
+        layers: layers after which a token's leaving saves anything.
+        only_received: whether nothing else is tried: the caller said what to search.
+    """
+
+    schedules: Sequence[Schedule]
+    allowed: tuple[int, ...]
+    layers: int
+    only_received: bool
+
+
+class Comparison:
+    """The examples, what the dense model says of them, and what was fitted to them."""
+
+    def __init__(
+        self, model: Any, batch: Batch, divergence: Divergence, plan: Plan, *, seed: int, progress: bool | None
+    ) -> None:
+        """Divide the examples, a ranking's queries whole, and run the dense model over one part.
+
+        Args:
+            model: pruned by thresholds of zero.
+            batch: the examples, padded.
+            divergence: how outputs are compared.
+            plan: what may be tried.
+            seed: of the division.
+            progress: whether to show a progress bar; None for where standard error is a terminal.
+        """
+        self.model, self.batch, self.divergence, self.plan, self.seed = model, batch, divergence, plan, seed
+        self._bar = None if progress is None else not progress
+        found = attachment_of(model).token_pruner.pruner
+        assert isinstance(found, FixedThreshold)
+        self.template = found
+        self.fitting, self.held_out = _divided(divergence.groups, 0.5 if plan.only_received else _FITTED, seed)
+        self.dense = self._dense(self.held_out)
+        self._observed: Observed | None = None
+
+    def part(self, rows: Tensor) -> dict[str, Tensor]:
+        """Some of the examples."""
+        return {name: values[rows] for name, values in self.batch.items()}
+
+    # Attention received, by schedules, and perhaps a gate that the caller gave: all on the whole halves.
+
+    def by_attention(self, target: float) -> list[Fit]:
+        """Fits to a budget: that of the schedule with the least divergence, then the others.
+
+        Raises:
+            ConfigError: if no schedule reaches it.
+        """
+        fits = [
+            fit
+            for threshold in self._vocabulary_thresholds(target)
+            for schedule in self.plan.schedules
+            if (fit := self._by_attention(schedule, target, threshold, _COMPARABLE))
+        ]
+        if not fits:
+            names = ", ".join(schedule.name for schedule in self.plan.schedules)
+            raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
+        best = min(fits, key=divergence_of_fit)
+        for share in (0.5, 0.25):
+            threshold = best.vocabulary_threshold
+            moved = neighbours(best.schedule, share, self.plan.allowed)
+            fits += [fit for schedule in moved if (fit := self._by_attention(schedule, target, threshold, _COMPARABLE))]
+            best = min(fits, key=divergence_of_fit)
+        others = sorted((fit for fit in fits if fit is not best), key=divergence_of_fit)
+        return [self._by_attention(best.schedule, target, best.vocabulary_threshold) or best, *others]
+
+    def _vocabulary_thresholds(self, target: float) -> list[float | None]:
+        """Those to try."""
+        gate = self.template.vocabulary
+        if gate is None:
+            return [None]
+        batch = self.part(self.fitting)
+        threshold = gate.keeping(token_ids(batch), default_keep_rate(self.model, batch, target)).threshold
+        return [None, threshold] if threshold else [None]
+
+    def _by_attention(
+        self, schedule: Schedule, target: float, threshold: float | None, tolerance: float = CLOSE_ENOUGH
+    ) -> Fit | None:
+        gate = self.template.vocabulary
+        method = replace(self.template, vocabulary=None if gate is None or threshold is None else gate.at(threshold))
+        fit = self._fit(method, schedule, target, self.fitting, tolerance)
+        return None if fit is None else self._judged(fit, self.held_out, self.dense)
+
+    # Everything: who decides, where, and what departed tokens count as.
+
+    def search(self, target: float) -> list[Fit]:
+        """Fits to a budget: that of the rule with the least divergence, then the others.
+
+        Most rules are compared on some of the examples, the best of them on all.
+
+        Raises:
+            ConfigError: if no rule reaches it.
+        """
+        if self.plan.only_received:
+            return self.by_attention(target)
+        fits, finalists = self._screened(target)
+        found = [
+            fit
+            for rule in finalists
+            if (fit := self._fit_rule(rule, target, self.held_out, self.observed, CLOSE_ENOUGH))
+        ]
+        best, *others = sorted((self._judged(fit, self.held_out, self.dense) for fit in found), key=divergence_of_fit)
+        corrected = self._corrected(best)
+        return [corrected, *([best] if corrected is not best else []), *others, *fits]
+
+    @property
+    def observed(self) -> Observed:
+        """What was fitted to the fitting part."""
+        if self._observed is None:
+            self._observed = self._observe(self.fitting)
+        return self._observed
+
+    def _observe(self, rows: Tensor) -> Observed:
+        return observe(self.model, self.part(rows), self.cuts, seed=self.seed)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Early layers that get probes and maps."""
+        layers = self.plan.layers
+        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if layer <= max(3, layers // 2)} - {0}))
+
+    def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
+        """Rules compared on some examples: their fits by divergence, and the best of the rules."""
+        layers, pairs = self.plan.layers, self.divergence.kind == "ranking"
+        some = self._some(self.held_out)
+        dense = self._dense(some)
+        tried: dict[str, tuple[Rule, Fit]] = {}
+
+        def compare(rules: Iterable[Rule], what: str) -> Rule | None:
+            for rule in tqdm([*rules], desc=what, leave=False, disable=self._bar):
+                if str(rule) in tried:
+                    continue
+                fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)
+                if fit is not None:
+                    tried[str(rule)] = rule, self._judged(fit, some, dense)
+            return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
+
+        departed = self._departed()
+        cuts = [cut for cut in self.cuts if cut <= layers]
+        compare(first_rules(layers, pairs, departed), "who decides")
+        best = compare(received_rules(self.plan.schedules), "attention received")
+        if best is None:
+            raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
+        compare(further_rules(best, layers, cuts, departed), "after which layers")
+        ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
+        for rule, _ in ranked[:2]:
+            allowed = tuple(cuts) if rule.probes else self.plan.allowed
+            if rule.gate < 1:
+                moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
+                compare(moved, "after several layers")
+        ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
+        return [fit for _, fit in ranked], [rule for rule, _ in ranked[:_FINALISTS]]
+
+    def _departed(self) -> list[Departed]:
+        """What is worth trying: means over survivors are nobody's own label."""
+        reads, inner = attachment_of(self.model).reads, hugging_face_model(self.model)
+        if reads == "first":
+            return ["state"]
+        return ["map", "state"] if inner is not inner.base_model or reads == "all" else ["survivors", "map"]
+
+    def _some(self, rows: Tensor) -> Tensor:
+        """The first of them, about as many tokens as rules are compared on; a ranking's queries whole."""
+        shape = attachment_of(self.model).shape
+        lengths = self.batch["attention_mask"][rows].sum(1).double()
+        mean = lengths.mean()
+        cost = float(layer_flops(shape, mean, mean) / mean) * shape.num_layers
+        tokens = lengths.cumsum(0) <= max(_FEWEST_TOKENS, _SCREENING_FLOPS / cost)
+        groups = self.divergence.groups[rows]
+        fewest = torch.unique_consecutive(groups)[: _FEWEST_GROUPS if self.divergence.kind == "ranking" else 32]
+        wanted = torch.unique(torch.cat([groups[tokens], fewest]))
+        return rows[torch.isin(groups, wanted)]
+
+    def _fit_rule(self, rule: Rule, target: float, rows: Tensor, observed: Observed, tolerance: float) -> Fit | None:
+        """A rule's thresholds for a budget, or None where it cannot reach it."""
+        method = rule.method(self.template, observed)
+        batch = self.part(rows)
+        ids = token_ids(batch)
+        if rule.gate:
+            table = VocabularyGate(observed.tables[rule.target])
+            with using(self.model, replace(method, departed="state", maps=None, probes=None)):
+                highest = highest_flops(self.model, batch)
+                rate = entering_rate(rule.gate, target, highest)
+            if rule.gate == 1:
+                return self._gate_alone(rule, method, table, ids, batch, target)
+            gate = table.keeping(ids, max(0.01, rate))
+            method = replace(method, vocabulary=gate if gate.threshold else None)
+        fit = self._fit(method, rule.schedule, target, rows, tolerance)
+        return None if fit is None else replace(fit, rule=str(rule))
+
+    def _gate_alone(
+        self, rule: Rule, method: FixedThreshold, table: VocabularyGate, ids: Tensor, batch: Batch, target: float
+    ) -> Fit | None:
+        """The gate that lets so many tokens in as the budget has room for."""
+        everything = [1.0] * self.plan.layers
+        low, high = 0.01, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            with using(self.model, replace(method, vocabulary=table.keeping(ids, middle))):
+                too_many = predicted_flops(self.model, batch, everything) > target
+            low, high = (low, middle) if too_many else (middle, high)
+        gate = table.keeping(ids, low)
+        if not gate.threshold:
+            return None
+        with using(self.model, replace(method, vocabulary=gate)):
+            fit = fit_profile(self.model, batch, Schedule("gate", (0.0,) * self.plan.layers), 0.0)
+        return replace(fit, rule=str(rule)) if fit.relative_flops <= target + _COMPARABLE else None
+
+    def _fit(
+        self, method: FixedThreshold, schedule: Schedule, target: float, rows: Tensor, tolerance: float
+    ) -> Fit | None:
+        with using(self.model, method):
+            return fit_to_budget(self.model, self.part(self._for_thresholds(rows)), schedule, target, tolerance)
+
+    def _for_thresholds(self, rows: Tensor) -> Tensor:
+        lengths = self.batch["attention_mask"][rows].sum(1).cumsum(0)
+        return rows[: max(32, int((lengths <= _FITTING_TOKENS).sum()))]
+
+    def _judged(self, fit: Fit, rows: Tensor, dense: Tensor) -> Fit:
+        """With its cost and divergence on other examples."""
+        with using(self.model, fit.pruner), record(self.model) as trace:
+            outputs = outputs_in_parts(self.model, self.part(rows))
+        divergence, error = self.divergence.between(dense, outputs, self.divergence.groups[rows])
+        return replace(
+            fit,
+            relative_flops_held_out=count_flops(self.model, trace).relative,
+            divergence=divergence,
+            divergence_error=error,
+        )
+
+    def _dense(self, rows: Tensor) -> Tensor:
+        with using(self.model, Unpruned(max_tokens=self.template.max_tokens, chunks=self.template.chunks)):
+            return outputs_in_parts(self.model, self.part(rows))
+
+    def _corrected(self, fit: Fit) -> Fit:
+        """With a correction of the pooled vector, where that helps."""
+        if self.divergence.kind != "embedding":
+            return fit
+        rows, dense = self.fitting, self._dense(self.fitting)
+        found = [
+            self._judged(self._with_correction(fit, rows, dense, penalty), self.held_out, self.dense)
+            for penalty in _PENALTIES
+        ]
+        return min([fit, *found], key=divergence_of_fit)
+
+    def _with_correction(self, fit: Fit, rows: Tensor, dense: Tensor, penalty: float) -> Fit:
+        """Fitted to what is missing of the dense vectors, so that little data changes little."""
+        assert fit.method is not None
+        pruned = self._pruned(fit, rows)
+        ridge = Ridge()
+        ridge.add(pruned, dense - pruned)
+        missing = ridge.solve(penalty)
+        size = missing.shape[0]
+        weights = missing + torch.eye(size, size + 1)
+        method = replace(fit.method, correction=Correction(weights))
+        return replace(fit, method=method, rule=f"{fit.rule}, corrected")
+
+    def _pruned(self, fit: Fit, rows: Tensor) -> Tensor:
+        with using(self.model, fit.pruner):
+            return outputs_in_parts(self.model, self.part(rows))
+
+
+def divergence_of_fit(fit: Fit) -> float:
+    """What fits are compared by."""
+    assert fit.divergence is not None
+    return fit.divergence
+
+
+def _divided(groups: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Two parts of the examples in random order, no group in both."""
+    numbers = torch.unique(groups)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = numbers[torch.randperm(len(numbers), generator=generator, device="cpu")]
+    half = int(len(order) * share)
+    if len(order) == len(groups):
+        return order[:half], order[half:]
+    first, second = (
+        torch.cat([(groups == group).nonzero().squeeze(-1) for group in part]) for part in (order[:half], order[half:])
+    )
+    return first, second

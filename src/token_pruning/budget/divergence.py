@@ -1,0 +1,109 @@
+"""How much a pruned model's outputs differ from the dense model's, as its users would notice.
+
+Embeddings: 1 − cosine to the dense vector, per text. A reranker's scores: for the passages of one query, the
+Kullback–Leibler divergence of the softmax of their scores, in units of the dense scores' spread, which weighs the top
+of the ranking most. Classes: the divergence of their probabilities. Other numbers: squared error ÷ variance.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, kl_div
+
+from token_pruning.budget.examples import Batch
+from token_pruning.ragged import layout_from_mask, pack
+from token_pruning.runtime.prune import hugging_face_model, reads_of
+from token_pruning.runtime.roles import first_segment
+
+Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What is compared.
+
+    Attributes:
+        kind: how.
+        groups: ``[examples]`` int64: the query that each example belongs to; all different unless it is a ranking.
+    """
+
+    kind: Kind
+    groups: Tensor
+
+    def between(self, dense: Tensor, pruned: Tensor, groups: Tensor) -> tuple[float, float]:
+        """The mean over examples, or queries, and its standard error.
+
+        Args:
+            dense: ``[n, outputs]`` float32, what :func:`token_pruning.budget.fitting.outputs_of` gives.
+            pruned: the same of the pruned model.
+            groups: ``[n]``: those of these examples.
+        """
+        losses = self._losses(dense, pruned, groups)
+        error = losses.double().std() / len(losses) ** 0.5 if len(losses) > 1 else torch.zeros(())
+        return float(losses.double().mean()), float(error)
+
+    def _losses(self, dense: Tensor, pruned: Tensor, groups: Tensor) -> Tensor:
+        if self.kind == "embedding":
+            return 1 - cosine_similarity(dense, pruned, dim=1)
+        if self.kind == "ranking":
+            return torch.stack(
+                [_ranking_loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
+            )
+        if self.kind == "labels":  # each is there or not
+            dense, pruned = (torch.stack([x, torch.zeros_like(x)], -1).reshape(-1, 2) for x in (dense, pruned))
+        if self.kind == "numbers":
+            return ((pruned - dense).square() / dense.var(0).clamp(min=1e-12)).mean(1)
+        return kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(1)
+
+
+def divergence_of(model: Any, batch: Batch) -> Divergence:
+    """How to compare a pruned model with the dense one.
+
+    Args:
+        model: with any head; pruned, so that it is known what its outputs read.
+        batch: the examples.
+    """
+    inner = hugging_face_model(model)
+    count = len(batch["input_ids"])
+    groups = torch.arange(count, device="cpu")
+    kind: Kind = "numbers"
+    if inner is inner.base_model:
+        if reads_of(model) != "all":
+            kind = "embedding"
+    elif type(inner).__name__.endswith("ForQuestionAnswering"):
+        pass
+    else:
+        outputs, problem = inner.config.num_labels, getattr(inner.config, "problem_type", None)
+        if problem == "multi_label_classification":
+            kind = "labels"
+        elif outputs > 1 and problem != "regression":
+            kind = "classes"
+        elif outputs == 1 and type(inner).__name__.endswith("ForSequenceClassification"):
+            queries = _queries(batch)
+            if 2 * len(torch.unique(queries)) <= count:  # each has several passages
+                kind, groups = "ranking", queries
+    return Divergence(kind, groups)
+
+
+def _queries(batch: Batch) -> Tensor:
+    """A number for each example's first text, ``[examples]`` int64; different ones for single texts."""
+    layout = layout_from_mask(batch["attention_mask"].bool().cpu())
+    ids = pack(batch["input_ids"].cpu(), layout)
+    first = first_segment(ids, layout)
+    numbers: dict[tuple[int, ...], int] = {}
+    found = []
+    for example, (tokens, inside) in enumerate(
+        zip(torch.split(ids, layout.lengths), torch.split(first, layout.lengths), strict=True)
+    ):
+        key = tuple(tokens[inside].tolist()) if not inside.all() else (-1, example)
+        found.append(numbers.setdefault(key, len(numbers)))
+    return torch.tensor(found, device="cpu")
+
+
+def _ranking_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Of one query's passages, ``[passages]``; a shift of all scores changes nothing (Cao et al., ListNet, 2007)."""
+    spread = dense.std().clamp(min=1e-6) if len(dense) > 1 else dense.new_ones(())
+    wanted, found = (dense / spread).log_softmax(0), (pruned / spread).log_softmax(0)
+    return kl_div(found, wanted, log_target=True, reduction="sum")

@@ -1,0 +1,121 @@
+"""What calibration compares: who decides which tokens leave, where, and what these count as afterwards."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import get_args
+
+import torch
+
+from token_pruning.budget.observation import Observed, Target
+from token_pruning.budget.schedules import Schedule, schedules
+from token_pruning.pruners import DepartureMaps, FixedThreshold, Probes
+from token_pruning.pruners.fitted import Departed, Protected, ReceivedFrom
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what must be saved, what the vocabulary gate saves
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to prune to a budget.
+
+    Attributes:
+        target: what gate and probes predict.
+        gate: the part of what must be saved that the vocabulary gate saves, 0 to 1.
+        schedule: where the rest leaves.
+        probes: whether probes decide there, or attention received.
+        received_from: whose attention that is.
+        protect: which tokens never leave.
+        departed: what tokens that left count as.
+    """
+
+    target: Target
+    gate: float
+    schedule: Schedule
+    probes: bool
+    received_from: ReceivedFrom
+    protect: tuple[Protected, ...]
+    departed: Departed
+
+    def __str__(self) -> str:
+        parts = []
+        if self.gate:
+            parts.append(f"gate of {self.target}" + (f" for {self.gate:.0%}" if self.gate < 1 else ""))
+        if self.gate < 1:
+            source = f"probe of {self.target}" if self.probes else "attention received"
+            if not self.probes and self.received_from != "all":
+                source += f" from {self.received_from}"
+            parts.append(f"{source} {self.schedule.name}")
+        if self.departed != "state":
+            parts.append(f"departed: {self.departed}")
+        if self.protect:
+            parts.append(f"{' and '.join(self.protect)} protected")
+        return ", ".join(parts)
+
+    def method(self, template: FixedThreshold, observed: Observed) -> FixedThreshold:
+        """The method without thresholds, and without a vocabulary gate."""
+        layers = [layer for layer, weight in enumerate(self.schedule.weights, start=1) if weight and self.gate < 1]
+        probes = maps = None
+        if self.probes and layers:
+            rows = [observed.probes[self.target, layer] for layer in layers]
+            probes = Probes(layers, torch.stack(rows))
+        if self.departed == "map":
+            cuts = [*([0] if self.gate else []), *layers]
+            maps = DepartureMaps(cuts, torch.stack([observed.maps[cut] for cut in cuts]))
+        return replace(
+            template,
+            probes=probes,
+            maps=maps,
+            departed=self.departed,
+            protect=self.protect,
+            received_from=self.received_from,
+        )
+
+
+def first_rules(layers: int, pairs: bool, departed: Sequence[Departed]) -> list[Rule]:
+    """The rules tried first: who decides, by tokens' entry or after an early layer.
+
+    Args:
+        layers: layers after which a token's leaving saves anything.
+        pairs: whether the examples are a ranking's pairs, whose first text is protected then.
+        departed: what tokens that left may count as.
+    """
+    protections: tuple[tuple[Protected, ...], ...] = ((), ("separators",))
+    if pairs:
+        protections = (("first_segment", "separators"),)
+    early = step(min(2, layers), layers)
+    found = []
+    for protect, counts in product(protections, departed):
+        for target in get_args(Target):
+            found += [Rule(target, gate, early, True, "all", protect, counts) for gate in (1.0, 0.5, 0.0)]
+        asking: tuple[ReceivedFrom, ...] = ("all", "first_segment") if pairs else ("all",)
+        found += [Rule("attention", 0.0, early, False, received_from, protect, counts) for received_from in asking]
+    return found
+
+
+def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequence[Departed]) -> list[Rule]:
+    """The best of the first rules with other layers, other shares of the gate, and other counts for what left.
+
+    Args:
+        best: the rule.
+        layers: see :func:`first_rules`.
+        cuts: layers (1-based) that have probes and maps.
+        departed: see :func:`first_rules`.
+    """
+    steps = [step(cut, layers) for cut in cuts]
+    found = [
+        replace(best, gate=gate, schedule=schedule, departed=counts)
+        for gate, schedule, counts in product(SHARES[:-1], steps, departed)
+    ]
+    return [rule for rule in found if rule != best]
+
+
+def received_rules(searched: Sequence[Schedule]) -> Iterator[Rule]:
+    """Attention received by every schedule, as published: what left counts as its state."""
+    for schedule in searched:
+        yield Rule("attention", 0.0, schedule, False, "all", (), "state")
+
+
+def step(layer: int, layers: int) -> Schedule:
+    """Everything that leaves does so after one layer."""
+    return next(found for found in schedules(layers) if found.name == f"step-{layer}")
