@@ -54,7 +54,7 @@ class Attachment:
         if "forward" in model.__dict__ and (head_reads_first or answers_with_spans(model)):
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
-        self.loop: Callable[..., PackedLoop] = PackedLoop if self.packed else PaddedLoop
+        self.loop: Callable[..., Any] = PackedLoop if self.packed else PaddedLoop
         self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
         self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
