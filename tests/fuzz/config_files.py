@@ -58,7 +58,8 @@ _METHODS: dict[str, dict[str, Any]] = {
 _KEYS = [
     "prune_mode", "masking_mode", "final_token_threshold", "thresholds", "token_keep_rate", "token_threshold",
     "keep_all_layers", "scoring_mode", "max_seq_length", "summary_tokens", "prune_layers", "vocabulary_threshold",
-    "threshold_temperature", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
+    "threshold_temperature", "protect", "received_from", "departed", "max_tokens", "chunks", "probe_layers",
+    "map_layers", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
     "quant_mode", "quantization_config", "auto_map", "is_decoder", "return_dict", "use_return_dict", "use_cache",
     "output_attentions", "output_hidden_states", "pruned_heads", "tie_word_embeddings", "chunk_size_feed_forward",
     "add_cross_attention", "cross_attention_hidden_size", "torchscript", "attn_implementation", "_attn_implementation",

@@ -182,3 +182,9 @@ def pooled_by_hand(pruner: tp.Pruner, parts: list[Text]) -> Tensor:
     vector = torch.stack([x for x in counted if x is not None]).mean(0)
     lost = any(at < max(part.left_at) for part in parts for at in part.left_at)
     return _affine(pruner.correction.weights, vector) if lost and pruner.correction is not None else vector
+
+
+def mean_of(output: Any, mask: Tensor) -> Tensor:
+    """The mean over the attention mask ``[batch, width]``, as pooling outside the model has it."""
+    pooled: Tensor = (output.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return pooled

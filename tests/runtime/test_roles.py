@@ -116,7 +116,7 @@ def test_a_query_of_nothing_and_a_single_text() -> None:
     ids[0, [1, 11]] = 3  # [CLS] [SEP] … [SEP]
     scores = {}
     for received_from in ("all", "first_segment"):
-        pruner = tp.FixedThreshold(final_token_threshold=0, received_from=received_from)  # type: ignore[arg-type]
+        pruner = tp.FixedThreshold(final_token_threshold=0, received_from=received_from)
         with pruned(model, pruner), tp.record(model) as trace:
             model(ids)
         found = trace.passes[0].layers[1].scores
@@ -133,7 +133,7 @@ def test_ids_are_needed() -> None:
         ({"protect": ["separators"]}, r"protect is \['separators'\], which needs input_ids; inputs_embeds will not do"),
         ({"received_from": "first_segment"}, "received_from is 'first_segment', which needs input_ids"),
     ):
-        model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(**options))  # type: ignore[arg-type]
+        model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(**options))
         with pytest.raises(tp.ConfigError, match=message):
             model(inputs_embeds=embeds)
     model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(received_from="first"))

@@ -84,8 +84,8 @@ def calibrate(
 
     Args:
         model: a supported model that is not pruned, with any head; or a model of sentence-transformers.
-        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several for each query.
-            Else tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
+        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several per query, or
+            tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
         target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
         max_drop: instead: how much the metric may fall, in points (percent). Budgets are tried from the dearest to the

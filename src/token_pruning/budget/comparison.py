@@ -4,6 +4,7 @@ examples, and judged by how little they change the outputs on the other.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ from token_pruning.budget.ridge import Ridge
 from token_pruning.budget.rules import Rule, first_rules, further_rules, received_rules
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
+from token_pruning.engine.compiled import native_encoder
+from token_pruning.engine.native import NativeEncoder
 from token_pruning.errors import ConfigError
+from token_pruning.families import Family, Reads
 from token_pruning.pruners import Correction, FixedThreshold, Unpruned, VocabularyGate
 from token_pruning.pruners.fitted import Departed
+from token_pruning.ragged import PackedTokens
+from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.flops import count_flops, layer_flops
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, record
+from token_pruning.runtime.token_pruner import TokenPruner
 
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
 _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
@@ -62,6 +69,19 @@ class Plan:
     only_received: bool
 
 
+class _NativePass:
+    """The native kernels in place of the loop on PyTorch: the many passes take half the time."""
+
+    def __init__(
+        self, encoder: NativeEncoder, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads
+    ) -> None:
+        self._run = partial(encoder.run, tokens, token_pruner, reads=reads)
+
+    def run(self) -> LastStates:
+        """See :class:`token_pruning.runtime.loop.PackedLoop`."""
+        return self._run()
+
+
 class Comparison:
     """The examples, what the dense model says of them, and what was fitted to them."""
 
@@ -80,9 +100,14 @@ class Comparison:
         """
         self.model, self.batch, self.divergence, self.plan, self.seed = model, batch, divergence, plan, seed
         self._bar = None if progress is None else not progress
-        found = attachment_of(model).token_pruner.pruner
+        attachment = attachment_of(model)
+        found = attachment.token_pruner.pruner
         assert isinstance(found, FixedThreshold)
         self.template = found
+        if attachment.packed and attachment.model.device.type == "cpu" and attachment.model.dtype == torch.float32:
+            family, threads = attachment.family, torch.get_num_threads()
+            if (encoder := native_encoder(family, family, "float32", threads)) is not None:
+                attachment.loop = partial(_NativePass, encoder)
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if plan.only_received else _FITTED, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None

@@ -497,7 +497,9 @@ class NativeEncoder:
                 assert importance is not None and keep is not None
                 began = time.perf_counter()
                 scores = importance[: request.rows]
-                keep[: request.rows] = _decision(tokens, token_pruner, request.layer, survived, hosts, scores)
+                keep[: request.rows] = _decision(
+                    tokens, token_pruner, request.layer, survived, hosts, roles.stays, scores
+                )
                 if seconds is not None:
                     seconds[PARTS.index("decide")] += time.perf_counter() - began
             self._spare.append(workspace)
@@ -592,7 +594,13 @@ def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None
 
 
 def _decision(
-    tokens: PackedTokens, pruner: TokenPruner, layer: int, survived: Tensor, hosts: Tensor | None, received: Tensor
+    tokens: PackedTokens,
+    pruner: TokenPruner,
+    layer: int,
+    survived: Tensor,
+    hosts: Tensor | None,
+    stays: Tensor | None,
+    received: Tensor,
 ) -> Tensor:
     """What a pruner keeps of the rows that are there in ``layer`` (0-based), ``[rows]`` bool."""
     # Rows that are still there have survived every layer before this one.
@@ -608,5 +616,6 @@ def _decision(
             input_lengths=tokens.layout.lengths_tensor,
             threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
             summaries=None if hosts is None else (survived < layer)[present],
+            protected=None if stays is None else stays[present].bool(),
         )
     )
