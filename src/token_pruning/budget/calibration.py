@@ -136,11 +136,12 @@ def calibrate(
         chunks=chunks,
         vocabulary=vocabulary.at(0.0) if isinstance(vocabulary, VocabularyGate) else vocabulary or None,
     )
+    asked_for = bool(search) or prune_layers is not None or bool(vocabulary) or summary_tokens != "none"
     plan = Plan(
         list(search or schedules(layers, None if prune_layers is None else allowed)),
         allowed,
         layers,
-        only_received=bool(search) or prune_layers is not None or bool(vocabulary) or summary_tokens != "none",
+        only_received=asked_for or max_drop is not None,
         gates=vocabulary is not False,
     )
     with prunable(runs, template, reads_of(model, reads)):

@@ -215,7 +215,8 @@ class Comparison:
                 if str(rule) in tried or (rule.gate and not self.plan.gates):
                     continue
                 fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)
-                if fit is not None:
+                # Protected tokens may cost more than all that the budget leaves.
+                if fit is not None and fit.relative_flops <= target + _COMPARABLE:
                     tried[str(rule)] = rule, self._judged(fit, some, dense)
             return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
 
