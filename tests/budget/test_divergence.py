@@ -66,9 +66,7 @@ def test_scores_of_several_passages_for_each_query_are_a_ranking(passages: int, 
 
 def test_embeddings_by_their_angles() -> None:
     dense, pruned = numbers(6, 5)
-    each = [
-        1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(dense, pruned, strict=True)
-    ]
+    each = [1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(dense, pruned, strict=True)]
     mean, error = Divergence("embedding", ALONE).between(dense, pruned, ALONE)
     assert mean == pytest.approx(sum(each) / 6, rel=1e-5)
     spread = math.sqrt(sum((x - mean) ** 2 for x in each) / 5)
@@ -131,4 +129,6 @@ def test_a_single_example_has_no_error() -> None:
     one = torch.zeros(1, dtype=torch.int64)
     mean, error = Divergence("ranking", one).between(torch.ones(1, 1), torch.zeros(1, 1), one)
     assert (mean, error) == (0.0, 0.0)
-    assert_close(torch.tensor(Divergence("numbers", one).between(torch.ones(2, 1), torch.ones(2, 1), one)), torch.zeros(2))
+    assert_close(
+        torch.tensor(Divergence("numbers", one).between(torch.ones(2, 1), torch.ones(2, 1), one)), torch.zeros(2)
+    )
