@@ -61,7 +61,7 @@ def asking_by_hand(ids: list[int], received_from: str) -> list[bool]:
 def protected_by_hand(ids: list[int], protect: Any) -> list[bool]:
     end = ids.index(ids[-1])
     return [
-        i == 0 or ("separators" in protect and x == ids[-1]) or ("first_segment" in protect and i <= end)
+        i == 0 or ("separators" in protect and x == ids[-1]) or ("first_segment" in protect and i <= end < len(ids) - 1)
         for i, x in enumerate(ids)
     ]
 
