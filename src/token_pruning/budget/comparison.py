@@ -61,12 +61,14 @@ class Plan:
         allowed: the layers (1-based, ascending) at which tokens may leave.
         layers: layers after which a token's leaving saves anything.
         only_received: whether nothing else is tried: the caller said what to search.
+        gates: whether rules with a vocabulary gate are tried.
     """
 
     schedules: Sequence[Schedule]
     allowed: tuple[int, ...]
     layers: int
     only_received: bool
+    gates: bool
 
 
 class _NativePass:
@@ -157,7 +159,10 @@ class Comparison:
         gate = self.template.vocabulary
         method = replace(self.template, vocabulary=None if gate is None or threshold is None else gate.at(threshold))
         fit = self._fit(method, schedule, target, self.fitting, tolerance)
-        return None if fit is None else self._judged(fit, self.held_out, self.dense)
+        if fit is None:
+            return None
+        rule = f"{'the gate given, ' if threshold else ''}attention received {schedule.name}"
+        return self._judged(replace(fit, rule=rule), self.held_out, self.dense)
 
     # Everything: who decides, where, and what departed tokens count as.
 
@@ -195,7 +200,8 @@ class Comparison:
     def cuts(self) -> tuple[int, ...]:
         """Early layers that get probes and maps."""
         layers = self.plan.layers
-        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if layer <= max(3, layers // 2)} - {0}))
+        last = min(layers, max(3, layers // 2))
+        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= last}))
 
     def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
         """Rules compared on some examples: their fits by divergence, and the best of the rules."""
@@ -206,15 +212,16 @@ class Comparison:
 
         def compare(rules: Iterable[Rule], what: str) -> Rule | None:
             for rule in tqdm([*rules], desc=what, leave=False, disable=self._bar):
-                if str(rule) in tried:
+                if str(rule) in tried or (rule.gate and not self.plan.gates):
                     continue
                 fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)
-                if fit is not None:
+                # Protected tokens may cost more than all that the budget leaves.
+                if fit is not None and fit.relative_flops <= target + _COMPARABLE:
                     tried[str(rule)] = rule, self._judged(fit, some, dense)
             return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
 
         departed = self._departed()
-        cuts = [cut for cut in self.cuts if cut <= layers]
+        cuts = self.cuts
         compare(first_rules(layers, pairs, departed), "who decides")
         best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:
@@ -222,7 +229,7 @@ class Comparison:
         compare(further_rules(best, layers, cuts, departed), "after which layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
-            allowed = tuple(cuts) if rule.probes else self.plan.allowed
+            allowed = cuts if rule.probes else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
                 compare(moved, "after several layers")
