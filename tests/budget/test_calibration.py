@@ -125,7 +125,7 @@ def test_any_head_is_pruned_to_its_budget(family: str, head: str) -> None:
     assert found.candidates[0] is found.chosen
     with torch.no_grad(), tp.record(model) as trace:
         model(**batch)
-    assert tp.count_flops(model, trace).relative == pytest.approx(0.6, abs=0.05)
+    assert tp.count_flops(model, trace).relative == pytest.approx(0.6, abs=0.1)
     pruner = attachment_of(model).token_pruner.pruner
     assert pruner == found.pruner and pruner.scoring_mode == "relative"
     tp.unprune(model)
