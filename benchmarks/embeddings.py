@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[], Any]] = {"all-MiniLM-L6-v2": find_minilm, "all-mp
 TASKS = ("sts", "paragraphs", "long")
 METHODS = ("dense", "truncated", "pruned")
 WINDOW = 256
-BATCH_SIZE = 32
+BATCH_SIZE = 8
 
 
 def load(name: str) -> SentenceTransformer:

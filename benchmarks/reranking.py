@@ -41,7 +41,7 @@ PASSAGES = 50
 JUDGED = 100  # questions that tell whether an engine scores as the dense model does
 
 
-def predictor(model: CrossEncoder, batch_size: int = 32) -> Predict:
+def predictor(model: CrossEncoder, batch_size: int = 8) -> Predict:
     """Scores before the sigmoid, which rounds the surest ones to the same number."""
 
     def predict(pairs: list[tuple[str, str]]) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ import token_pruning as tp
 
 METHODS = ("onnxruntime", "openvino", "unpruned", "pruned", "truncated")
 DTYPES = ("float32", "int8")
-BATCH_SIZES = (8, 16, 32, 64)
+BATCH_SIZES = (2, 4, 8, 16, 32, 64)
 INSTALLED_BATCH_SIZE = 32
 INSTALLED, TUNED = "sentence-transformers, as installed", "sentence-transformers"
 UNPRUNED, PRUNED = "token-pruning, unpruned", "token-pruning, pruned"

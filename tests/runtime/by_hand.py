@@ -20,13 +20,12 @@ SPAN = 8
 
 
 def spans_by_hand(ids: list[int], most: int) -> list[int]:
-    """Positions of the tokens of a longer text that enter: the first text of a pair, spans of eight, the last token."""
+    """Positions of the tokens of a longer text that enter: its first, spans of eight, its last; of a pair see below."""
+    prefix = ids.index(ids[-1]) + 1
+    if 1 < prefix < len(ids) and most - prefix - 1 >= SPAN:
+        return pair_by_hand(ids, most, prefix)
     prefix = 1
-    if ids.index(ids[-1]) < len(ids) - 1:
-        prefix = ids.index(ids[-1]) + 1
-    if most - prefix - 1 < SPAN:
-        prefix = 1
-    chosen = [*range(prefix), len(ids) - 1]
+    chosen = [0, len(ids) - 1]
     count = 0
     while len(chosen) + SPAN * (count + 1) <= most:
         count += 1
@@ -46,6 +45,21 @@ def windows_by_hand(length: int, most: int) -> list[list[int]]:
         count += 1
     cuts = [len(inner) * part // count for part in range(count + 1)]
     return [[0, *inner[a:b], length - 1] for a, b in pairwise(cuts)]
+
+
+def pair_by_hand(ids: list[int], most: int, prefix: int) -> list[int]:
+    """The first text, spans of the second that have its tokens or stand beside such, some others, the last token."""
+    asked, body = ids[1 : prefix - 1], ids[prefix:-1]
+    spans = [range(start, min(start + SPAN, len(body))) for start in range(0, len(body), SPAN)]
+    own = [sum(1 / body.count(body[i]) for i in span if body[i] in asked) for span in spans]
+    near = [own[k] + (sum(own[k - 1 : k]) + sum(own[k + 1 : k + 2])) / 2 for k in range(len(own))]
+    wanted = (most - prefix - 1) // SPAN
+    ranked = sorted((k for k in range(len(own)) if near[k] > 0), key=lambda k: (-round(near[k], 5), k))
+    found = ranked[: int(0.75 * wanted)]
+    left = [k for k in range(len(own)) if k not in found]
+    even = wanted - len(found)
+    found += [left[k * (len(left) - 1) // max(1, even - 1)] for k in range(even)]
+    return [*range(prefix), *(prefix + i for k in sorted(found) for i in spans[k]), len(ids) - 1]
 
 
 def asking_by_hand(ids: list[int], received_from: str) -> list[bool]:

@@ -89,6 +89,14 @@ def test_the_first_text_of_a_pair_enters_whole() -> None:
     assert found.rows.tolist() == [*range(11), *range(11, 19), *range(91, 99), 99]
 
 
+def test_of_the_second_text_what_the_first_asks_for_enters() -> None:
+    ids = [0, 50, 51, SEPARATOR, *[60] * 40, 50, *[60] * 55, SEPARATOR]  # asked for after forty others
+    found = select(packed([ids]), tp.FixedThreshold(max_tokens=32))
+    assert found is not None
+    spans = [*range(44, 52), *range(36, 44), *range(4, 12)]  # it, its neighbour, and another
+    assert found.rows.tolist() == [0, 1, 2, 3, *sorted(spans), 100]
+
+
 def test_one_that_fills_the_window_is_cut_like_the_rest() -> None:
     found = select(packed([text_of(100, 60)]), tp.FixedThreshold(max_tokens=32))
     assert found is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from token_pruning.budget.divergence import Divergence
+from token_pruning.budget.divergence import Divergence, neighbours_error
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
     CLOSE_ENOUGH,
@@ -49,7 +49,7 @@ _FEWEST_GROUPS = 16
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS = 4
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
-_PENALTIES = (0.3, 1.0, 3.0)  # of the correction
+_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the correction
 
 
 @dataclass(frozen=True)
@@ -317,52 +317,14 @@ class Comparison:
             return outputs_in_parts(self.model, self.part(rows))
 
     def _corrected(self, fit: Fit) -> Fit:
-        """With maps and a correction fitted to whole texts, where that helps."""
+        """With a correction of the pooled vector, where it brings texts nearer to where they were to each other."""
         if self.divergence.kind != "embedding":
             return fit
         dense = self._dense(self.fitting)
-        best = fit
-        for step in (self._with_other_maps, self._with_correction):
-            found = [step(best, dense, penalty) for penalty in _PENALTIES]
-            judged = [self._judged(each, self.held_out, self.dense) for each in found if each is not None]
-            best = min([best, *judged], key=divergence_of_fit)
-        return best
-
-    def _with_other_maps(self, fit: Fit, dense: Tensor, penalty: float) -> Fit | None:
-        """Maps whose sum over a text's departed tokens comes nearer to what the dense vector lacks without them."""
-        method = fit.method
-        if method is None or method.maps is None or attachment_of(self.model).reads != "mean" or self.template.chunks:
-            return None
-        pruned, shares = self._pruned(fit, self.fitting), self._departed_shares(fit)
-        ridge = Ridge()
-        ridge.add(shares, dense - pruned)
-        changes = ridge.solve(penalty)
-        size = dense.shape[1] + 1  # of each cut's mean states, and how many they are
-        parts = [changes[:, start : start + size] for start in range(0, shares.shape[1], size)]
-        weights = method.maps.weights + torch.stack(parts)
-        maps = replace(method.maps, weights=weights)
-        return replace(fit, method=replace(method, maps=maps), rule=f"{fit.rule}, maps of texts")
-
-    def _departed_shares(self, fit: Fit) -> Tensor:
-        """For each cut with a map, the sum of its departed tokens' states, and their number, ÷ the text's tokens.
-
-        ``[texts, cuts · (hidden + 1)]`` float32.
-        """
-        attachment = attachment_of(self.model)
-        assert fit.method is not None and fit.method.maps is not None
-        before, kept = attachment.loop, []
-
-        def keeping(*args: Any, **kwargs: Any) -> Any:
-            loop = before(*args, **kwargs)
-            kept.append(loop)
-            return loop
-
-        attachment.loop = keeping
-        try:
-            self._pruned(fit, self.fitting)
-        finally:
-            attachment.loop = before
-        return torch.cat([shares_of(loop.last, loop.layout, fit.method.maps.layers) for loop in kept])
+        found = [fit, *(self._with_correction(fit, dense, penalty) for penalty in _PENALTIES)]
+        errors = [neighbours_error(self.dense, self._pruned(each, self.held_out)) for each in found]
+        best = found[errors.index(min(errors))]
+        return fit if best is fit else self._judged(best, self.held_out, self.dense)
 
     def _with_correction(self, fit: Fit, dense: Tensor, penalty: float) -> Fit:
         """Fitted to what is missing of the dense vectors, so that little data changes little."""
