@@ -219,6 +219,7 @@ class Case:
         if status == 2:
             summary.refused += 1
             lines = [line for line in said.splitlines() if line.strip() and "evaluating:" not in line]
+            lines = [line for line in lines if not line.startswith("../")]  # what was taken for what in a file
             return None if len(lines) == 1 and "error:" in said else f"status 2 with {said!r}"
         if status != 0:
             return f"status {status}: {said}"

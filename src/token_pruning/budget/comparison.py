@@ -2,6 +2,7 @@
 examples, and judged by how little they change the outputs on the other.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,7 +102,7 @@ class Comparison:
             progress: whether to show a progress bar; None for where standard error is a terminal.
         """
         self.model, self.batch, self.divergence, self.plan, self.seed = model, batch, divergence, plan, seed
-        self._bar = None if progress is None else not progress
+        self._shows = sys.stderr.isatty() if progress is None else progress
         attachment = attachment_of(model)
         found = attachment.token_pruner.pruner
         assert isinstance(found, FixedThreshold)
@@ -211,7 +212,8 @@ class Comparison:
         tried: dict[str, tuple[Rule, Fit]] = {}
 
         def compare(rules: Iterable[Rule], what: str) -> Rule | None:
-            for rule in tqdm([*rules], desc=what, leave=False, disable=self._bar):
+            # Even a bar that is not shown starts a thread.
+            for rule in tqdm([*rules], desc=what, leave=False) if self._shows else rules:
                 if str(rule) in tried or (rule.gate and not self.plan.gates):
                     continue
                 fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)

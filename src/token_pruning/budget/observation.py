@@ -6,6 +6,7 @@ labels. Which of them tells better who may leave differs from model to model.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -97,8 +98,8 @@ class _Table:
         self.sums, self.counts = (torch.zeros(size, dtype=torch.float64, device="cpu") for _ in range(2))
 
     def add(self, ids: Tensor, values: Tensor) -> None:
-        self.sums.index_add_(0, ids.cpu(), values.double().cpu())
-        self.counts += torch.bincount(ids.cpu(), minlength=len(self.counts))
+        self.sums = self.sums.index_add(0, ids.cpu(), values.double().cpu())
+        self.counts = self.counts + torch.bincount(ids.cpu(), minlength=len(self.counts))
 
     def scores(self, embeddings: Tensor) -> Tensor:
         """``[vocabulary]`` float32, logarithms turned back into numbers above 0."""
@@ -208,7 +209,7 @@ def _influence(model: Any, batch: Batch, seed: int) -> Iterator[_Seen]:
     generator = torch.Generator("cpu").manual_seed(seed)
     budget = _INFLUENCE_TOKENS
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _usable_by_autograd(attachment.model):
             for inputs in _batches(model, batch, _BATCH_TOKENS // 2):
                 if budget <= 0:
                     return
@@ -235,6 +236,26 @@ def _influence(model: Any, batch: Batch, seed: int) -> Iterator[_Seen]:
                 yield _Seen(loop.tokens.ids, loop.joined, worths)
     finally:
         attachment.loop = before
+
+
+@contextmanager
+def _usable_by_autograd(model: nn.Module) -> Iterator[None]:
+    """Inside, copies stand in for parameters and buffers that were made in inference mode."""
+    made_so: list[tuple[Any, str, Tensor]] = [
+        (tensors, name, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_inference()
+    ]
+    for tensors, name, tensor in made_so:
+        copy = tensor.detach().clone()
+        tensors[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in made_so:
+            tensors[name] = tensor
 
 
 def _read(output: Any, loop: _TakingPart, reads: str) -> Tensor:

@@ -45,6 +45,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         entries = tokenizer.get_vocab()
         single = tokenizer(["a b", "c"], truncation=True, max_length=8)
         pairs = tokenizer(["a b", "c"], ["d", "e"], truncation=True, max_length=8)  # some bad files only show here
+        tokenizer(["a b"], verbose=False)
         padding = tokenizer.pad_token_id
     _check_vocabulary(path / "tokenizer.json", entries)
     added = [number for encoded in (single, pairs) for ids in encoded["input_ids"] for number in ids]
