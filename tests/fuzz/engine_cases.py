@@ -227,6 +227,7 @@ def check_batch(
     if sure:
         assert same_survivors(trace, reference), "the model keeps other tokens than the reference"
         compare("the model", found, expected, mask, EXACT)
+        assert tp.count_flops(model, trace) == tp.count_flops(model, reference), "the model counts other FLOPs"
     plain: dict[str, tuple[dict[str, Tensor], tp.Trace]] = {}
     for name, engine in engines.items():
         with tp.record(engine) as trace:
@@ -237,6 +238,7 @@ def check_batch(
         if sure and dtype == "float32":
             assert same_survivors(trace, reference), f"{name} keeps other tokens than the reference"
             compare(name, found, expected, mask, EXACT)
+            assert tp.count_flops(engine, trace) == tp.count_flops(model, reference), f"{name} counts other FLOPs"
         elif dtype != "float32":
             # Tiny models make much of rounding. Every level rounds the same numbers, but for one at the edge.
             beside, other = plain.setdefault(dtype, (found, trace))

@@ -229,7 +229,7 @@ class Comparison:
         compare(further_rules(best, layers, cuts, departed), "after which layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
-            allowed = cuts if rule.probes else self.plan.allowed
+            allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
                 compare(moved, "after several layers")
