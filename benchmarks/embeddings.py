@@ -175,8 +175,9 @@ def pruned(
         tp.calibrate(model, task.calibration[:calibration], target_flops=target_flops, **length)
     seconds = time.perf_counter() - started
     try:
-        with tp.record(model) as trace:
-            found = outcome(encoder(model))
+        fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
+        with tp.record(fast) as trace:
+            found = outcome(encoder(fast))
         cost = tp.count_flops(model, trace).pruned * len(trace.input_lengths) / len(task.texts) / base
     finally:
         tp.unprune(model)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.pages import ROOT
+from tests.workspace import write_checkpoint
 
 COMMANDS = {
-    "rerank.py --toy": "of the dense model's best ten",
-    "embeddings.py --toy": "cosine to the dense vectors",
-    "embeddings.py --toy --pooling cls": "cosine to the dense vectors",
+    "rerank.py reranker": "0.",
+    "embed.py encoder --texts 80": "cosine to its vectors",
     "own_pruner.py": "the engine's logits differ",
 }
 
@@ -23,11 +23,13 @@ def test_example_runs(
 ) -> None:
     script, *_ = words = command.split()
     monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "encoder", head="encoder")
+    write_checkpoint(tmp_path / "reranker", labels=1)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
     assert COMMANDS[command] in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder", "reranker"}
 
 
 def test_every_example_is_tested_and_short() -> None:

@@ -16,7 +16,8 @@ FLOORS = (
     {"ragged"},
     {"pruners", "families"},
     {"runtime"},
-    {"engine", "budget", "checkpoint"},
+    {"engine"},
+    {"budget", "checkpoint"},
     {"integrations"},
     {"lab"},
 )

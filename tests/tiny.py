@@ -104,8 +104,8 @@ def shared_model(family: str, head: str) -> Any:
 
 
 @contextmanager
-def pruned(model: Any, pruner: tp.Pruner, execution: Any = "packed") -> Iterator[Any]:
-    tp.prune(model, pruner, execution=execution)
+def pruned(model: Any, pruner: tp.Pruner, execution: Any = "packed", reads: Any = None) -> Iterator[Any]:
+    tp.prune(model, pruner, execution=execution, reads=reads)
     try:
         yield model
     finally:

@@ -26,6 +26,12 @@ def probes(layers: Sequence[int], seed: int = 0) -> tp.Probes:
     return tp.Probes(layers, weights / HIDDEN**0.5)
 
 
+def maps(layers: Sequence[int], seed: int = 0) -> tp.DepartureMaps:
+    """Random ones, whose vectors are about as long as states."""
+    weights = torch.randn(len(layers), HIDDEN, HIDDEN + 1, generator=torch.Generator().manual_seed(seed))
+    return tp.DepartureMaps(layers, weights / HIDDEN**0.5)
+
+
 RELATIVE: dict[str, Any] = {"thresholds": [0.89, 0.9, 0.93, 0.97], "scoring_mode": "relative"}
 BY_PROBE: dict[str, Any] = {"thresholds": [-0.8, 0.92, -0.7, -0.4], "scoring_mode": "relative"}
 PRUNERS: dict[str, tp.Pruner] = {
@@ -44,6 +50,8 @@ PRUNERS: dict[str, tp.Pruner] = {
         probes=probes([1, 4]), received_from="first_segment", protect=("separators",), **BY_PROBE
     ),
     "survivors": tp.FixedThreshold(departed="survivors", **RELATIVE),
+    "maps": tp.FixedThreshold(departed="map", maps=maps(range(5)), **RELATIVE),
+    "maps_with_summaries": tp.FixedThreshold(departed="map", maps=maps(range(5)), summary_tokens="segment", **RELATIVE),
     "survivors_by_probe": tp.FixedThreshold(departed="survivors", probes=probes([1, 3]), **BY_PROBE),
     "survivors_topk": tp.TopK(token_keep_rate=0.2, keep_all_layers=1, departed="survivors"),
     "survivors_with_summaries": tp.FixedThreshold(departed="survivors", summary_tokens="shared", **RELATIVE),

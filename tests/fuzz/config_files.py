@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_config
 from tests.workspace import SPECIAL, WORDS
@@ -53,12 +54,26 @@ _METHODS: dict[str, dict[str, Any]] = {
     "modernbert": {"prune_mode": "rising_threshold", "final_token_threshold": 0.4},
     "deberta-v2": {"prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "summary_tokens": "segment"},
     "electra": {"prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "scoring_mode": "mean_norm"},
-}
+    "ernie": {
+        "prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "protect": ["separators"],
+        "received_from": "first_segment", "departed": "survivors", "max_tokens": 16,
+    },
+    "camembert": {
+        "prune_mode": "absolute_threshold", "thresholds": [-0.5, 0.5], "vocabulary_threshold": 0.1, "departed": "map",
+        "probe_layers": [1, 2], "map_layers": [0, 1, 2],
+    },
+}  # fmt: skip
+# What stands beside the weights of the last of them.
+_FITTED = {
+    "thresholds": torch.tensor([-0.5, 0.5]), "vocabulary_scores": torch.linspace(0, 1, 24),
+    "probe_weights": torch.ones(2, 9), "map_weights": torch.ones(3, 8, 9), "correction_weights": torch.eye(8, 9),
+}  # fmt: skip
 # Keys that are looked at besides those that a file has.
 _KEYS = [
     "prune_mode", "masking_mode", "final_token_threshold", "thresholds", "token_keep_rate", "token_threshold",
     "keep_all_layers", "scoring_mode", "max_seq_length", "summary_tokens", "prune_layers", "vocabulary_threshold",
-    "threshold_temperature", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
+    "threshold_temperature", "protect", "received_from", "departed", "max_tokens", "chunks", "probe_layers",
+    "map_layers", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
     "quant_mode", "quantization_config", "auto_map", "is_decoder", "return_dict", "use_return_dict", "use_cache",
     "output_attentions", "output_hidden_states", "pruned_heads", "tie_word_embeddings", "chunk_size_feed_forward",
     "add_cross_attention", "cross_attention_hidden_size", "torchscript", "attn_implementation", "_attn_implementation",
@@ -73,6 +88,7 @@ _VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, 7, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, 1.5, -0.1, 1e-9, 1e300,
     math.nan, math.inf, -math.inf, "", " ", "abc", "0", "2", "0.5", "nan", "none", "topk", "threshold", "soft", "hard",
     "absolute_threshold", "rising_threshold", "mean", "mean_norm", "relative", "shared", "segment", "first", "all",
+    "separators", "first_segment", "state", "survivors", "map", ["separators"], ["first_segment", "separators"], 16, 24,
     "gelu", "relu", "silu", "linear", "float16", "bfloat16", "float32", "float64", "int8", "auto", "eager", "sdpa",
     "flash_attention_2", "regression", "single_label_classification", "multi_label_classification", "bert", "roberta",
     "distilbert", "gpt2", "ibert", "modernbert", "ü\u2028\x00", "\ud800", "../../etc/passwd", "a\nb", "[PAD]",
@@ -89,7 +105,7 @@ _WORDS = [
     "", " ", "0", "-1", "-3", "1", "2", "nan", "inf", "-inf", "1e400", "abc", "none", "soft", "hard", "mixed", "topk",
     "4294967296", "99999999999999999999", "0.5", "1.5", "1e-5", "1e30", "threshold", "absolute_threshold", "step-1",
     "0,1", "drain", "missing", "texts.txt", "CKPT", ".", "ü", "--dense", "-", "--", "x.csv", "mean", "relative",
-    "segment", "0x10", "1_0", "٣", "True",
+    "segment", "first_segment", "survivors", "map", "16", "0x10", "1_0", "٣", "True",
 ]  # fmt: skip
 _OPTIONS = [
     "--restore", "--input", "--output", "--dense", "--bs", "--batch-size", "--batch_size", "--max-length",
@@ -101,7 +117,8 @@ _OPTIONS = [
     "--thresholds", "--token-keep-rate", "--token-threshold", "--scoring-mode", "--max-seq-length", "--summary-tokens",
     "--prune-layers", "--vocabulary-threshold", "--keep-all-layers", "--quantiles", "--samples", "--names",
     "--max-drop", "--examples", "--no-vocabulary", "--methods", "--trials", "--validate-on", "--prune-margin",
-    "--study-name", "--inpu", "--restor", "--nonsense",
+    "--study-name", "--received-from", "--departed", "--max-tokens", "--chunks", "--texts", "--inpu", "--restor",
+    "--nonsense",
 ]  # fmt: skip
 
 
@@ -258,7 +275,16 @@ def _write_base(folder: Path, family: str, keys: dict[str, Any]) -> Path:
         vocabulary.unlink()
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | keys), encoding="utf-8")
+    if "probe_layers" in keys:
+        _add_tensors(folder, _FITTED)
     return folder
+
+
+def _add_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A method's tensors, among the weights."""
+    file = folder / "model.safetensors"
+    ours = {f"token_pruner.{name}": tensor for name, tensor in tensors.items()}
+    save_file(load_file(file) | ours, file, {"format": "pt"})
 
 
 def _status(argv: list[str]) -> int:
@@ -399,15 +425,12 @@ def _of_folder(rng: random.Random, folder: Path) -> str:
             rng.choice(["", "a", "\n\n", "[PAD]\n[PAD]\n", "[UNK]\nb\n" * 30]), encoding="utf-8"
         )
     else:
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(folder / "model.safetensors")
-        weights["token_pruner.thresholds"] = rng.choice([
-            torch.tensor([math.nan, 0.1]), torch.tensor([0.1]), torch.tensor(0.1), torch.tensor([1, 2]),
-            torch.rand(2, 2), torch.tensor([math.inf, 0.0]), torch.tensor([0.001, 0.002], dtype=torch.float16),
-            torch.zeros(0),
-        ])  # fmt: skip
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        name = rng.choice([*_FITTED, "thresholds"])
+        shapes = [(2,), (1,), (), (2, 2), (0,), (24,), (2, 9), (3, 9), (2, 8, 9), (3, 8, 9), (8, 9), (9, 8)]
+        tensor = torch.rand(rng.choice(shapes)) / 500
+        if rng.random() < 0.3:
+            tensor.fill_(rng.choice([math.nan, math.inf, 1e30]))
+        _add_tensors(folder, {name: tensor.to(rng.choice([torch.float32, torch.float32, torch.float16, torch.int64]))})
     return f"folder: {kind}"
 
 

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ from tests.tiny import (
     tiny_config,
 )
 from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, LEVELS, load_library
-from token_pruning.families import shape_of
+from token_pruning.families import Reads, shape_of
+from token_pruning.runtime.prune import reads_of
 
 VOCABULARY, POSITIONS = 60, 48
 PRUNERS, BATCHES = 4, 5  # of a group, and of each of its pruners
@@ -63,7 +64,7 @@ def random_model(rng: random.Random) -> tuple[str, str, Any]:
     """A family, a head, and a model of them with random sizes, weights, biases and norms."""
     family = rng.choice(FAMILIES if rng.random() < 0.5 else EVERY_FAMILY)
     heads_there = [head for head in HEADS if type(tiny_config(family)) in HEADS[head]._model_mapping]
-    head = rng.choice(heads_there)
+    head = rng.choice([*heads_there, *["encoder"] * 4])  # what can be read of it differs
     heads = rng.choice([1, 2, 4])
     head_dim = rng.choice([8, 12, 16, 32]) if family not in ("nomic_bert", "gte") else rng.choice([8, 16])
     names = {"dim": "hidden_size", "n_heads": "num_attention_heads", "hidden_dim": "intermediate_size"}
@@ -94,8 +95,14 @@ def random_model(rng: random.Random) -> tuple[str, str, Any]:
     return family, head, model
 
 
-def random_pruner(rng: random.Random, layers: int) -> tp.Pruner:
+def random_reads(rng: random.Random, model: Any) -> Reads:
+    """What is used of the last hidden states: what the head reads, or anything without one."""
+    return rng.choice([*get_args(Reads)]) if model is model.base_model else reads_of(model)
+
+
+def random_pruner(rng: random.Random, model: Any, reads: Reads) -> tp.Pruner:
     """Any method with settings that drop nothing, something or nearly all."""
+    layers = trace_layers(model)
     gate = tp.VocabularyGate(torch.arange(VOCABULARY) / VOCABULARY, rng.choice([0.0, 0.1, 0.4, 0.9]))
     common: dict[str, Any] = {
         "summary_tokens": rng.choice(["none", "none", "shared", "segment"]),
@@ -103,7 +110,16 @@ def random_pruner(rng: random.Random, layers: int) -> tp.Pruner:
         "vocabulary": rng.choice([None, None, gate]),
         "scoring_mode": rng.choice(["mean", "mean_norm", "relative"]),
         "max_seq_length": rng.choice([16, 128]),
+        "protect": rng.choice([[], [], ["separators"], ["first_segment"], ["separators", "first_segment"]]),
+        "received_from": rng.choice(["all", "all", "first_segment", "first"]),
+        **random_fitted(rng, layers, shape_of(model.config).hidden_size, reads),
     }
+    if reads != "all" and rng.random() < 0.4:
+        common |= {"max_tokens": rng.choice([16, 24]), "chunks": reads == "mean" and rng.random() < 0.5}
+    if rng.random() < 0.6:
+        common.pop("probes")
+    else:
+        common["summary_tokens"] = "none"
     softly = common | {"summary_tokens": "none"}
     unit = {"mean": 1 / common["max_seq_length"], "mean_norm": 0.1, "relative": 1.0}[common["scoring_mode"]]
     thresholds = [rng.choice([0.0, 0.5, 1.0, 1.5]) * unit for _ in range(layers)]
@@ -121,9 +137,27 @@ def random_pruner(rng: random.Random, layers: int) -> tp.Pruner:
     )()
 
 
-def random_batch(rng: random.Random, config: Any) -> dict[str, Tensor]:
+def random_fitted(rng: random.Random, layers: int, hidden: int, reads: Reads) -> dict[str, Any]:
+    """Probes in some layers, maps for wherever tokens can leave, and a correction where one vector is read."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(31))
+
+    def affine(*shape: int) -> Tensor:
+        return torch.randn(*shape, hidden + 1, generator=generator) / hidden**0.5
+
+    probed = sorted(rng.sample(range(1, layers + 1), rng.randint(1, layers)))
+    departed = rng.choice(["state", "survivors", "map"])
+    corrected = reads != "all" and rng.random() < 0.3
+    return {
+        "probes": rng.choice([None, tp.Probes(probed, affine(len(probed)))]),
+        "departed": departed,
+        "maps": tp.DepartureMaps(range(layers + 1), affine(layers + 1, hidden)) if departed == "map" else None,
+        "correction": tp.Correction(affine(hidden)) if corrected else None,
+    }
+
+
+def random_batch(rng: random.Random, config: Any, max_tokens: int | None) -> dict[str, Tensor]:
     """Padding on either side or within, sequences of nothing, or no mask; token types and positions, or none."""
-    longest = min(POSITIONS, shape_of(config).max_positions or POSITIONS)
+    longest = min(POSITIONS, shape_of(config).max_positions or POSITIONS) * (1 if max_tokens is None else 2)
     rows, width = rng.randint(1, 5), rng.choice([1, 2, 7, 16, 17, 33, longest])
     generator = torch.Generator().manual_seed(rng.getrandbits(31))
     ids = torch.randint(4, VOCABULARY, (rows, width), generator=generator)
@@ -137,13 +171,15 @@ def random_batch(rng: random.Random, config: Any) -> dict[str, Tensor]:
             row[valid:] = 0
         if kind == "holes":
             row &= torch.rand(width, generator=generator) < 0.7
+    if rng.random() < 0.5:  # pairs
+        ids[:, [*rng.sample(range(width), min(2, width)), -1]] = 3
     ids[mask == 0] = getattr(config, "pad_token_id", None) or 0
     batch = {"input_ids": ids.to(rng.choice([torch.int64, torch.int64, torch.int32]))}
     if kind != "none":
         batch["attention_mask"] = mask.to(rng.choice([torch.int64, torch.bool, torch.float32]))
     if getattr(config, "type_vocab_size", 0) > 1 and rng.random() < 0.5:
         batch["token_type_ids"] = (torch.arange(width) > width // 2).long().expand(rows, width)
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 and max_tokens is None:
         batch["position_ids"] = torch.randint(2, longest, (rows, width), generator=generator)
     return batch
 
@@ -172,7 +208,7 @@ def spoilt(rng: random.Random, batch: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def check_batch(
-    batch: dict[str, Any], model: Any, pruner: tp.Pruner, engines: dict[str, Any], row: int
+    batch: dict[str, Any], model: Any, pruner: tp.Pruner, reads: Reads, engines: dict[str, Any], row: int
 ) -> Counter[str]:
     """The same batch through the model and every engine: a case each.
 
@@ -182,15 +218,16 @@ def check_batch(
     Raises:
         AssertionError: where results differ.
     """
-    with pruned(model, pruner, "masked"), tp.record(model) as reference:
+    with pruned(model, pruner, "masked", reads), tp.record(model) as reference:
         expected = outputs(model(**batch))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     sure = isinstance(pruner, Hashed | tp.Unpruned) or decision_margin(reference, trace_layers(model)) >= NEAR
-    with pruned(model, pruner), tp.record(model) as trace:
+    with pruned(model, pruner, reads=reads), tp.record(model) as trace:
         found = outputs(model(**batch))
     if sure:
         assert same_survivors(trace, reference), "the model keeps other tokens than the reference"
         compare("the model", found, expected, mask, EXACT)
+        assert tp.count_flops(model, trace) == tp.count_flops(model, reference), "the model counts other FLOPs"
     plain: dict[str, tuple[dict[str, Tensor], tp.Trace]] = {}
     for name, engine in engines.items():
         with tp.record(engine) as trace:
@@ -201,6 +238,7 @@ def check_batch(
         if sure and dtype == "float32":
             assert same_survivors(trace, reference), f"{name} keeps other tokens than the reference"
             compare(name, found, expected, mask, EXACT)
+            assert tp.count_flops(engine, trace) == tp.count_flops(model, reference), f"{name} counts other FLOPs"
         elif dtype != "float32":
             # Tiny models make much of rounding. Every level rounds the same numbers, but for one at the edge.
             beside, other = plain.setdefault(dtype, (found, trace))
@@ -250,19 +288,22 @@ def run_group(seed: int, group: int, tally: Tally) -> None:
     rng = random.Random(f"{seed}:{group}")
     family, head, model = random_model(rng)
     for _ in range(PRUNERS):
-        pruner = random_pruner(rng, trace_layers(model))
-        engines = engines_of(model, pruner, rng)
+        reads = random_reads(rng, model)
+        pruner = random_pruner(rng, model, reads)
+        engines = engines_of(model, pruner, reads, rng)
         for case in range(BATCHES):
-            tally.where = f"--seed {seed} --group {group}: {family}, {head}, {pruner}, batch {case}"
-            batch = random_batch(rng, model.config)
+            tally.where = f"--seed {seed} --group {group}: {family}, {head}, reads {reads}, {pruner}, batch {case}"
+            batch = random_batch(rng, model.config, pruner.max_tokens)
             if rng.random() < 0.1:
-                check_refused(spoilt(rng, batch), model, pruner, engines)
+                check_refused(spoilt(rng, batch), model, pruner, reads, engines)
                 tally.counts["refused"] += len(engines)
             else:
-                tally.counts += check_batch(batch, model, pruner, engines, rng.randrange(len(batch["input_ids"])))
+                tally.counts += check_batch(
+                    batch, model, pruner, reads, engines, rng.randrange(len(batch["input_ids"]))
+                )
 
 
-def engines_of(model: Any, pruner: tp.Pruner, rng: random.Random) -> dict[str, Any]:
+def engines_of(model: Any, pruner: tp.Pruner, reads: Reads, rng: random.Random) -> dict[str, Any]:
     """One for every kernel level, one on PyTorch, and some in lower precision; those that the family has."""
     library = load_library()
     levels = LEVELS[: 1 + (-1 if library is None else int(library.tp_best_level()))]
@@ -271,7 +312,7 @@ def engines_of(model: Any, pruner: tp.Pruner, rng: random.Random) -> dict[str, A
         if dtype != "float32" and levels:
             asked += [(levels[0], dtype), (rng.choice(levels[1:] or levels), dtype)]
     engines = {}
-    with pruned(model, pruner):
+    with pruned(model, pruner, reads=reads):
         for level, dtype in asked:
             os.environ[KERNELS_VARIABLE] = level
             native = not engines or any(engine.is_native for engine in engines.values())
@@ -280,11 +321,11 @@ def engines_of(model: Any, pruner: tp.Pruner, rng: random.Random) -> dict[str, A
     return engines
 
 
-def check_refused(batch: dict[str, Any], model: Any, pruner: tp.Pruner, engines: dict[str, Any]) -> None:
+def check_refused(batch: dict[str, Any], model: Any, pruner: tp.Pruner, reads: Reads, engines: dict[str, Any]) -> None:
     """One clear error of the package from all."""
-    with pruned(model, pruner, "masked"):
+    with pruned(model, pruner, "masked", reads):
         _must_refuse("the reference", model, batch)
-    with pruned(model, pruner):
+    with pruned(model, pruner, reads=reads):
         _must_refuse("the model", model, batch)
     for name, engine in engines.items():
         _must_refuse(name, engine, batch)

@@ -1,7 +1,7 @@
 """Every pruner's decision, held against the rules in plain Python, and the checks of its configuration."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -304,3 +304,38 @@ def test_a_method_of_ones_own_needs_a_name_and_keep() -> None:
     assert decide(KeepEverySecond(), [[0.1] * 3, [0.1] * 2]) == [[True, False, True], [True, False]]
     with pytest.raises(TypeError):
         tp.Pruner()
+
+
+# How a method is shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown(tp.Pruner, registered=False):
+    prune_mode = "shown"
+
+    needed: int
+    many: list[int] = field(default_factory=list)
+    hidden: int = field(default=0, repr=False)
+
+    def keep(self, tokens: LayerTokens) -> torch.Tensor:
+        return tokens.scores > 0
+
+
+def test_only_what_differs_from_the_defaults_is_shown() -> None:
+    assert repr(tp.TopK()) == "TopK()"
+    gate = tp.VocabularyGate(torch.zeros(3), 0.5)
+    method = tp.FixedThreshold(thresholds=[0, 1], protect=["separators"], vocabulary=gate)
+    assert repr(method) == f"FixedThreshold(protect=('separators',), vocabulary={gate!r}, thresholds=(0.0, 1.0))"
+    assert repr(tp.LearnedThreshold(temperature=0.5)) == "LearnedThreshold(temperature=0.5)"
+
+
+def test_a_method_of_ones_own_is_shown_alike_unless_it_says_otherwise() -> None:
+    assert repr(_Shown(needed=3, hidden=1)) == "_Shown(needed=3)"
+    assert repr(_Shown(needed=3, many=[1], max_tokens=64)) == "_Shown(max_tokens=64, needed=3, many=[1])"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Named(_Shown, registered=False):
+        def __repr__(self) -> str:
+            return "mine"
+
+    assert repr(Named(needed=3)) == "mine"

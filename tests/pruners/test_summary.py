@@ -21,8 +21,7 @@ from tests.tiny import (
     shared_model,
     tiny_model,
 )
-from token_pruning.pruners.summary import Summaries, plan_merge, segments_of
-from token_pruning.ragged.layout import layout_from_mask
+from token_pruning.pruners.summary import Summaries, plan_merge
 
 MODES = ("shared", "segment")
 SOME = {"scoring_mode": "relative", "thresholds": [0.9, 1.0, 1.0, 1.0]}
@@ -78,16 +77,6 @@ def test_the_gradient_goes_through_states_and_importance() -> None:
 def test_tokens_that_receive_nothing_are_averaged_plainly() -> None:
     merge, _ = plan_merge(torch.zeros(2, dtype=torch.long), torch.tensor([True, True]), None, torch.zeros(2))
     assert merge.apply(torch.tensor([[1.0], [3.0]]))[0].item() == 2
-
-
-def test_segments_begin_after_the_first_separator() -> None:
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
-    ids = torch.tensor([[0, 8, 2, 2, 9, 2], [0, 8, 9, 2, 1, 1], [1, 1, 1, 1, 1, 1], [2, 2, 0, 2, 7, 2]])
-    found = segments_of(ids, layout_from_mask(mask)).view(ids.shape)
-    assert found[0].tolist() == [0, 0, 0, 1, 1, 1]  # RoBERTa's <s> A </s></s> B </s>
-    assert found[1].tolist()[:4] == [0, 0, 0, 0]
-    assert found[3].tolist()[2:] == [0, 0, 1, 1]  # padded on the left, where the separator's id means nothing
-    assert segments_of(ids[:1], layout_from_mask(torch.zeros(1, 6).bool())).tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("mode", MODES)

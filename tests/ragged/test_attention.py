@@ -174,3 +174,42 @@ def test_masked_attention_equals_one_softmax_per_sequence() -> None:
     others = ~alive & alive.any(1, keepdim=True)
     assert not received[others].any()
     assert not probabilities.transpose(1, 3)[others].any()
+
+
+# How much the attention that a token pays counts
+
+
+@settings(max_examples=40)
+@given(lengths=LENGTHS, seed=st.integers(0, 99), grad=st.booleans())
+@example(lengths=[200, 1, 130, 64, 65, 2], seed=0, grad=False)
+@example(lengths=[7, 7, 7], seed=0, grad=True)
+@example(lengths=[0, 5, 0], seed=0, grad=False)
+def test_received_attention_is_weighed_by_who_pays(lengths: list[int], seed: int, grad: bool) -> None:
+    query, key, value = random_rows(sum(lengths) + 2, seed)
+    layout = layout_of(lengths)
+    paid = 3 * torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed))
+    paid = paid * (paid > 1)  # many do not count at all
+    expected, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        total = torch.zeros(length, dtype=torch.float64)
+        for head in range(HEADS):
+            logits = query[rows, head].double() @ key[rows, head].double().T * SCALING
+            total += paid[rows].double() @ logits.softmax(-1) / HEADS
+        expected.append(total)
+        start += length
+    with torch.set_grad_enabled(grad):
+        plain, _ = packed_attention(query, key, value, layout, SCALING)
+        context, received = packed_attention(query, key, value, layout, SCALING, paid=paid)
+        assert received is not None
+        assert_close(received, torch.cat(expected), 1e-4)
+        assert_equal(context, plain)
+        assert packed_attention(query, key, value, layout, SCALING, needs_importance=False, paid=paid)[1] is None
+    alive = layout.grid(torch.ones(layout.total)).bool()
+    padded = [torch.zeros(*alive.shape, HEADS, DIM) for _ in range(3)]
+    for grid, rows_of in zip(padded, (query, key, value), strict=True):
+        grid[alive] = rows_of[: layout.total]
+    q, k, v = (x.transpose(1, 2) for x in padded)
+    _, _, masked = masked_attention(q, k, v, alive, SCALING, paid=layout.grid(paid))
+    assert_close(masked[alive], torch.cat(expected), 1e-4)
+    assert not masked[~alive].any()

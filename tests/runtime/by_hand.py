@@ -20,13 +20,12 @@ SPAN = 8
 
 
 def spans_by_hand(ids: list[int], most: int) -> list[int]:
-    """Positions of the tokens of a longer text that enter: the first text of a pair, spans of eight, the last token."""
+    """Positions of the tokens of a longer text that enter: its first, spans of eight, its last; of a pair see below."""
+    prefix = ids.index(ids[-1]) + 1
+    if 1 < prefix < len(ids) and most - prefix - 1 >= SPAN:
+        return pair_by_hand(ids, most, prefix)
     prefix = 1
-    if ids.index(ids[-1]) < len(ids) - 1:
-        prefix = ids.index(ids[-1]) + 1
-    if most - prefix - 1 < SPAN:
-        prefix = 1
-    chosen = [*range(prefix), len(ids) - 1]
+    chosen = [0, len(ids) - 1]
     count = 0
     while len(chosen) + SPAN * (count + 1) <= most:
         count += 1
@@ -48,6 +47,21 @@ def windows_by_hand(length: int, most: int) -> list[list[int]]:
     return [[0, *inner[a:b], length - 1] for a, b in pairwise(cuts)]
 
 
+def pair_by_hand(ids: list[int], most: int, prefix: int) -> list[int]:
+    """The first text, spans of the second that have its tokens or stand beside such, some others, the last token."""
+    asked, body = ids[1 : prefix - 1], ids[prefix:-1]
+    spans = [range(start, min(start + SPAN, len(body))) for start in range(0, len(body), SPAN)]
+    own = [sum(1 / body.count(body[i]) for i in span if body[i] in asked) for span in spans]
+    near = [own[k] + (sum(own[k - 1 : k]) + sum(own[k + 1 : k + 2])) / 2 for k in range(len(own))]
+    wanted = (most - prefix - 1) // SPAN
+    ranked = sorted((k for k in range(len(own)) if near[k] > 0), key=lambda k: (-round(near[k], 5), k))
+    found = ranked[: int(0.75 * wanted)]
+    left = [k for k in range(len(own)) if k not in found]
+    even = wanted - len(found)
+    found += [left[k * (len(left) - 1) // max(1, even - 1)] for k in range(even)]
+    return [*range(prefix), *(prefix + i for k in sorted(found) for i in spans[k]), len(ids) - 1]
+
+
 def asking_by_hand(ids: list[int], received_from: str) -> list[bool]:
     """Whose attention counts, were all tokens there."""
     if received_from == "all":
@@ -61,7 +75,7 @@ def asking_by_hand(ids: list[int], received_from: str) -> list[bool]:
 def protected_by_hand(ids: list[int], protect: Any) -> list[bool]:
     end = ids.index(ids[-1])
     return [
-        i == 0 or ("separators" in protect and x == ids[-1]) or ("first_segment" in protect and i <= end)
+        i == 0 or ("separators" in protect and x == ids[-1]) or ("first_segment" in protect and i <= end < len(ids) - 1)
         for i, x in enumerate(ids)
     ]
 
@@ -182,3 +196,9 @@ def pooled_by_hand(pruner: tp.Pruner, parts: list[Text]) -> Tensor:
     vector = torch.stack([x for x in counted if x is not None]).mean(0)
     lost = any(at < max(part.left_at) for part in parts for at in part.left_at)
     return _affine(pruner.correction.weights, vector) if lost and pruner.correction is not None else vector
+
+
+def mean_of(output: Any, mask: Tensor) -> Tensor:
+    """The mean over the attention mask ``[batch, width]``, as pooling outside the model has it."""
+    pooled: Tensor = (output.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return pooled

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.families.shared import batch_of, kept_model, without_dropout
-from tests.runtime.by_hand import Text, counts_as, pooled_by_hand, spans_by_hand, text_by_hand, windows_by_hand
-from tests.tiny import VOCABULARY, assert_close, pruned, ragged_batch, tiny_model
+from tests.runtime.by_hand import Text, counts_as, mean_of, pooled_by_hand, spans_by_hand, text_by_hand, windows_by_hand
+from tests.tiny import VOCABULARY, assert_close, pruned, ragged_batch, same_survivors, tiny_model
 from token_pruning.ragged import layout_from_mask
 from token_pruning.runtime.departed import Departures, LastStates
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -112,6 +112,7 @@ def test_every_setting_with_every_other(data: st.DataObject) -> None:
         "maps": MAPS if departed == "map" else None,
         "correction": None if reads == "all" else one_of(None, CORRECTION),
         "scoring_mode": one_of("relative", "mean_norm"),
+        "prune_layers": one_of(None, None, [1, 3]),
     }
     if options["scoring_mode"] == "mean_norm" and name == "fixed":
         options["thresholds"] = [0.01, 0.02, 0.03, 0.04]
@@ -156,13 +157,6 @@ READ = [(name, reads) for name in EVERY for reads in ("first", "mean", "all") if
 """Which states are read; a correction is of one vector."""
 
 
-def mean_of(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """As sentence-transformers pools: over the attention mask."""
-    mask = batch["attention_mask"][..., None].to(output.last_hidden_state.dtype)
-    pooled: Tensor = (output.last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    return pooled
-
-
 @pytest.mark.parametrize("departed", EVERY)
 @pytest.mark.parametrize("family", ENCODERS)
 @torch.no_grad()
@@ -171,14 +165,14 @@ def test_maps_of_a_text_are_the_mean_of_maps_of_its_tokens(family: str, departed
     model = kept_model(family, "encoder")
     options = {name: value for name, value in EVERY[departed].items() if name != "correction"}
     with pruned(model, method(**options)), tp.record(model) as trace:
-        expected = mean_of(model(**BATCH), BATCH)
+        expected = mean_of(model(**BATCH), BATCH["attention_mask"])
     lost = torch.tensor([int(layers.min()) < LAYERS for layers in trace.survived_layers])
     assert lost.any() and not lost.all()
     if "correction" in EVERY[departed]:
         weights = CORRECTION.weights
         expected = torch.where(lost[:, None], expected @ weights[:, :-1].T + weights[:, -1], expected)
     tp.prune(model, method(**EVERY[departed]), reads="mean")
-    actual = mean_of(model(**BATCH), BATCH)
+    actual = mean_of(model(**BATCH), BATCH["attention_mask"])
     tp.unprune(model)
     assert_close(actual, expected, 1e-5)
 
@@ -236,10 +230,35 @@ def test_results_do_not_depend_on_the_batch(departed: str) -> None:
     model = kept_model("modernbert", "encoder")
     tp.prune(model, method(**EVERY[departed], max_tokens=20, chunks=True), reads="mean")
     batch = ragged_batch([30, 7, 50, 20], family="modernbert")
-    together = mean_of(model(**batch), batch)
-    apart = [mean_of(model(**one), {"attention_mask": torch.ones_like(one["input_ids"])}) for one in singles(batch)]
+    together = mean_of(model(**batch), batch["attention_mask"])
+    apart = [mean_of(model(**one), torch.ones_like(one["input_ids"])) for one in singles(batch)]
     tp.unprune(model)
     assert_close(together, torch.cat(apart), 1e-5)
+
+
+@pytest.mark.parametrize("summaries", ["shared", "segment"])
+@pytest.mark.parametrize(("departed", "reads"), READ)
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@torch.no_grad()
+def test_beside_summaries(family: str, departed: str, reads: Any, summaries: Any) -> None:
+    """What left counts by its own state, though its row may carry a summary."""
+    model, batch = kept_model(family, "encoder"), batch_of(family, lengths=(30, 1, 17, 2))
+    pruner = method(
+        **EVERY[departed],
+        summary_tokens=summaries,
+        protect=["separators"],
+        received_from="first_segment",
+        vocabulary=GATE,
+    )
+    found = []
+    for execution in ("packed", "masked"):
+        tp.prune(model, pruner, execution=execution, reads=reads)
+        with tp.record(model) as trace:
+            found.append((model(**batch).last_hidden_state, trace))
+        tp.unprune(model)
+    assert same_survivors(found[0][1], found[1][1])
+    valid = batch["attention_mask"].bool() if reads != "first" else torch.ones(4, 1, dtype=torch.bool)
+    assert_close(found[0][0][valid], found[1][0][valid], 2e-5)
 
 
 def departures_of(pruner: tp.Pruner) -> Departures:
@@ -291,7 +310,7 @@ def test_gradients_are_the_masked_reference_s(family: str, departed: str, reads:
     weights = random(4, 30, HIDDEN)
     embeddings = model.get_input_embeddings()(BATCH["input_ids"]).detach()
     for execution in ("packed", "masked"):
-        tp.prune(model, method(**EVERY[departed], probes=PROBES), execution=execution, reads=reads)  # type: ignore[arg-type]
+        tp.prune(model, method(**EVERY[departed], probes=PROBES), execution=execution, reads=reads)
         model.train().zero_grad()
         leaf = embeddings.clone().requires_grad_()
         states = model(inputs_embeds=leaf, attention_mask=BATCH["attention_mask"]).last_hidden_state

@@ -53,7 +53,7 @@ def test_topk_by_probe() -> None:
     assert record.scores is not None and (record.scores < 0).any()
     kept = record.leaving.indices % record.leaving.width
     for sequence, (length, scores) in enumerate(zip([20, 1, 13, 2], record.scores.split([20, 1, 13, 2]), strict=True)):
-        rank = sorted(range(1, length), key=lambda i: -scores[i])  # type: ignore[index]
+        rank = sorted(range(1, length), key=lambda i: -scores[i])
         chosen = sorted([0, *rank[: max(1, round(0.4 * length)) - 1]])
         assert kept[record.leaving.sequence_ids == sequence].tolist() == chosen
 
@@ -80,7 +80,7 @@ def test_soft_masks_by_probe_train_thresholds_and_weights(family: str) -> None:
     )
     for execution in ("packed", "masked"):
         model = tiny_model(family, "encoder", **without_dropout(family))
-        tp.prune(model, pruner, execution=execution, reads="mean").train()  # type: ignore[arg-type]
+        tp.prune(model, pruner, execution=execution, reads="mean").train()
         batch = ragged_batch([20, 1, 13, 2], family=family)
         with tp.record(model) as trace:
             states = model(**batch).last_hidden_state[VALID]

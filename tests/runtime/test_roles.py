@@ -14,7 +14,7 @@ from tests.runtime.by_hand import asking_by_hand, protected_by_hand
 from tests.tiny import assert_close, pruned, ragged_batch, tiny_model
 from token_pruning.ragged import PackedTokens, layout_from_mask
 from token_pruning.runtime.decisions import Decisions
-from token_pruning.runtime.roles import asking, protected
+from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 
 HIDDEN, LAYERS = 32, 4
@@ -50,6 +50,17 @@ def test_protected_tokens_by_hand(texts: list[list[int]], roles: Any) -> None:
     assert found is not None
     found = found.index_fill(0, tokens.layout.first_rows, True)
     assert found.tolist() == [x for text in texts if text for x in protected_by_hand(text, roles)]
+
+
+def test_the_first_segment_ends_with_the_first_separator() -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
+    ids = torch.tensor([[0, 8, 2, 2, 9, 2], [0, 8, 9, 2, 1, 1], [1, 1, 1, 1, 1, 1], [2, 2, 0, 2, 7, 2]])
+    layout = layout_from_mask(mask)
+    found = layout.grid(first_segment(ids[mask], layout))
+    assert found[0].tolist() == [1, 1, 1, 0, 0, 0]  # RoBERTa's <s> A </s></s> B </s>
+    assert found[1].tolist()[:4] == [1, 1, 1, 1]
+    assert found[3].tolist()[2:] == [1, 1, 0, 0]  # padded on the left, where the separator's id means nothing
+    assert not first_segment(ids[0, :0], layout_from_mask(torch.zeros(1, 6).bool())).numel()
 
 
 @given(texts=TEXTS, received_from=st.sampled_from(["first", "first_segment"]))
@@ -116,7 +127,7 @@ def test_a_query_of_nothing_and_a_single_text() -> None:
     ids[0, [1, 11]] = 3  # [CLS] [SEP] … [SEP]
     scores = {}
     for received_from in ("all", "first_segment"):
-        pruner = tp.FixedThreshold(final_token_threshold=0, received_from=received_from)  # type: ignore[arg-type]
+        pruner = tp.FixedThreshold(final_token_threshold=0, received_from=received_from)
         with pruned(model, pruner), tp.record(model) as trace:
             model(ids)
         found = trace.passes[0].layers[1].scores
@@ -133,7 +144,7 @@ def test_ids_are_needed() -> None:
         ({"protect": ["separators"]}, r"protect is \['separators'\], which needs input_ids; inputs_embeds will not do"),
         ({"received_from": "first_segment"}, "received_from is 'first_segment', which needs input_ids"),
     ):
-        model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(**options))  # type: ignore[arg-type]
+        model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(**options))
         with pytest.raises(tp.ConfigError, match=message):
             model(inputs_embeds=embeds)
     model = tp.prune(tiny_model("bert", "encoder"), tp.FixedThreshold(received_from="first"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.families.shared import kept_model
-from tests.runtime.by_hand import spans_by_hand, windows_by_hand
+from tests.runtime.by_hand import mean_of, spans_by_hand, windows_by_hand
 from tests.tiny import EVERY_FAMILY, PAD, assert_close, ragged_batch, tiny_model
 from token_pruning.ragged import PackedTokens, layout_from_mask
 from token_pruning.runtime.selection import select
@@ -89,15 +89,24 @@ def test_the_first_text_of_a_pair_enters_whole() -> None:
     assert found.rows.tolist() == [*range(11), *range(11, 19), *range(91, 99), 99]
 
 
+def test_of_the_second_text_what_the_first_asks_for_enters() -> None:
+    ids = [0, 50, 51, SEPARATOR, *[60] * 40, 50, *[60] * 55, SEPARATOR]  # asked for after forty others
+    found = select(packed([ids]), tp.FixedThreshold(max_tokens=32))
+    assert found is not None
+    spans = [*range(44, 52), *range(36, 44), *range(4, 12)]  # it, its neighbour, and another
+    assert found.rows.tolist() == [0, 1, 2, 3, *sorted(spans), 100]
+
+
 def test_one_that_fills_the_window_is_cut_like_the_rest() -> None:
     found = select(packed([text_of(100, 60)]), tp.FixedThreshold(max_tokens=32))
     assert found is not None
     assert found.rows.tolist() == [0, *range(1, 9), *range(46, 54), *range(91, 99), 99]
 
 
-def mean_of(output: Any, mask: Tensor) -> Tensor:
-    pooled: Tensor = (output.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return pooled
+def random_ids(*shape: int) -> Tensor:
+    """Single texts: a separator ends each."""
+    ids = torch.randint(5, 200, shape, generator=torch.Generator().manual_seed(0))
+    return ids.index_fill(1, torch.tensor([shape[1] - 1]), SEPARATOR)
 
 
 @pytest.mark.parametrize("chunks", [False, True])
@@ -128,10 +137,10 @@ def test_a_text_longer_than_the_model_s_positions_runs(family: str, chunks: bool
 def test_short_texts_have_the_positions_they_have_without_a_long_one() -> None:
     """RoBERTa gives padding tokens within a text a position of their own."""
     model = tp.prune(tiny_model("roberta", "encoder"), tp.Unpruned(max_tokens=20), reads="mean")
-    short = torch.randint(5, 200, (1, 12))
+    short = random_ids(1, 12)
     short[0, 3:5] = PAD["roberta"]
     expected = model(short).last_hidden_state
-    both = torch.cat([torch.nn.functional.pad(short, (0, 18)), torch.randint(5, 200, (1, 30))])
+    both = torch.cat([torch.nn.functional.pad(short, (0, 18)), random_ids(1, 30)])
     mask = (torch.arange(30) < torch.tensor([[12], [30]])).long()
     assert_close(model(both, attention_mask=mask).last_hidden_state[:1, :12], expected, 1e-5)
 
@@ -157,6 +166,31 @@ def test_what_cannot_be_is_one_line() -> None:
         classifier.base_model(**batch)
 
 
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_layers_of_a_long_text_hold_other_tokens(name: str) -> None:
+    model = tiny_model("bert", "encoder")
+    tp.prune(model, tp.Unpruned(max_tokens=16), execution="masked", reads="mean")
+    model(**ragged_batch([16, 3]), **{name: True})
+    with pytest.raises(tp.UnsupportedModelError, match=f"{name}=True is not possible for a sequence of more than max"):
+        model(**ragged_batch([17, 3]), **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protect": ["separators"]}, r"protect is \('separators',\); a ViTModel has no text: leave it out"),
+        ({"received_from": "first_segment"}, "received_from is 'first_segment'; a ViTModel has no text"),
+        ({"max_tokens": 16}, "max_tokens is 16; a ViTModel has no text"),
+    ],
+)
+def test_images_have_no_text(options: dict[str, Any], message: str) -> None:
+    model = tiny_model("vit", "encoder")
+    with pytest.raises(tp.ConfigError, match=message):
+        tp.prune(model, tp.TopK(**options), reads="mean")
+    tp.prune(model, tp.TopK(received_from="first", departed="survivors", keep_all_layers=1), reads="mean")
+    assert model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state.isfinite().all()
+
+
 @torch.no_grad()
 def test_embeddings_are_chosen_from_too() -> None:
     model = kept_model("bert", "encoder")
@@ -173,7 +207,7 @@ def test_embeddings_are_chosen_from_too() -> None:
 @torch.no_grad()
 def test_first_tokens_of_long_texts() -> None:
     model = tiny_model()
-    ids = torch.randint(5, 200, (2, 75))
+    ids = random_ids(2, 75)
     spans = [spans_by_hand(row.tolist(), 24) for row in ids]
     expected = model(torch.stack([row[chosen] for row, chosen in zip(ids, spans, strict=True)])).logits
     tp.prune(model, tp.Unpruned(max_tokens=24))

@@ -7,6 +7,7 @@ examples that thresholds were not fitted to.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ def calibrate(
     metric: Metric | None = None,
     summary_tokens: SummaryTokens = "none",
     prune_layers: Sequence[int] | None = None,
-    vocabulary: VocabularyGate | None = None,
+    vocabulary: VocabularyGate | Literal[False] | None = None,
     reads: Reads | None = None,
     max_tokens: int | None = None,
     chunks: bool = False,
@@ -84,8 +85,8 @@ def calibrate(
 
     Args:
         model: a supported model that is not pruned, with any head; or a model of sentence-transformers.
-        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several for each query.
-            Else tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
+        examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several per query, or
+            tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
         target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
         max_drop: instead: how much the metric may fall, in points (percent). Budgets are tried from the dearest to the
@@ -94,8 +95,9 @@ def calibrate(
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
         prune_layers: see :class:`token_pruning.Pruner`; other layers get thresholds of zero.
-        vocabulary: from :func:`token_pruning.vocabulary_gate`, whose threshold is looked for anew: everything is then
-            tried twice, with all tokens entering the first layer, and with half of what must be saved kept out of it.
+        vocabulary: from :func:`token_pruning.vocabulary_gate`, whose threshold is looked for anew: every schedule is
+            then tried twice, with all tokens entering the first layer, and with half of what must be saved kept out of
+            it. False for no gate at all.
         reads: see :func:`token_pruning.prune`.
         max_tokens: see :class:`token_pruning.Pruner`.
         chunks: see :class:`token_pruning.Pruner`.
@@ -132,13 +134,15 @@ def calibrate(
         summary_tokens=summary_tokens,
         max_tokens=max_tokens,
         chunks=chunks,
-        vocabulary=None if vocabulary is None else vocabulary.at(0.0),
+        vocabulary=vocabulary.at(0.0) if isinstance(vocabulary, VocabularyGate) else vocabulary or None,
     )
+    asked_for = bool(search) or prune_layers is not None or bool(vocabulary) or summary_tokens != "none"
     plan = Plan(
         list(search or schedules(layers, None if prune_layers is None else allowed)),
         allowed,
         layers,
-        only_received=bool(search) or prune_layers is not None or vocabulary is not None or summary_tokens != "none",
+        only_received=asked_for or max_drop is not None,
+        gates=vocabulary is not False,
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)

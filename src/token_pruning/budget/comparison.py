@@ -4,13 +4,14 @@ examples, and judged by how little they change the outputs on the other.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from token_pruning.budget.divergence import Divergence
+from token_pruning.budget.divergence import Divergence, neighbours_error
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
     CLOSE_ENOUGH,
@@ -29,11 +30,17 @@ from token_pruning.budget.ridge import Ridge
 from token_pruning.budget.rules import Rule, first_rules, further_rules, received_rules
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
+from token_pruning.engine.compiled import native_encoder
+from token_pruning.engine.native import NativeEncoder
 from token_pruning.errors import ConfigError
+from token_pruning.families import Family, Reads
 from token_pruning.pruners import Correction, FixedThreshold, Unpruned, VocabularyGate
 from token_pruning.pruners.fitted import Departed
+from token_pruning.ragged import PackedTokens
+from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.flops import count_flops, layer_flops
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, record
+from token_pruning.runtime.token_pruner import TokenPruner
 
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
 _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
@@ -42,7 +49,7 @@ _FEWEST_GROUPS = 16
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS = 4
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
-_PENALTIES = (0.03, 0.1, 0.3, 1.0)  # of the correction
+_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the correction
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,27 @@ class Plan:
         allowed: the layers (1-based, ascending) at which tokens may leave.
         layers: layers after which a token's leaving saves anything.
         only_received: whether nothing else is tried: the caller said what to search.
+        gates: whether rules with a vocabulary gate are tried.
     """
 
     schedules: Sequence[Schedule]
     allowed: tuple[int, ...]
     layers: int
     only_received: bool
+    gates: bool
+
+
+class _NativePass:
+    """The native kernels in place of the loop on PyTorch: the many passes take half the time."""
+
+    def __init__(
+        self, encoder: NativeEncoder, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads
+    ) -> None:
+        self._run = partial(encoder.run, tokens, token_pruner, reads=reads)
+
+    def run(self) -> LastStates:
+        """See :class:`token_pruning.runtime.loop.PackedLoop`."""
+        return self._run()
 
 
 class Comparison:
@@ -80,9 +102,14 @@ class Comparison:
         """
         self.model, self.batch, self.divergence, self.plan, self.seed = model, batch, divergence, plan, seed
         self._bar = None if progress is None else not progress
-        found = attachment_of(model).token_pruner.pruner
+        attachment = attachment_of(model)
+        found = attachment.token_pruner.pruner
         assert isinstance(found, FixedThreshold)
         self.template = found
+        if attachment.packed and attachment.model.device.type == "cpu" and attachment.model.dtype == torch.float32:
+            family, threads = attachment.family, torch.get_num_threads()
+            if (encoder := native_encoder(family, family, "float32", threads)) is not None:
+                attachment.loop = partial(_NativePass, encoder)
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if plan.only_received else _FITTED, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None
@@ -132,7 +159,10 @@ class Comparison:
         gate = self.template.vocabulary
         method = replace(self.template, vocabulary=None if gate is None or threshold is None else gate.at(threshold))
         fit = self._fit(method, schedule, target, self.fitting, tolerance)
-        return None if fit is None else self._judged(fit, self.held_out, self.dense)
+        if fit is None:
+            return None
+        rule = f"{'the gate given, ' if threshold else ''}attention received {schedule.name}"
+        return self._judged(replace(fit, rule=rule), self.held_out, self.dense)
 
     # Everything: who decides, where, and what departed tokens count as.
 
@@ -170,7 +200,8 @@ class Comparison:
     def cuts(self) -> tuple[int, ...]:
         """Early layers that get probes and maps."""
         layers = self.plan.layers
-        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if layer <= max(3, layers // 2)} - {0}))
+        last = min(layers, max(3, layers // 2))
+        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= last}))
 
     def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
         """Rules compared on some examples: their fits by divergence, and the best of the rules."""
@@ -181,15 +212,16 @@ class Comparison:
 
         def compare(rules: Iterable[Rule], what: str) -> Rule | None:
             for rule in tqdm([*rules], desc=what, leave=False, disable=self._bar):
-                if str(rule) in tried:
+                if str(rule) in tried or (rule.gate and not self.plan.gates):
                     continue
                 fit = self._fit_rule(rule, target, some, self.observed, _COMPARABLE)
-                if fit is not None:
+                # Protected tokens may cost more than all that the budget leaves.
+                if fit is not None and fit.relative_flops <= target + _COMPARABLE:
                     tried[str(rule)] = rule, self._judged(fit, some, dense)
             return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
 
         departed = self._departed()
-        cuts = [cut for cut in self.cuts if cut <= layers]
+        cuts = self.cuts
         compare(first_rules(layers, pairs, departed), "who decides")
         best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:
@@ -197,7 +229,7 @@ class Comparison:
         compare(further_rules(best, layers, cuts, departed), "after which layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
-            allowed = tuple(cuts) if rule.probes else self.plan.allowed
+            allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
                 compare(moved, "after several layers")
@@ -285,20 +317,19 @@ class Comparison:
             return outputs_in_parts(self.model, self.part(rows))
 
     def _corrected(self, fit: Fit) -> Fit:
-        """With a correction of the pooled vector, where that helps."""
+        """With a correction of the pooled vector, where it brings texts nearer to where they were to each other."""
         if self.divergence.kind != "embedding":
             return fit
-        rows, dense = self.fitting, self._dense(self.fitting)
-        found = [
-            self._judged(self._with_correction(fit, rows, dense, penalty), self.held_out, self.dense)
-            for penalty in _PENALTIES
-        ]
-        return min([fit, *found], key=divergence_of_fit)
+        dense = self._dense(self.fitting)
+        found = [fit, *(self._with_correction(fit, dense, penalty) for penalty in _PENALTIES)]
+        errors = [neighbours_error(self.dense, self._pruned(each, self.held_out)) for each in found]
+        best = found[errors.index(min(errors))]
+        return fit if best is fit else self._judged(best, self.held_out, self.dense)
 
-    def _with_correction(self, fit: Fit, rows: Tensor, dense: Tensor, penalty: float) -> Fit:
+    def _with_correction(self, fit: Fit, dense: Tensor, penalty: float) -> Fit:
         """Fitted to what is missing of the dense vectors, so that little data changes little."""
         assert fit.method is not None
-        pruned = self._pruned(fit, rows)
+        pruned = self._pruned(fit, self.fitting)
         ridge = Ridge()
         ridge.add(pruned, dense - pruned)
         missing = ridge.solve(penalty)

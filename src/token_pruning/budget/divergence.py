@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, kl_div
+from torch.nn.functional import cosine_similarity, kl_div, normalize
 
 from token_pruning.budget.examples import Batch
 from token_pruning.ragged import layout_from_mask, pack
 from token_pruning.runtime.prune import hugging_face_model, reads_of
 from token_pruning.runtime.roles import first_segment
+
+_NEIGHBOURS = 20
 
 Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
 
@@ -56,6 +58,22 @@ class Divergence:
         if self.kind == "numbers":
             return ((pruned - dense).square() / dense.var(0).clamp(min=1e-12)).mean(1)
         return kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(1)
+
+
+def neighbours_error(dense: Tensor, pruned: Tensor) -> float:
+    """How far the cosines of each text and those nearest to it move: the mean squared error.
+
+    Cosines to the dense vectors say whether a vector is in its place. This says whether it is beside the same others,
+    which one move of all vectors does not change.
+
+    Args:
+        dense: ``[texts, dim]`` float32.
+        pruned: the same of the pruned model.
+    """
+    before, after = ((x @ x.T) for x in (normalize(dense, dim=1), normalize(pruned, dim=1)))
+    before.fill_diagonal_(-torch.inf)
+    nearest = before.topk(min(_NEIGHBOURS, len(dense) - 1), dim=1).indices
+    return float((before.gather(1, nearest) - after.gather(1, nearest)).square().mean())
 
 
 def divergence_of(model: Any, batch: Batch) -> Divergence:

@@ -177,6 +177,11 @@ class _TakingPart(PaddedLoop):
         self.factors = [ones.clone().requires_grad_() for _ in range(count)]
         seen.append(self)
 
+    def run(self) -> LastStates:
+        last = super().run()
+        self.last = last.states
+        return last
+
     def terms(self, number: int, layer: nn.Module) -> LogitTerms:
         own, layout = super().terms(number, layer), self.tokens.layout
         factor = self.factors[number - 1].view(layout.batch_size, 1, 1, layout.width).log()
@@ -240,13 +245,13 @@ def _read(output: Any, loop: _TakingPart, reads: str) -> Tensor:
         return logits.float().flatten(1)
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], -1).float().flatten(1)
-    states = output.last_hidden_state.float()
+    states = loop.last.float()  # of the tokens that entered, or of the windows of a long text
     if reads == "first":
-        return nn.functional.normalize(states[:, 0], dim=1)
-    factor = loop.factors[-1].view(layout.batch_size, layout.width, 1)
-    present = layout.grid(torch.ones(layout.total, device=states.device))[..., None]
-    weights = factor * present
-    return nn.functional.normalize((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9), dim=1)
+        return nn.functional.normalize(states, dim=1)
+    weights = loop.factors[-1][layout.indices, None]
+    sums = torch.zeros(layout.batch_size, states.shape[1] + 1, device=states.device)
+    sums = sums.index_add(0, layout.sequence_ids, torch.cat([states * weights, weights], dim=1))
+    return nn.functional.normalize(sums[:, :-1] / sums[:, -1:].clamp(min=1e-9), dim=1)
 
 
 def _batches(model: Any, batch: Batch, tokens: int) -> Iterator[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
         ConfigError: if ``config.json`` is not JSON, or has a key with a value that is not allowed.
         UnsupportedModelError: for quantised weights, I-BERT's included, or an adapter's.
     """
-    path = _folder(path, subfolder, hub)
+    path = local_folder(path, subfolder, hub)
     config_file = path / "config.json"
     if (path / _ADAPTER).exists():
         raise UnsupportedModelError(
@@ -191,8 +192,8 @@ def read_checkpoint(path: str | Path, *, subfolder: str = "", **hub: Any) -> Che
     return checkpoint
 
 
-def _folder(path: str | Path, subfolder: str, hub: Mapping[str, Any]) -> Path:
-    """Where the files are, on this machine."""
+def local_folder(path: str | Path, subfolder: str = "", hub: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Where a model's files are, on this machine; arguments and errors as for :func:`read_checkpoint`."""
     return (Path(path) if _is_folder(path) else _download(str(path), subfolder, hub)) / subfolder
 
 
@@ -248,7 +249,7 @@ def from_pretrained(
     """
     _refuse_unsafe(kwargs)
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    folder = _folder(path, kwargs.pop("subfolder", None) or "", hub)
+    folder = local_folder(path, kwargs.pop("subfolder", None) or "", hub)
     if model_class is None and (adapter := adapter_for(folder)):
         return adapter.load(folder, pruner, execution=execution, **kwargs)
     with_info = bool(kwargs.pop("output_loading_info", False))

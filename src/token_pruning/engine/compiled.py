@@ -107,14 +107,27 @@ def _make_encoder(
     if dtype == "auto":
         why = " (auto: the processor has AMX)" if fast_bfloat16 else " (auto: bfloat16 pays with AMX only)"
     lines = [f"dtype: {chosen}{why}", f"threads: {threads}"]
-    if library is not None and limit is not None and not reason:
-        return NativeEncoder(library, family, chosen, limit, threads, embeddings), lines
+    native = native_encoder(family, embeddings, chosen, threads)
+    if native is not None:
+        return native, lines
     refuse_foreign(family)
     reason = f"kernels: PyTorch, because {reason}"
     if chosen == "int8":
         raise ConfigError(f"dtype 'int8' needs the native kernels; {reason}")
     own = _unpruned_copy(family.base)
     return TorchEncoder(type(family)(own), getattr(torch, chosen)), [*lines, reason]
+
+
+def native_encoder(family: Family, embeddings: Family | None, dtype: str, threads: int) -> NativeEncoder | None:
+    """The native kernels with a model's weights; None where they cannot run it.
+
+    Arguments and errors as :class:`NativeEncoder`.
+    """
+    library = load_library()
+    limit = level_limit(library)
+    if library is None or limit is None or _why_not_native(family):
+        return None
+    return NativeEncoder(library, family, dtype, limit, threads, embeddings)
 
 
 def _why_not_native(family: Family) -> str:

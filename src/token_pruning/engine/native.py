@@ -36,10 +36,10 @@ from token_pruning.errors import TokenPruningError
 from token_pruning.families import Family, LayerModules, Reads
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
-from token_pruning.pruners.summary import Summaries, segments_of
+from token_pruning.pruners.summary import Summaries
 from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.runtime.departed import LastStates, needs_left_at
-from token_pruning.runtime.roles import asking, protected
+from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
@@ -387,16 +387,15 @@ class NativeEncoder:
         pruner, first_only = token_pruner.pruner, reads == "first"
         entering, kept, dropped = token_pruner.enter(tokens)
         traces = [trace for recorded, trace in recording.get() if recorded is token_pruner]
-        segments = None
-        if pruner.summary_tokens == "segment":
-            id_grid = tokens.id_grid()
-            assert id_grid is not None
-            segments = segments_of(id_grid, tokens.layout)[entering.indices].to(torch.uint8)
 
         def of_entered(role: Tensor | None) -> Tensor | None:
             return None if role is None else (role if kept is None else role[kept]).to(torch.uint8)
 
-        roles = _Roles(segments, of_entered(protected(tokens, pruner)), of_entered(asking(tokens, pruner)))
+        second = None
+        if pruner.summary_tokens == "segment":
+            assert tokens.ids is not None
+            second = ~first_segment(tokens.ids, tokens.layout)
+        roles = _Roles(of_entered(second), of_entered(protected(tokens, pruner)), of_entered(asking(tokens, pruner)))
         entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
         states, survived, layers = self._forward(
             entered, token_pruner, roles, first_only=first_only, recorded=bool(traces), seconds=seconds
@@ -497,7 +496,9 @@ class NativeEncoder:
                 assert importance is not None and keep is not None
                 began = time.perf_counter()
                 scores = importance[: request.rows]
-                keep[: request.rows] = _decision(tokens, token_pruner, request.layer, survived, hosts, scores)
+                keep[: request.rows] = _decision(
+                    tokens, token_pruner, request.layer, survived, hosts, roles.stays, scores
+                )
                 if seconds is not None:
                     seconds[PARTS.index("decide")] += time.perf_counter() - began
             self._spare.append(workspace)
@@ -592,7 +593,13 @@ def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None
 
 
 def _decision(
-    tokens: PackedTokens, pruner: TokenPruner, layer: int, survived: Tensor, hosts: Tensor | None, received: Tensor
+    tokens: PackedTokens,
+    pruner: TokenPruner,
+    layer: int,
+    survived: Tensor,
+    hosts: Tensor | None,
+    stays: Tensor | None,
+    received: Tensor,
 ) -> Tensor:
     """What a pruner keeps of the rows that are there in ``layer`` (0-based), ``[rows]`` bool."""
     # Rows that are still there have survived every layer before this one.
@@ -608,5 +615,6 @@ def _decision(
             input_lengths=tokens.layout.lengths_tensor,
             threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
             summaries=None if hosts is None else (survived < layer)[present],
+            protected=None if stays is None else stays[present].bool(),
         )
     )

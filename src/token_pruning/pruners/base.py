@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -114,8 +114,16 @@ class Pruner(ABC):
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
         """Register the method, unless it is not for checkpoints."""
         super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Pruner.__repr__  # type: ignore[method-assign]  # else dataclass writes one
         if registered:
             (_LEARNED if cls.learned else _METHODS)[cls.prune_mode] = cls
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, which are many."""
+        shown = [(f, repr(getattr(self, f.name))) for f in fields(self) if f.repr]
+        changed = [f"{f.name}={value}" for f, value in shown if value != _default(f)]
+        return f"{type(self).__qualname__}({', '.join(changed)})"
 
     def __post_init__(self) -> None:
         """Check the configuration."""
@@ -205,6 +213,13 @@ class Pruner(ABC):
             if values[name] is not None:
                 values[name] = list(values[name])
         return {"prune_mode": self.prune_mode, "masking_mode": "soft" if self.learned else "hard", **values}
+
+
+def _default(field: Field[Any]) -> str | None:
+    """A field's default as it is written; None for one without."""
+    if field.default_factory is not MISSING:
+        return repr(field.default_factory())
+    return None if field.default is MISSING else repr(field.default)
 
 
 _FEWEST_TOKENS = 16  # of max_tokens: the first, the last and a span between them

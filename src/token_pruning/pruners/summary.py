@@ -12,8 +12,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from token_pruning.ragged.layout import Layout
-
 SummaryTokens = Literal["none", "shared", "segment"]
 SUMMARY_TOKENS: tuple[str, ...] = get_args(SummaryTokens)
 
@@ -89,27 +87,3 @@ def plan_merge(
         raw.new_zeros(total).index_copy(0, hosts, gathered),
     )
     return Merge(rows, hosts, slots, raw[rows] / gathered[slots]), after
-
-
-def segments_of(input_ids: Tensor, layout: Layout) -> Tensor:
-    """The segment of every place of a padded batch: 0 up to the first separator of a sequence, 1 after it.
-
-    Tokenizers end every sequence with the separator they also put between two sentences, so a sequence's last token
-    says what the separator is, whatever the model. A single sentence is one segment.
-
-    Args:
-        input_ids: ``[batch, width]`` integers.
-        layout: the valid tokens.
-
-    Returns:
-        ``[batch * width]`` int64.
-    """
-    ends = layout.cu_seqlens.long()[1:] - 1  # an empty sequence borrows its neighbour's, and has no token to mark
-    if layout.total == 0:
-        return input_ids.new_zeros(input_ids.numel(), dtype=torch.long)
-    separators = input_ids.flatten()[layout.indices[ends.clamp(min=0)]]
-    valid = torch.zeros(input_ids.numel(), dtype=torch.bool, device=input_ids.device)
-    valid = valid.index_fill(0, layout.indices, True).view(input_ids.shape)
-    found = ((input_ids == separators[:, None]) & valid).long()
-    # BERT's first sentence includes its separator; so does each segment here.
-    return (found.cumsum(1) - found > 0).long().flatten()

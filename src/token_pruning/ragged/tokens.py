@@ -35,10 +35,6 @@ class PackedTokens:
             take(self.ids), self.positions[rows], take(self.token_types), layout, embeds=take(self.embeds)
         )
 
-    def id_grid(self) -> Tensor | None:
-        """The ids of the padded batch again, ``[batch, width]``, with zeros for padding; None without ids."""
-        return None if self.ids is None else self.layout.grid(self.ids)
-
     def int32(self) -> "PackedTokens":
         """The same with int32 numbers."""
         types = None if self.token_types is None else self.token_types.int()

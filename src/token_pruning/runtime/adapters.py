@@ -56,6 +56,12 @@ class Adapter(Protocol):
     def load(self, folder: Path, pruner: Pruner | None, **options: Any) -> Any:
         """A pruned model from a folder that the library wrote; arguments and errors as ``from_pretrained``."""
 
+    def load_dense(self, folder: Path, **options: Any) -> Any:
+        """The same model without pruning, whether the folder names a method or not."""
+
+    def takes_pairs(self, model: Any) -> bool:
+        """Whether an input is a pair of texts, not one."""
+
 
 @dataclass(frozen=True)
 class _Integration:

@@ -49,11 +49,12 @@ class Attachment:
         refuse_foreign(self.family, base_is_called=not head_reads_first)
         self.replaced = list(replaced_modules(self.family, base_is_called=not head_reads_first))
         self.shape = family.shape(base.config)
+        _check_text(pruner, model)
         _check_lengths(pruner, self.reads, self.shape.max_positions)
         if "forward" in model.__dict__ and (head_reads_first or answers_with_spans(model)):
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
-        self.loop: Callable[..., PackedLoop] = PackedLoop if self.packed else PaddedLoop
+        self.loop: Callable[..., Any] = PackedLoop if self.packed else PaddedLoop
         self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         self.token_pruner.train(model.training)
         self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
@@ -156,11 +157,16 @@ class Attachment:
             for name in ("output_attentions", "output_hidden_states")
         }
         return_dict = options.get("return_dict", getattr(self.base.config, "return_dict", True))
-        if self.packed:
-            for name in filter(wanted.get, wanted):
+        for name in filter(wanted.get, wanted):
+            if self.packed:
                 raise UnsupportedModelError(
                     f"{name}=True is not possible in packed execution, where layers hold different tokens; "
                     'use prune(model, pruner, execution="masked")'
+                )
+            if selection is not None:
+                raise UnsupportedModelError(
+                    f"{name}=True is not possible for a sequence of more than max_tokens, "
+                    f"{self.token_pruner.pruner.max_tokens}: layers hold other tokens than the input"
                 )
         if not self.token_pruner.soft:  # thresholds may have been trained or set since, and what is read be more
             self.token_pruner.check_maps(reads)
@@ -283,6 +289,16 @@ def _view_class(cls: Any) -> type:
         members = {cls.base_model_prefix: property(base), "__module__": cls.__module__}
         _VIEW_CLASSES[cls] = type(cls.__name__, (cls,), members)
     return _VIEW_CLASSES[cls]
+
+
+def _check_text(pruner: Pruner, model: PreTrainedModel) -> None:
+    """Raises ConfigError for settings that mean nothing to a model of images."""
+    if model.main_input_name == "input_ids":
+        return
+    for name, unset in (("protect", ()), ("received_from", "all"), ("max_tokens", None)):
+        value = getattr(pruner, name)
+        if value not in (unset, "first"):
+            raise ConfigError(f"{name} is {value!r}; a {type(model).__name__} has no text: leave it out")
 
 
 def _check_lengths(pruner: Pruner, reads: Reads, max_positions: int | None) -> None:

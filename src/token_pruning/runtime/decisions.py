@@ -7,9 +7,9 @@ from token_pruning.families import Reads
 from token_pruning.pruners import LayerTokens, LearnedThreshold
 from token_pruning.pruners.fitted import apply_affine
 from token_pruning.pruners.importance import importance_scores
-from token_pruning.pruners.summary import Summaries, plan_merge, segments_of
+from token_pruning.pruners.summary import Summaries, plan_merge
 from token_pruning.ragged import Layout, PackedTokens, drop
-from token_pruning.runtime.roles import asking, protected
+from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
@@ -40,8 +40,9 @@ class Decisions:
             for found in (protected(tokens, token_pruner.pruner), asking(tokens, token_pruner.pruner))
         )
         self.segments: Tensor | None = None
-        if token_pruner.pruner.summary_tokens == "segment" and (input_ids := tokens.id_grid()) is not None:
-            self.segments = segments_of(input_ids, tokens.layout)
+        if token_pruner.pruner.summary_tokens == "segment" and tokens.ids is not None:
+            second = ~first_segment(tokens.ids, tokens.layout)
+            self.segments = tokens.layout.grid(second.long()).flatten()
 
     def entering(self, layer: int) -> Layout:
         """The tokens that take part in ``layer``'s attention (1-based)."""

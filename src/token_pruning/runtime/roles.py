@@ -32,7 +32,11 @@ def protected(tokens: PackedTokens, pruner: Pruner) -> Tensor | None:
     if "separators" in pruner.protect:
         found |= separators(ids, tokens.layout)
     if "first_segment" in pruner.protect:
-        found |= first_segment(ids, tokens.layout)
+        first = first_segment(ids, tokens.layout)
+        second = torch.zeros(tokens.layout.batch_size, device=ids.device).index_add(
+            0, tokens.layout.sequence_ids, (~first).float()
+        )
+        found |= first & (second > 0)[tokens.layout.sequence_ids]  # a single text is no pair's first
     return found
 
 

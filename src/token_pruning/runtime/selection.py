@@ -12,6 +12,7 @@ from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.runtime.roles import first_segment
 
 _SPAN = 8  # tokens; evenly spaced spans of so many kept most of what long texts are found by
+_ASKED = 0.75  # of a pair's spans, those chosen by what the first text asks for
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def select(tokens: PackedTokens, pruner: Pruner) -> Selection | None:
             found = [torch.arange(length)]
         elif pruner.chunks:
             found = _windows(length, most)
-        else:
-            found = [_spans(length, most, prefix)]
+        elif tokens.ids is not None and most - prefix - 1 >= _SPAN and prefix > 1:
+            found = [_asked_spans(tokens.ids[start : start + length].cpu(), most, prefix)]
+        else:  # a first text that fills the window by itself is cut like the rest
+            found = [_spans(length, most)]
         sequences += [start + part for part in found]
         lengths.append(sum(map(len, found)))
         windowed.append(torch.full((lengths[-1],), len(found) > 1))
@@ -86,15 +89,33 @@ def _first_lengths(ids: Tensor, layout: Layout) -> list[int]:
     return [0 if first == length else first for first, length in zip(inside.tolist(), layout.lengths, strict=True)]
 
 
-def _spans(length: int, most: int, prefix: int) -> Tensor:
-    """Rows of a text: its beginning, evenly spaced spans of the rest, and its last token."""
-    if most - prefix - 1 < _SPAN:  # a first text that fills the window by itself is cut like the rest
-        prefix = 1
-    spans = (most - prefix - 1) // _SPAN
-    rest = length - prefix - 1
-    starts = [prefix + span * (rest - _SPAN) // max(1, spans - 1) for span in range(spans)]
+def _spans(length: int, most: int) -> Tensor:
+    """Rows of a text: its first token, evenly spaced spans of the rest, and its last token."""
+    spans = (most - 2) // _SPAN
+    starts = [1 + span * (length - 2 - _SPAN) // max(1, spans - 1) for span in range(spans)]
     body = [torch.arange(start, start + _SPAN) for start in starts]
-    return torch.cat([torch.arange(prefix), *body, torch.tensor([length - 1])])
+    return torch.cat([torch.tensor([0]), *body, torch.tensor([length - 1])])
+
+
+def _asked_spans(ids: Tensor, most: int, prefix: int) -> Tensor:
+    """Rows of a pair: its first text whole, spans of the second, and its last token.
+
+    Most are those that have, or stand beside, what the first text has: a token counts less the more often the second
+    has it. The others are evenly spaced, for what is asked in other words.
+    """
+    asked, body = ids[1 : prefix - 1], ids[prefix:-1]
+    values, places, times = body.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    worth = (torch.isin(values, asked) / times)[places]
+    own = pad(worth, (0, -len(body) % _SPAN)).view(-1, _SPAN).sum(1)
+    near = own + (pad(own, (1, 0))[:-1] + pad(own, (0, 1))[1:]) / 2
+    wanted = (most - prefix - 1) // _SPAN
+    found = near.argsort(descending=True, stable=True)[: min(int(_ASKED * wanted), int((near > 0).sum()))]
+    left = torch.ones_like(near, dtype=torch.bool).index_fill(0, found, False).nonzero().squeeze(-1)
+    even = wanted - len(found)
+    others = left[torch.arange(even) * (len(left) - 1) // max(1, even - 1)]
+    spans = torch.cat([found, others]).sort().values
+    rows = (prefix + spans[:, None] * _SPAN + torch.arange(_SPAN)).flatten()
+    return torch.cat([torch.arange(prefix), rows[rows < len(ids) - 1], torch.tensor([len(ids) - 1])])
 
 
 def _windows(length: int, most: int) -> list[Tensor]:

@@ -100,7 +100,8 @@ class TokenPruner(nn.Module):
         ):
             setting = getattr(pruner, name)
             if setting is not None and weights is not None and not weights.is_meta:
-                changed[name] = replace(setting, **{"scores" if name == "vocabulary" else "weights": weights})
+                own = weights.clone()  # two names of one memory would not go through to other processes
+                changed[name] = replace(setting, **{"scores" if name == "vocabulary" else "weights": own})
         if changed:
             self.pruner = replace(pruner, **changed)
             if self.attachment is not None:

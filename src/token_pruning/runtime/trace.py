@@ -109,12 +109,17 @@ class PassRecord:
 
     def lost(self, layer: int) -> Tensor:
         """Tokens that left at a layer, or at 0 before the first, ``[batch]`` int64."""
+        before = self.valid.lengths_tensor if layer == 0 else self._left(layer - 1)
+        return before - self._left(layer)
+
+    def _left(self, layer: int) -> Tensor:
+        """Tokens left after a layer, summaries not counted, ``[batch]`` int64."""
         if layer == 0:
-            return self.valid.lengths_tensor - self.entering.lengths_tensor
+            return self.entering.lengths_tensor
         record = self.layers[layer]
-        if record.dropped_rows is None:
-            return torch.zeros_like(self.valid.lengths_tensor)
-        return record.entering.sequence_ids[record.dropped_rows].bincount(minlength=self.valid.batch_size)
+        if record.summaries is None:
+            return record.leaving.lengths_tensor
+        return record.leaving.sequence_ids[record.token_rows].bincount(minlength=self.valid.batch_size)
 
 
 @dataclass

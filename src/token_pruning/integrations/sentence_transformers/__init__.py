@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers import CrossEncoder
+
 from token_pruning.engine import Engine
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads
 from token_pruning.integrations.sentence_transformers.attached import SavedBeside, WholeTexts
 from token_pruning.integrations.sentence_transformers.batches import tokenized
 from token_pruning.integrations.sentence_transformers.compiled import EngineModel, compiled
-from token_pruning.integrations.sentence_transformers.loading import load
+from token_pruning.integrations.sentence_transformers.loading import load, load_dense
 from token_pruning.integrations.sentence_transformers.modules import pooling_of, reads_of_modules, transformer_of
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.adapters import Adapter
@@ -52,6 +54,12 @@ class SentenceTransformersAdapter:
 
     def load(self, folder: Path, pruner: Pruner | None, **options: Any) -> Any:
         return load(folder, pruner, **options)
+
+    def load_dense(self, folder: Path, **options: Any) -> Any:
+        return load_dense(folder, **options)
+
+    def takes_pairs(self, model: Any) -> bool:
+        return isinstance(model, CrossEncoder)
 
 
 ADAPTER: Adapter = SentenceTransformersAdapter()

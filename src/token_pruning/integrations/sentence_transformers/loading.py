@@ -7,7 +7,7 @@ from typing import Any
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from token_pruning.checkpoint.loading import load_model, read_checkpoint
+from token_pruning.checkpoint.loading import Checkpoint, load_model, read_checkpoint
 from token_pruning.checkpoint.settings import check_config, foreign_errors, naming, quiet, read_json_object
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.pruners import Pruner
@@ -32,6 +32,19 @@ def load(folder: Path, pruner: Pruner | None, *, execution: Execution, **kwargs:
         ConfigError: for settings that are not allowed.
         UnsupportedModelError: for modules that are not sentence-transformers' own, and for its other models.
     """
+    model_class, checkpoint = _read(folder)
+    if pruner is None:
+        pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
+    return checkpoint.prune(_built(folder, model_class, checkpoint, kwargs), pruner, execution=execution)
+
+
+def load_dense(folder: Path, **kwargs: Any) -> Any:
+    """The model without pruning, read as strictly; arguments and errors as for :func:`load`."""
+    return _built(folder, *_read(folder), kwargs)
+
+
+def _read(folder: Path) -> tuple[Any, Checkpoint]:
+    """The class of a folder's model, and the checkpoint of its transformer."""
     paths = _module_folders(folder)
     settings = read_json_object(folder / _SETTINGS) if (folder / _SETTINGS).exists() else {}
     name = settings.get("model_type", "SentenceTransformer")
@@ -39,23 +52,24 @@ def load(folder: Path, pruner: Pruner | None, *, execution: Execution, **kwargs:
         raise UnsupportedModelError(
             f"{folder / _SETTINGS}: model_type is {name!r}; models that can be pruned are {', '.join(_CLASSES)}"
         )
-    checkpoint = read_checkpoint(paths[0])
-    if pruner is None:
-        pruner = checkpoint.pruner(learned=checkpoint.config.get("masking_mode") == "soft")
+    return _CLASSES[name], read_checkpoint(paths[0])
+
+
+def _built(folder: Path, model_class: Any, checkpoint: Checkpoint, kwargs: dict[str, Any]) -> Any:
+    """The dense model, in evaluation mode; ``dtype`` goes to the transformer."""
     of_transformer = {**(kwargs.pop("model_kwargs", None) or {})}
     if "dtype" in kwargs:
         of_transformer["dtype"] = kwargs.pop("dtype")
     # The strict reading of the weights: what is missing or of another shape would be random numbers below.
-    load_model(checkpoint, model_class=_head(paths[0] / _TRANSFORMER), **of_transformer)
+    load_model(checkpoint, model_class=_head(checkpoint.path / _TRANSFORMER), **of_transformer)
     with quiet(), foreign_errors(f"{folder} cannot be loaded"):
-        model = _CLASSES[name](
+        return model_class(
             str(folder),
             trust_remote_code=False,
             local_files_only=True,
             model_kwargs={**of_transformer, "use_safetensors": True},
             **kwargs,
-        )
-    return checkpoint.prune(model.eval(), pruner, execution=execution)
+        ).eval()
 
 
 def _module_folders(folder: Path) -> list[Path]:

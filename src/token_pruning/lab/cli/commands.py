@@ -2,16 +2,27 @@
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from token_pruning.errors import ConfigError
 from token_pruning.lab.analysis.options import AnalyzeOptions
-from token_pruning.lab.cli.parser import add_keys, add_options, build, command_line, given, given_keys
+from token_pruning.lab.cli.parser import (
+    add_alias,
+    add_keys,
+    add_options,
+    build,
+    command_line,
+    given,
+    given_keys,
+    settle_aliases,
+)
 from token_pruning.lab.data.source import DataOptions
 from token_pruning.lab.demo.options import DemoOptions
 from token_pruning.lab.predict import PredictOptions
 from token_pruning.lab.sweep.options import SweepOptions
 from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, TrainOptions
+from token_pruning.runtime.adapters import adapter_for
 
 # Learning rates of the published code where --lr is not given.
 _LEARNING_RATES = {"MRPC": 2e-5}
@@ -54,24 +65,29 @@ def add_calibrate(commands: Any) -> None:
     """``token-pruning calibrate``."""
     parser = commands.add_parser(
         "calibrate",
-        help="prune a checkpoint to a budget without training it",
-        description="Choose thresholds on a few hundred examples, by how little the model's outputs change, and save "
-        "the pruned checkpoint. --target-flops needs no labels: the training examples of a task, or the texts of any "
-        "file (--input). --max-drop finds the cheapest pruning whose estimated loss stays inside the bound.",
+        help="prune a model to a budget without training it",
+        description="Choose which tokens leave on a few hundred examples, by how little the model's outputs change, "
+        "and save the pruned model. MODEL is the folder of a classifier, a tagger or an encoder, or of a "
+        "SentenceTransformer or a CrossEncoder. --target-flops needs no labels: the texts of any file (--texts), or "
+        "the training examples of a task. --max-drop finds the cheapest pruning of a classifier whose estimated loss "
+        "on a task stays inside the bound.",
     )
+    add_alias(parser, "MODEL", TrainOptions, "restore", help="folder of the model, or its name on the hub")
     add_options(parser, DataOptions)
     add_options(
         parser,
         TrainOptions,
         ("restore", "target_flops", "seed", "batch_size", "max_length", "output_dir", "overwrite_output_dir"),
-        restore={"help": "checkpoint"},
+        restore={"required": False, "help": "the same as MODEL"},
         target_flops={"help": "relative FLOPs on valid tokens, such as 0.7"},
         seed={"help": f"of the choice of examples (default {TrainOptions.seed})"},
         batch_size={"help": f"batch size of the evaluation (default {TrainOptions.batch_size})"},
-        output_dir={"help": "default: CKPT/calibrated"},
+        output_dir={"help": "default: MODEL/calibrated"},
     )
     add_options(parser, CalibrateOptions)
-    add_keys(parser, ("summary_tokens", "prune_layers"))
+    add_alias(parser, "--texts", CalibrateOptions, "input", metavar="FILE", help="the same as --input")
+    add_alias(parser, "--output", TrainOptions, "output_dir", metavar="DIR", help="the same as --output-dir")
+    add_keys(parser, ("summary_tokens", "prune_layers", "max_tokens"))
     parser.set_defaults(run=_calibrate)
 
 
@@ -174,13 +190,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
+    settle_aliases(arguments)
+    if "restore" not in given(arguments, TrainOptions):
+        raise ConfigError("MODEL is missing; give the folder of the model")
     source = given(arguments, CalibrateOptions).get("input")
     given_data = given(arguments, DataOptions)
     labelled = ("task" in given_data) + ("train_file" in given_data or "validation_file" in given_data)
     if labelled + (source is not None) != 1:
-        raise ConfigError("give one of --task (a GLUE task), --train-file with --validation-file, and --input")
+        raise ConfigError("give one of --task (a GLUE task), --train-file with --validation-file, and --texts")
     data = DataOptions(**given_data)
     base = TrainOptions(task=source.stem if source else data.name(), **given(arguments, TrainOptions))
+    if "max_length" in given(arguments, TrainOptions) and adapter_for(Path(base.restore)) is not None:
+        raise ConfigError(f"--max-length is {base.max_length}; {base.restore} has its own, max_seq_length")
     options = build(arguments, CalibrateOptions, base=base, **given_keys(arguments))
 
     from token_pruning.lab.training.calibrated import calibrate_checkpoint

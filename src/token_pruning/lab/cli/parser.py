@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from token_pruning.errors import ConfigError
 from token_pruning.lab.options import flag_of, options_of, spelling
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.pruners import Pruner, methods
@@ -26,6 +27,9 @@ _KEY_HELP = {
     "max_seq_length": "what scores are divided by in scoring mode mean, in tokens (default 128)",
     "summary_tokens": "none, shared or segment: what is dropped lives on as summary tokens",
     "prune_layers": "the layers, the first is 1, at which tokens may leave (default: all)",
+    "received_from": "whose attention counts: all, first_segment (the first text of a pair) or first",
+    "departed": "what tokens that left count as where all are read: state, or survivors for nothing",
+    "max_tokens": "of longer texts only so many tokens enter, evenly spaced; nothing is truncated then",
     "vocabulary_threshold": "tokens whose vocabulary entry's score is lower never enter the first layer; 0 for none",
 }
 
@@ -91,6 +95,33 @@ def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is empty; it must be a path")
     return Path(text)
+
+
+def add_alias(parser: argparse.ArgumentParser, alias: str, cls: type, name: str, **settings: Any) -> None:
+    """Another spelling of an option, a word without a flag included; see :func:`settle_aliases`."""
+    shown = {} if alias.startswith("-") else {"metavar": alias, "nargs": "?"}
+    dest = f"{alias}={cls.__name__}.{name}"
+    reading = {"default": argparse.SUPPRESS, **_reading(get_type_hints(cls)[name]), **shown, **settings}
+    if alias.startswith("-"):
+        parser.add_argument(alias, dest=dest, **reading)
+    else:
+        parser.add_argument(dest, **reading)
+
+
+def settle_aliases(arguments: argparse.Namespace) -> None:
+    """Put what was given by another spelling where it belongs.
+
+    Raises:
+        ConfigError: for an option that was given by both.
+    """
+    for name, value in list(vars(arguments).items()):
+        alias, equals, place = name.partition("=")
+        if not equals:
+            continue
+        if hasattr(arguments, place):
+            raise ConfigError(f"give either {alias} or {spelling(place.partition('.')[2])}")
+        delattr(arguments, name)
+        setattr(arguments, place, value)
 
 
 def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:

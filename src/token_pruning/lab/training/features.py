@@ -13,22 +13,39 @@ from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.data import Task, TextExamples
 from token_pruning.lab.training.options import flag
+from token_pruning.runtime.prune import attachment_of, is_pruned
 
 
-def tokenize(tokenizer: Any, examples: TextExamples, model: Any, max_length: int) -> list[dict[str, Any]]:
+def tokenize(tokenizer: Any, examples: TextExamples, model: Any, max_length: int | None) -> list[dict[str, Any]]:
     """Tokenized texts, one dictionary of lists each.
+
+    Args:
+        tokenizer: the model's.
+        examples: texts.
+        model: dense or pruned; ``max_tokens`` of its pruner chooses among all of a text's tokens: nothing is truncated.
+        max_length: at most so many tokens; None for all.
 
     Raises:
         ConfigError: if ``max_length`` is more than the model's positions, or leaves no room for text.
     """
+    if is_pruned(model) and attachment_of(model).token_pruner.pruner.max_tokens is not None:
+        max_length = None
     longest = shape_of(model.config).max_positions
-    if longest is not None and max_length > longest:
+    if max_length is not None and longest is not None and max_length > longest:
         raise ConfigError(f"{flag('max_length')} is {max_length}; the model has positions for at most {longest} tokens")
     return encode(tokenizer, examples, max_length)
 
 
-def encode(tokenizer: Any, examples: TextExamples, max_length: int) -> list[dict[str, Any]]:
+def encode(tokenizer: Any, examples: TextExamples, max_length: int | None) -> list[dict[str, Any]]:
     """As :func:`tokenize`, for no model in particular."""
+    if max_length is not None:
+        _check_room(tokenizer, examples, max_length)
+    cut = {"truncation": max_length is not None, "max_length": max_length, "verbose": False}
+    encoded = tokenizer(examples.first, examples.second, **cut)
+    return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
+
+
+def _check_room(tokenizer: Any, examples: TextExamples, max_length: int) -> None:
     special = tokenizer.num_special_tokens_to_add(pair=examples.second is not None)
     needed = special + (1 if examples.second is None else 2)
     if max_length < needed:
@@ -37,12 +54,10 @@ def encode(tokenizer: Any, examples: TextExamples, max_length: int) -> list[dict
             f"{flag('max_length')} is {max_length}; the tokenizer adds {special} tokens to a {texts}, so at least "
             f"{needed} are needed"
         )
-    encoded = tokenizer(examples.first, examples.second, truncation=True, max_length=max_length)
-    return [{name: encoded[name][i] for name in encoded} for i in range(len(examples))]
 
 
 def labelled_features(
-    tokenizer: Any, examples: TextExamples, task: Task, model: Any, max_length: int
+    tokenizer: Any, examples: TextExamples, task: Task, model: Any, max_length: int | None
 ) -> list[dict[str, Any]]:
     """Tokenized examples; label ids in the order of the model's outputs."""
     features = tokenize(tokenizer, examples, model, max_length)

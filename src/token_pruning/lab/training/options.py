@@ -241,6 +241,7 @@ class CalibrateOptions:
         base: the checkpoint, the budget and where to write; masking mode hard.
         summary_tokens: see :class:`token_pruning.Pruner`.
         prune_layers: see :class:`token_pruning.Pruner`.
+        max_tokens: see :class:`token_pruning.Pruner`.
 
     Raises:
         ConfigError: for a value that is not allowed, or both or neither of a budget and ``max_drop``.
@@ -249,8 +250,12 @@ class CalibrateOptions:
     base: TrainOptions
     summary_tokens: SummaryTokens = "none"
     prune_layers: list[int] | None = None
+    max_tokens: int | None = None
 
-    input: Path | None = option(None, help="one or two text columns, or one text per line (.txt), unlabelled")
+    input: Path | None = option(
+        None, help="unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker "
+        "query and passage, with several rows for each query", metavar="FILE",
+    )  # fmt: skip
     max_drop: float | None = option(
         None, help="how much the metric may fall, such as 1.0", metavar="POINTS", check=_above_0
     )
@@ -260,11 +265,15 @@ class CalibrateOptions:
         check=partial(whole_number, low=FEWEST_EXAMPLES, high=10**7),
     )
     vocabulary: bool = option(True, help="let every token into the first layer", flags=("--no-vocabulary",))
+    chunks: bool = option(False, help="longer texts enter whole, in windows of --max-tokens")
 
     def __post_init__(self) -> None:
         """Check everything that needs no file."""
         check_options(self)
-        check_keys({"summary_tokens": self.summary_tokens, "prune_layers": self.prune_layers})
+        keys = {name: getattr(self, name) for name in ("summary_tokens", "prune_layers", "max_tokens")}
+        check_keys(keys)
+        if self.chunks and self.max_tokens is None:
+            raise ConfigError("--chunks needs --max-tokens, the size of a window")
         if (self.base.target_flops is None) == (self.max_drop is None):
             raise ConfigError("give either --target-flops or --max-drop")
         if self.max_drop is not None and self.input is not None:
@@ -274,7 +283,8 @@ class CalibrateOptions:
         """What must be the same for one calibration to replace an unfinished one."""
         own = {
             "max_drop": self.max_drop, "examples": self.examples, "summary_tokens": self.summary_tokens,
-            "prune_layers": self.prune_layers, "vocabulary": self.vocabulary,
+            "prune_layers": self.prune_layers, "vocabulary": self.vocabulary, "max_tokens": self.max_tokens,
+            "chunks": self.chunks,
             "texts": None if self.input is None else str(self.input),
         }  # fmt: skip
         return {**self.base.identity(), **own}

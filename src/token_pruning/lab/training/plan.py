@@ -84,12 +84,12 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
     found = read_checkpoint(options.restore)
     start, pruner = _start(found, options)
     run_dir = RunDir(Path(options.output_dir) if options.output_dir else options.default_output_dir(start.config))
-    refuse_same_folder(run_dir, found, "--restore")
+    refuse_same_folder(run_dir, found.path, "--restore")
     teacher = _teacher(found, options)
     if teacher is not None:
-        refuse_same_folder(run_dir, teacher, "--teacher")
+        refuse_same_folder(run_dir, teacher.path, "--teacher")
     if stack is not None:
-        stack.enter_context(held(run_dir.path, room=weight_bytes(found)))
+        stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
     resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     data = load_data(start)
     examples = training_examples(data)
@@ -135,19 +135,19 @@ def pruner_of(checkpoint: Checkpoint, options: TrainOptions) -> Pruner:
     return pruner
 
 
-def refuse_same_folder(run_dir: RunDir, checkpoint: Checkpoint, flag: str) -> None:
+def refuse_same_folder(run_dir: RunDir, source: Path, flag: str) -> None:
     """A run may not write over what it reads.
 
     Raises:
-        ConfigError: if its folder is the checkpoint's.
+        ConfigError: if its folder is the source's.
     """
-    if run_dir.path.resolve() == checkpoint.path.resolve():
+    if run_dir.path.resolve() == source.resolve():
         raise ConfigError(f"output directory {run_dir.path} is the {flag} folder; give another --output-dir")
 
 
-def weight_bytes(checkpoint: Checkpoint) -> int:
-    """What its weights take on the disk: about what a model that is made from it will."""
-    return sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+def weight_bytes(folder: Path) -> int:
+    """What a model's weights take on the disk: about what a model that is made from it will."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def training_examples(data: TaskData) -> TextExamples:

@@ -212,17 +212,24 @@ class RunDir:
         sync_names(self.path)
         return final
 
-    def save_model(self, model: Any, tokenizer: Any) -> None:
-        """Write a model's files into the run's folder, ``config.json`` last: without it nothing loads."""
+    def save_model(self, *parts: Any) -> None:
+        """Write a model's files into the run's folder, ``config.json`` last: without it nothing loads.
+
+        Args:
+            parts: what has ``save_pretrained``: a model and its tokenizer, or a model that holds both.
+        """
         staging = self.staging("model")
         with self.whole_or_removed(staging):
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            for part in parts:
+                part.save_pretrained(str(staging))
             sync(staging)
-        for file in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
-            move_file(file, self.path / file.name)
+        files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda path: (path.name == "config.json", -len(path.parts))):
+            make_folder((self.path / file).parent)
+            move_file(staging / file, self.path / file)
+            sync_names((self.path / file).parent)
         sync_names(self.path)
-        staging.rmdir()
+        shutil.rmtree(staging)
 
     def remove(self, folder: Path) -> None:
         """Delete a checkpoint; it loses its name before its first file."""

@@ -1,0 +1,134 @@
+"""How far outputs are apart: what is compared for which model, each kind against plain formulas."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import token_pruning as tp
+from tests.tiny import assert_close, ragged_batch, tiny_model
+from token_pruning.budget.divergence import Divergence, divergence_of
+from token_pruning.runtime.prune import prunable
+
+SEPARATOR = 4
+ALONE = torch.arange(6)
+
+
+def numbers(*shape: int) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)))  # type: ignore[return-value]
+
+
+def queries_and_passages(queries: int, passages: int) -> dict[str, Tensor]:
+    """Pairs, a query's one after the other; queries of two tokens."""
+    batch = ragged_batch([12] * (queries * passages))
+    ids = batch["input_ids"]
+    ids[:, 0] = 3
+    ids[:, 1:3] = torch.arange(queries).repeat_interleave(passages)[:, None] + 20
+    ids[:, [3, -1]] = SEPARATOR
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "reads", "kind"),
+    [
+        ("sequence", {}, None, "classes"),
+        ("sequence", {"problem_type": "multi_label_classification"}, None, "labels"),
+        ("sequence", {"problem_type": "regression"}, None, "numbers"),
+        ("regression", {}, None, "numbers"),
+        ("token", {}, None, "classes"),
+        ("question", {}, None, "numbers"),
+        ("encoder", {}, "mean", "embedding"),
+        ("encoder", {}, "first", "embedding"),
+        ("encoder", {}, "all", "numbers"),
+    ],
+)
+def test_what_is_compared(head: str, settings: dict[str, Any], reads: Any, kind: str) -> None:
+    model, batch = tiny_model(head=head, **settings), ragged_batch([5, 9, 7, 5])
+    with prunable(model, tp.FixedThreshold(final_token_threshold=0), reads):
+        found = divergence_of(model, batch)
+    assert found.kind == kind
+    assert found.groups.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("passages", "kind"), [(1, "numbers"), (3, "ranking")])
+def test_scores_of_several_passages_for_each_query_are_a_ranking(passages: int, kind: str) -> None:
+    model, batch = tiny_model(head="regression"), queries_and_passages(4, passages)
+    with prunable(model, tp.FixedThreshold(final_token_threshold=0)):
+        found = divergence_of(model, batch)
+        single = divergence_of(model, ragged_batch([9] * 12))
+    assert found.kind == kind
+    assert len(torch.unique(found.groups)) == 4
+    assert torch.equal(found.groups, torch.arange(4).repeat_interleave(passages))
+    assert single.kind == "numbers"
+
+
+def test_embeddings_by_their_angles() -> None:
+    dense, pruned = numbers(6, 5)
+    each = [1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(dense, pruned, strict=True)]
+    mean, error = Divergence("embedding", ALONE).between(dense, pruned, ALONE)
+    assert mean == pytest.approx(sum(each) / 6, rel=1e-5)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in each) / 5)
+    assert error == pytest.approx(spread / math.sqrt(6), rel=1e-4)
+    assert Divergence("embedding", ALONE).between(dense, 7 * dense, ALONE)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_classes_by_their_probabilities() -> None:
+    dense, pruned = numbers(6, 3)
+    each = [
+        sum(float(p) * math.log(p / q) for p, q in zip(a.softmax(0), b.softmax(0), strict=True))
+        for a, b in zip(dense, pruned, strict=True)
+    ]
+    compared = Divergence("classes", ALONE)
+    assert compared.between(dense, pruned, ALONE)[0] == pytest.approx(sum(each) / 6, rel=1e-4)
+    shifted = compared.between(dense, pruned + 7, ALONE)[0]
+    assert shifted == pytest.approx(compared.between(dense, pruned, ALONE)[0], rel=1e-3)
+
+
+def test_labels_each_by_its_own() -> None:
+    dense, pruned = numbers(6, 3)
+    each = [
+        float(p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+        for p, q in zip(dense.sigmoid().flatten(), pruned.sigmoid().flatten(), strict=True)
+    ]
+    assert Divergence("labels", ALONE).between(dense, pruned, ALONE)[0] == pytest.approx(sum(each) / 18, rel=1e-4)
+
+
+def test_numbers_by_their_variance() -> None:
+    dense, pruned = numbers(6, 2)
+    squares = [float((pruned - dense)[:, i].square().mean() / dense[:, i].var()) for i in range(2)]
+    compared = Divergence("numbers", ALONE)
+    assert compared.between(dense, pruned, ALONE)[0] == pytest.approx(sum(squares) / 2, rel=1e-4)
+    units = compared.between(100 * dense, 100 * pruned, ALONE)[0]
+    assert units == pytest.approx(compared.between(dense, pruned, ALONE)[0], rel=1e-4)
+
+
+def test_rankings_query_by_query() -> None:
+    dense, pruned = numbers(12, 1)
+    groups = torch.tensor([0, 1, 2] * 4)
+    compared = Divergence("ranking", groups)
+    mean, error = compared.between(dense, pruned, groups)
+    parts = [compared.between(dense[groups == g], pruned[groups == g], groups[groups == g])[0] for g in range(3)]
+    assert mean == pytest.approx(sum(parts) / 3, rel=1e-4) and error > 0
+    shift = torch.tensor([3.0, -5.0, 0.5])[groups][:, None]
+    assert compared.between(dense, dense + shift, groups)[0] == pytest.approx(0, abs=1e-5)
+    assert compared.between(10 * dense, 10 * pruned, groups)[0] == pytest.approx(mean, rel=1e-3)
+
+
+def test_the_top_of_a_ranking_counts_most() -> None:
+    dense = torch.arange(8.0, 0, -1)[:, None]
+    top, bottom = dense.clone(), dense.clone()
+    top[[0, 1]], bottom[[6, 7]] = dense[[1, 0]], dense[[7, 6]]
+    groups = torch.zeros(8, dtype=torch.int64)
+    swapped = [Divergence("ranking", groups).between(dense, other, groups)[0] for other in (top, bottom)]
+    assert swapped[0] > 2 * swapped[1] > 0
+
+
+def test_a_single_example_has_no_error() -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    mean, error = Divergence("ranking", one).between(torch.ones(1, 1), torch.zeros(1, 1), one)
+    assert (mean, error) == (0.0, 0.0)
+    assert_close(
+        torch.tensor(Divergence("numbers", one).between(torch.ones(2, 1), torch.ones(2, 1), one)), torch.zeros(2)
+    )
