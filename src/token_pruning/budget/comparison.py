@@ -50,7 +50,8 @@ _FEWEST_GROUPS = 16
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS = 4
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
-_PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the correction
+_PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the correction
+_MUCH_WORSE = 1.1  # times the least divergence: too few texts for so weak a penalty
 
 
 @dataclass(frozen=True)
@@ -323,10 +324,14 @@ class Comparison:
         if self.divergence.kind != "embedding":
             return fit
         dense = self._dense(self.fitting)
-        found = [fit, *(self._with_correction(fit, dense, penalty) for penalty in _PENALTIES)]
-        errors = [neighbours_error(self.dense, self._pruned(each, self.held_out)) for each in found]
-        best = found[errors.index(min(errors))]
-        return fit if best is fit else self._judged(best, self.held_out, self.dense)
+        found = [
+            fit, *(self._judged(self._with_correction(fit, dense, p), self.held_out, self.dense) for p in _PENALTIES)
+        ]  # fmt: skip
+        most = _MUCH_WORSE * min(map(divergence_of_fit, found))
+        return min(
+            (each for each in found if divergence_of_fit(each) <= most),
+            key=lambda each: neighbours_error(self.dense, self._pruned(each, self.held_out)),
+        )
 
     def _with_correction(self, fit: Fit, dense: Tensor, penalty: float) -> Fit:
         """Fitted to what is missing of the dense vectors, so that little data changes little."""

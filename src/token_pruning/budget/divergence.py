@@ -1,6 +1,6 @@
 """How much a pruned model's outputs differ from the dense model's, as its users would notice.
 
-Embeddings: 1 − cosine to the dense vector, per text. A reranker's scores: for the passages of one query, the
+Embeddings: how each text ranks the others by cosine. A reranker's scores: for the passages of one query, the
 Kullback–Leibler divergence of the softmax of their scores, in units of the dense scores' spread, which weighs the top
 of the ranking most. Classes: the divergence of their probabilities. Other numbers: squared error ÷ variance.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, kl_div, normalize
+from torch.nn.functional import kl_div, normalize
 
 from token_pruning.budget.examples import Batch
 from token_pruning.ragged import layout_from_mask, pack
@@ -18,6 +18,8 @@ from token_pruning.runtime.prune import hugging_face_model, reads_of
 from token_pruning.runtime.roles import first_segment
 
 _NEIGHBOURS = 20
+_SOFTNESS = 0.05  # of a ranking by cosines
+_FAR = 1e4
 
 Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
 
@@ -48,7 +50,7 @@ class Divergence:
 
     def _losses(self, dense: Tensor, pruned: Tensor, groups: Tensor) -> Tensor:
         if self.kind == "embedding":
-            return 1 - cosine_similarity(dense, pruned, dim=1)
+            return _neighbours_loss(dense, pruned)
         if self.kind == "ranking":
             return torch.stack(
                 [_ranking_loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
@@ -60,11 +62,25 @@ class Divergence:
         return kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="none").sum(1)
 
 
-def neighbours_error(dense: Tensor, pruned: Tensor) -> float:
-    """How far the cosines of each text and those nearest to it move: the mean squared error.
+def _neighbours_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+    """How else each text ranks the others, ``[texts]``.
 
-    Cosines to the dense vectors say whether a vector is in its place. This says whether it is beside the same others,
-    which one move of all vectors does not change.
+    The Kullback–Leibler divergence of the softmax of cosines ÷ 0.05, which counts near texts most: once as a dense
+    query among pruned texts, once with both pruned. Cosines to the texts' own dense vectors were tried: they count what
+    moves all vectors alike, which changes nobody's result.
+    """
+    before, after = normalize(dense, dim=1), normalize(pruned, dim=1)
+    own = torch.eye(len(dense), dtype=torch.bool)
+    wanted, searched, both = (
+        ((x @ y.T) / _SOFTNESS).masked_fill(own, -_FAR).log_softmax(1)
+        for x, y in ((before, before), (before, after), (after, after))
+    )
+    found = [kl_div(x, wanted, log_target=True, reduction="none").sum(1) for x in (searched, both)]
+    return torch.stack(found).mean(0)
+
+
+def neighbours_error(dense: Tensor, pruned: Tensor) -> float:
+    """The mean squared change of the cosines of each text and those nearest to it.
 
     Args:
         dense: ``[texts, dim]`` float32.
