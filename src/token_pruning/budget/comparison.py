@@ -184,9 +184,9 @@ class Comparison:
             for rule in finalists
             if (fit := self._fit_rule(rule, target, self.held_out, self.observed, CLOSE_ENOUGH))
         ]
-        best, *others = sorted((self._judged(fit, self.held_out, self.dense) for fit in found), key=divergence_of_fit)
-        corrected = self._corrected(best)
-        return [corrected, *([best] if corrected is not best else []), *others, *fits]
+        found = [self._judged(fit, self.held_out, self.dense) for fit in found]
+        found += [fit for each in found if (fit := self._corrected(each)) is not each]
+        return [*sorted(found, key=divergence_of_fit), *fits]
 
     @property
     def observed(self) -> Observed:

@@ -26,7 +26,7 @@ Target = Literal["attention", "influence"]
 
 _PENALTY = 1e-3
 _PROJECTIONS = 4
-_INFLUENCE_TOKENS = 6000  # gradients cost as much as some ten passes over them
+_INFLUENCE_TOKENS = 12_000  # gradients cost as much as some ten passes over them
 _BATCH_TOKENS = 4096
 _EMBEDDING_PENALTY = 0.3  # entries are few for so many weights
 _PRIOR_TOKENS = 5.0  # as many tokens of each vocabulary entry are taken to be what its embedding says
