@@ -115,6 +115,7 @@ class Comparison:
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if plan.only_received else _FITTED, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None
+        self._dense_fitting: Tensor | None = None
 
     def part(self, rows: Tensor) -> dict[str, Tensor]:
         """Some of the examples."""
@@ -323,7 +324,9 @@ class Comparison:
         """With a correction of the pooled vector, where it brings texts nearer to where they were to each other."""
         if self.divergence.kind != "embedding":
             return fit
-        dense = self._dense(self.fitting)
+        if self._dense_fitting is None:
+            self._dense_fitting = self._dense(self.fitting)
+        dense = self._dense_fitting
         found = [
             fit, *(self._judged(self._with_correction(fit, dense, p), self.held_out, self.dense) for p in _PENALTIES)
         ]  # fmt: skip
