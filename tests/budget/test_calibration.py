@@ -14,6 +14,7 @@ import token_pruning as tp
 from tests.tiny import FAMILIES, HEADS, pruned, ragged_batch, shared_model, tiny_model
 from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.budget import calibration
+from token_pruning.budget.divergence import Divergence
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import (
     Fit,
@@ -192,8 +193,9 @@ def test_an_embedding_model_with_cls_pooling_is_judged_by_first_tokens() -> None
     with torch.no_grad():
         pruned = model(**batch).last_hidden_state
     assert pruned.shape[1] == 1
-    cosines = nn.functional.cosine_similarity(dense[held_out], pruned[held_out, 0])
-    assert found.chosen.divergence == pytest.approx(1 - float(cosines.mean()), rel=1e-3)
+    groups = torch.arange(len(held_out))
+    expected, _ = Divergence("embedding", groups).between(dense[held_out], pruned[held_out, 0], groups)
+    assert found.chosen.divergence == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_budget_above_the_cost_of_everything_prunes_nothing() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.tiny import assert_close, ragged_batch, tiny_model
-from token_pruning.budget.divergence import Divergence, divergence_of
+from token_pruning.budget.divergence import Divergence, divergence_of, neighbours_error
 from token_pruning.runtime.prune import prunable
 
 SEPARATOR = 4
@@ -64,14 +64,34 @@ def test_scores_of_several_passages_for_each_query_are_a_ranking(passages: int, 
     assert single.kind == "numbers"
 
 
-def test_embeddings_by_their_angles() -> None:
+def test_embeddings_by_how_texts_rank_each_other() -> None:
     dense, pruned = numbers(6, 5)
-    each = [1 - float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)) for a, b in zip(dense, pruned, strict=True)]
+
+    def ranking(text: Tensor, others: Tensor, own: int) -> list[float]:
+        """The softmax of cosines ÷ 0.05 to all other texts."""
+        found = [float(text @ x) / math.sqrt(float(text @ text) * float(x @ x)) for x in others]
+        powers = [math.exp(cosine / 0.05) for i, cosine in enumerate(found) if i != own]
+        return [power / sum(powers) for power in powers]
+
+    each = []
+    for i in range(6):
+        wanted = ranking(dense[i], dense, i)
+        for query in (dense[i], pruned[i]):
+            found = ranking(query, pruned, i)
+            each.append(sum(p * math.log(p / q) for p, q in zip(wanted, found, strict=True)) / 2)
     mean, error = Divergence("embedding", ALONE).between(dense, pruned, ALONE)
-    assert mean == pytest.approx(sum(each) / 6, rel=1e-5)
-    spread = math.sqrt(sum((x - mean) ** 2 for x in each) / 5)
-    assert error == pytest.approx(spread / math.sqrt(6), rel=1e-4)
+    assert mean == pytest.approx(sum(each) / 6, rel=1e-4)
+    losses = [sum(each[2 * i : 2 * i + 2]) for i in range(6)]
+    spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / 5)
+    assert error == pytest.approx(spread / math.sqrt(6), rel=1e-3)
     assert Divergence("embedding", ALONE).between(dense, 7 * dense, ALONE)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_neighbours_by_their_cosines() -> None:
+    dense, pruned = numbers(6, 5)
+    before, after = ([[float(torch.cosine_similarity(a, b, 0)) for b in x] for a in x] for x in (dense, pruned))
+    moved = [(before[i][j] - after[i][j]) ** 2 for i in range(6) for j in range(6) if i != j]  # all five are near
+    assert neighbours_error(dense, pruned) == pytest.approx(sum(moved) / 30, rel=1e-4)
 
 
 def test_classes_by_their_probabilities() -> None:

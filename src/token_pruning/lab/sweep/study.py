@@ -44,6 +44,7 @@ from token_pruning.lab.training.options import CalibrateOptions, TrainOptions
 from token_pruning.lab.training.plan import DataSource, training_examples
 from token_pruning.lab.training.run_dir import LOCK_FILE, RUN_FILE, RunDir, held
 from token_pruning.lab.training.train import train
+from token_pruning.pruners import FixedThreshold
 from token_pruning.pruners.summary import SUMMARY_TOKENS
 from token_pruning.runtime.prune import prunable
 
@@ -273,7 +274,8 @@ class _Sweep:
         batch = as_batch(features, model.config.pad_token_id or 0)
         lowest = {}
         for summary_tokens in SUMMARY_TOKENS:
-            with prunable(model, summary_tokens):  # type: ignore[arg-type]
+            pruner = FixedThreshold(final_token_threshold=0, summary_tokens=summary_tokens)  # type: ignore[arg-type]
+            with prunable(model, pruner):
                 lowest[summary_tokens] = lowest_flops(model, batch)
         with prunable(model):
             highest = highest_flops(model, batch)
