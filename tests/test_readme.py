@@ -98,7 +98,7 @@ def test_files_that_pages_name_are_there() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 136
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140
 
 
 def test_every_page_is_in_the_navigation() -> None:
