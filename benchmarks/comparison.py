@@ -13,13 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import transformers
 from measures import length_for, loss_interval, truncated
 from numpy.typing import NDArray
 from output import write
 
+import token_pruning as tp
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops, relative_flops
+
+Command = Callable[[argparse.Namespace], None]
 
 COSTS = (0.75, 0.6, 0.5, 0.45, 0.3)
 PACKAGES = ("token-pruning", "sentence-transformers", "transformers", "torch", "onnxruntime", "openvino", "nncf")
@@ -252,3 +256,15 @@ def _loss(found: Mapping[str, Any] | None) -> str:
         return ""
     low, high = found["interval"]
     return f"{found['loss']:.1f} ({low:.1f} to {high:.1f})"
+
+
+def carry_out(arguments: argparse.Namespace, commands: Mapping[str, Command]) -> None:
+    """Run the command that was given, without transformers' bars; what a user got wrong ends in one line."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if "threads" in arguments:
+        torch.set_num_threads(arguments.threads)
+    try:
+        commands[arguments.command](arguments)
+    except tp.TokenPruningError as error:
+        sys.exit(f"error: {error}")

@@ -13,7 +13,6 @@ medians of the passes' ratios. Every row but sentence-transformers as installed 
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,6 @@ import comparison
 import numpy as np
 import timing
 import torch
-import transformers
 from comparison import COSTS, Rows, cut_to
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
@@ -272,16 +270,5 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(arguments.threads)
-    quality(arguments) if arguments.command == "quality" else speed(arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except tp.TokenPruningError as error:
-        sys.exit(f"error: {error}")
+    comparison.carry_out(parse_arguments(), {"quality": quality, "speed": speed})

@@ -16,7 +16,6 @@ the batch size that was each one's fastest, but for sentence-transformers as ins
 
 import argparse
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ import cross_encoder
 import numpy as np
 import timing
 import torch
-import transformers
 from comparison import COSTS, Rows, cut_to
 from numpy.typing import NDArray
 from sentence_transformers import CrossEncoder
@@ -190,17 +188,5 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if arguments.command != "train":
-        torch.set_num_threads(arguments.threads)
-    {"train": train, "quality": quality, "speed": speed}[arguments.command](arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except tp.TokenPruningError as error:
-        sys.exit(f"error: {error}")
+    comparison.carry_out(parse_arguments(), {"train": train, "quality": quality, "speed": speed})

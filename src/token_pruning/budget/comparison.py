@@ -193,11 +193,8 @@ class Comparison:
     def observed(self) -> Observed:
         """What was fitted to the fitting part."""
         if self._observed is None:
-            self._observed = self._observe(self.fitting)
+            self._observed = observe(self.model, self.part(self.fitting), self.cuts, seed=self.seed)
         return self._observed
-
-    def _observe(self, rows: Tensor) -> Observed:
-        return observe(self.model, self.part(rows), self.cuts, seed=self.seed)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -306,15 +303,20 @@ class Comparison:
 
     def _judged(self, fit: Fit, rows: Tensor, dense: Tensor) -> Fit:
         """With its cost and divergence on other examples."""
+        return self._judged_with_outputs(fit, rows, dense)[0]
+
+    def _judged_with_outputs(self, fit: Fit, rows: Tensor, dense: Tensor) -> tuple[Fit, Tensor]:
+        """The same, and what the pruned model gave."""
         with using(self.model, fit.pruner), record(self.model) as trace:
             outputs = outputs_in_parts(self.model, self.part(rows))
         divergence, error = self.divergence.between(dense, outputs, self.divergence.groups[rows])
-        return replace(
+        judged = replace(
             fit,
             relative_flops_held_out=count_flops(self.model, trace).relative,
             divergence=divergence,
             divergence_error=error,
         )
+        return judged, outputs
 
     def _dense(self, rows: Tensor) -> Tensor:
         with using(self.model, Unpruned(max_tokens=self.template.max_tokens, chunks=self.template.chunks)):
@@ -326,31 +328,27 @@ class Comparison:
             return fit
         if self._dense_fitting is None:
             self._dense_fitting = self._dense(self.fitting)
-        dense = self._dense_fitting
-        found = [
-            fit, *(self._judged(self._with_correction(fit, dense, p), self.held_out, self.dense) for p in _PENALTIES)
-        ]  # fmt: skip
-        most = _MUCH_WORSE * min(map(divergence_of_fit, found))
-        return min(
-            (each for each in found if divergence_of_fit(each) <= most),
-            key=lambda each: neighbours_error(self.dense, self._pruned(each, self.held_out)),
-        )
-
-    def _with_correction(self, fit: Fit, dense: Tensor, penalty: float) -> Fit:
-        """Fitted to what is missing of the dense vectors, so that little data changes little."""
-        assert fit.method is not None
-        pruned = self._pruned(fit, self.fitting)
-        ridge = Ridge()
-        ridge.add(pruned, dense - pruned)
-        missing = ridge.solve(penalty)
-        size = missing.shape[0]
-        weights = missing + torch.eye(size, size + 1)
-        method = replace(fit.method, correction=Correction(weights))
-        return replace(fit, method=method, rule=f"{fit.rule}, corrected")
-
-    def _pruned(self, fit: Fit, rows: Tensor) -> Tensor:
         with using(self.model, fit.pruner):
-            return outputs_in_parts(self.model, self.part(rows))
+            pruned = outputs_in_parts(self.model, self.part(self.fitting))
+        # Fitted to what is missing of the dense vectors, so that little data changes little.
+        ridge = Ridge()
+        ridge.add(pruned, self._dense_fitting - pruned)
+        found = [fit, *(_with_correction(fit, ridge.solve(penalty)) for penalty in _PENALTIES)]
+        judged = [self._judged_with_outputs(each, self.held_out, self.dense) for each in found]
+        most = _MUCH_WORSE * min(divergence_of_fit(each) for each, _ in judged)
+        _, best = min(
+            (neighbours_error(self.dense, outputs), number)
+            for number, (each, outputs) in enumerate(judged)
+            if divergence_of_fit(each) <= most
+        )
+        return fit if best == 0 else judged[best][0]
+
+
+def _with_correction(fit: Fit, missing: Tensor) -> Fit:
+    """With a correction that adds what is missing, an affine map ``[hidden, hidden + 1]`` of the pooled vector."""
+    assert fit.method is not None
+    correction = Correction(missing + torch.eye(*missing.shape))
+    return replace(fit, method=replace(fit.method, correction=correction), rule=f"{fit.rule}, corrected")
 
 
 def divergence_of_fit(fit: Fit) -> float:

@@ -62,6 +62,19 @@ def _integers(name: str, values: Any) -> Tensor:
     return found.long()
 
 
+def part_of(batch: Batch, rows: Any) -> dict[str, Tensor]:
+    """Some rows of a batch, without the columns that are padding in all of them; ``rows`` is whatever indexes them."""
+    filled = batch["attention_mask"][rows].any(0).nonzero()
+    columns = slice(int(filled[0]), int(filled[-1]) + 1)
+    return {name: x[rows][:, columns] if x.shape == batch["input_ids"].shape else x[rows] for name, x in batch.items()}
+
+
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What a model is called with: a batch without its labels, on the model's device."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: batch[name].to(device) for name in names if name in batch}
+
+
 def as_rows(examples: Examples) -> list[dict[str, Tensor]]:
     """One dictionary for each tokenized text, without padding; arguments and errors as :func:`as_batch`."""
     batch = as_batch(examples, 0)

@@ -4,7 +4,7 @@ A schedule says in which layers tokens leave; its *strength* how many. Cutting e
 wanted fraction, with everything before it already removed, gives thresholds whose cost is known before they are used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from token_pruning.budget.examples import Batch
+from token_pruning.budget.examples import Batch, model_inputs, part_of
 from token_pruning.budget.schedules import Schedule
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
@@ -90,12 +90,12 @@ def fit_to_budget(
     Returns:
         The fit, or None where the schedule costs more whatever its strength.
     """
-    aim = target
+    aim, predict = target, _prediction(model, batch)
     best: Fit | None = None
     for _ in range(4):
-        strength = _strength(model, batch, schedule, aim)
+        strength = _strength(predict, schedule, aim)
         if strength is None:
-            if best is None and predicted_flops(model, batch, schedule.profile(1.0)) > target + tolerance:
+            if best is None and predict(schedule.profile(1.0)) > target + tolerance:
                 return None
             strength = 1.0
         fit = fit_profile(model, batch, schedule, strength)
@@ -141,31 +141,39 @@ def profile_of(model: Any, batch: Batch) -> Schedule:
 
 def predicted_flops(model: Any, batch: Batch, profile: Sequence[float]) -> float:
     """Relative FLOPs of a profile, every sequence keeping the same fraction; arguments as :func:`fit_to_budget`."""
+    return _prediction(model, batch)(profile)
+
+
+def _prediction(model: Any, batch: Batch) -> Callable[[Sequence[float]], float]:
+    """:func:`predicted_flops` of many profiles: what enters is the same for all."""
     attachment = attachment_of(model)
-    device = attachment.model.device
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    packed = attachment.pack(**inputs)
+    packed = attachment.pack(**{**model_inputs(batch, attachment.model.device), "token_type_ids": None})
     selection = select(packed, attachment.token_pruner.pruner)
     packed = packed if selection is None else selection.tokens
     entering, *_ = attachment.token_pruner.enter(packed)
     shape, lengths = attachment.shape, entering.lengths_tensor.double()
     summaries = {"none": 0, "shared": 1, "segment": 2}[_summaries(model)]
-    left = [lengths]
-    for layer, kept in enumerate((*profile, *[profile[-1]] * (shape.num_layers - len(profile))), start=1):
-        tokens = 1 + kept * (lengths - 1)
-        extra = summaries if kept < 1 and layer < shape.num_layers else 0
-        left.append(torch.minimum(tokens + extra, lengths))
     method, reads = attachment.token_pruner.pruner, attachment.reads
     probed = method.probes.layers if method.probes is not None else ()
     unread = (reads == "first" or method.departed == "survivors") and not summaries
-    cost = relative_flops(
-        shape,
-        packed.layout.lengths_tensor,
-        torch.stack(left),
-        first_only=reads == "first",
-        dropped_are_joined=[not unread or layer in probed for layer in range(1, shape.num_layers + 1)],
-    )
-    return float(cost)
+    joined = [not unread or layer in probed for layer in range(1, shape.num_layers + 1)]
+
+    def predict(profile: Sequence[float]) -> float:
+        left = [lengths]
+        for layer, kept in enumerate((*profile, *[profile[-1]] * (shape.num_layers - len(profile))), start=1):
+            tokens = 1 + kept * (lengths - 1)
+            extra = summaries if kept < 1 and layer < shape.num_layers else 0
+            left.append(torch.minimum(tokens + extra, lengths))
+        cost = relative_flops(
+            shape,
+            packed.layout.lengths_tensor,
+            torch.stack(left),
+            first_only=reads == "first",
+            dropped_are_joined=joined,
+        )
+        return float(cost)
+
+    return predict
 
 
 def default_keep_rate(model: Any, batch: Batch, target: float) -> float:
@@ -275,16 +283,16 @@ def _summaries(model: nn.Module) -> SummaryTokens:
     return attachment_of(model).token_pruner.pruner.summary_tokens
 
 
-def _strength(model: Any, batch: Batch, schedule: Schedule, target: float) -> float | None:
+def _strength(predict: Callable[[Sequence[float]], float], schedule: Schedule, target: float) -> float | None:
     """The strength that is predicted to cost ``target``, or None where even 1 costs more."""
-    if predicted_flops(model, batch, schedule.profile(1.0)) > target:
+    if predict(schedule.profile(1.0)) > target:
         return None
     low, high = 0.0, 1.0
-    if predicted_flops(model, batch, schedule.profile(0.0)) <= target:
+    if predict(schedule.profile(0.0)) <= target:
         return 0.0
     for _ in range(40):
         middle = (low + high) / 2
-        if predicted_flops(model, batch, schedule.profile(middle)) > target:
+        if predict(schedule.profile(middle)) > target:
             low = middle
         else:
             high = middle
@@ -299,9 +307,7 @@ def outputs_of(model: Any, batch: Batch) -> Tensor:
         Logits ``[n, labels]``; pooled vectors ``[n, hidden]`` of a model without a head whose mean or first state is
         read. Other numbers that are not logits of classes, an answer's start and end, hidden states, are ``[n, 1]``.
     """
-    device = attachment_of(model).model.device
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    inputs = {name: batch[name].to(device) for name in names if name in batch}
+    inputs = model_inputs(batch, attachment_of(model).model.device)
     output = model(**inputs)
     mask = inputs["attention_mask"]
     valid = mask.bool()
@@ -328,9 +334,6 @@ def outputs_in_parts(model: Any, batch: Batch) -> Tensor:
     for end, length in enumerate([*lengths, _PASS_TOKENS], start=1):
         tokens += length
         if tokens > _PASS_TOKENS and end - 1 > start:
-            part = {name: values[start : end - 1] for name, values in batch.items()}
-            columns = part["attention_mask"].any(0).nonzero()
-            used = slice(int(columns[0]), int(columns[-1]) + 1)
-            parts.append(outputs_of(model, {name: x[:, used] if x.dim() == 2 else x for name, x in part.items()}))
+            parts.append(outputs_of(model, part_of(batch, slice(start, end - 1))))
             start, tokens = end - 1, length
     return torch.cat(parts)

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from token_pruning.budget.examples import Batch
+from token_pruning.budget.examples import Batch, model_inputs, part_of
 from token_pruning.budget.ridge import Ridge
 from token_pruning.ragged import LogitTerms
 from token_pruning.runtime.departed import LastStates
@@ -288,9 +288,5 @@ def _batches(model: Any, batch: Batch, tokens: int) -> Iterator[dict[str, Tensor
             if end > start and longest * (end + 1 - start) > tokens:
                 break
             end += 1
-        rows = order[start:end]
+        yield model_inputs(part_of(batch, order[start:end]), device)
         start = end
-        filled = batch["attention_mask"][rows].any(0).nonzero()
-        columns = slice(int(filled[0]), int(filled[-1]) + 1)
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        yield {name: batch[name][rows, columns].to(device) for name in names if name in batch}

@@ -12,7 +12,7 @@ from token_pruning.budget.schedules import Schedule, schedules
 from token_pruning.pruners import DepartureMaps, FixedThreshold, Probes
 from token_pruning.pruners.fitted import Departed, Protected, ReceivedFrom
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what must be saved, what the vocabulary gate saves
+_SHARES = (0.0, 0.25, 0.5, 0.75)  # of what must be saved, what the vocabulary gate saves
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequen
     steps = [step(cut, layers) for cut in cuts]
     found = [
         replace(best, gate=gate, schedule=schedule, departed=counts)
-        for gate, schedule, counts in product(SHARES[:-1], steps, departed)
+        for gate, schedule, counts in product(_SHARES, steps, departed)
     ]
     return [rule for rule in found if rule != best]
 
