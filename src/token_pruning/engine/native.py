@@ -434,9 +434,8 @@ class NativeEncoder:
         """
         layout, layers = tokens.layout, self.shape.num_layers
         cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
-        filled = cu_seqlens.diff() > 0
-        if not bool(filled.all()):  # the native side knows no empty sequences
-            cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][filled]])
+        if 0 in layout.lengths:  # the native side knows no empty sequences
+            cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][cu_seqlens.diff() > 0]])
         total, sequences = layout.total, cu_seqlens.numel() - 1
         rows, size = sequences if first_only else total, self.shape.hidden_size
         method = token_pruner.pruner

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.ragged import NO_TERMS, LogitTerms, PackedTokens
+from token_pruning.ragged.layout import computed_once
 
 Reads = Literal["first", "mean", "all"]
 
@@ -163,6 +164,11 @@ class Family(ABC):
         """From arguments of the base model's forward, by name, to those of ``pack_inputs``."""
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
         return {name: options.get(name) for name in names}
+
+    @computed_once
+    def max_positions(self) -> int | None:
+        """Of the model's shape, which takes a while to read from a config."""
+        return self.shape(self.config).max_positions
 
     @property
     def layers(self) -> Sequence[nn.Module]:

@@ -1,6 +1,6 @@
 """A batch of token ids without padding."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -39,4 +39,4 @@ class PackedTokens:
         """The same with int32 numbers."""
         types = None if self.token_types is None else self.token_types.int()
         ids = None if self.ids is None else self.ids.int()
-        return replace(self, ids=ids, positions=self.positions.int(), token_types=types)
+        return PackedTokens(ids, self.positions.int(), types, self.layout, embeds=self.embeds)

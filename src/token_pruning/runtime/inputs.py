@@ -33,7 +33,7 @@ def check_arguments(family: Family, options: Mapping[str, Any], head: type | Non
         ConfigError: for an argument that the family refuses, or that the model does not have.
     """
     cls = type(family.base) if head is None else head
-    known = _ALWAYS_TAKEN | _arguments(type(family.base)) | _arguments(cls)
+    known = _known(type(family.base), cls)
     for name, value in options.items():
         if value is None:
             continue
@@ -49,13 +49,14 @@ def check_arguments(family: Family, options: Mapping[str, Any], head: type | Non
             raise ConfigError(f"{name} is given; a {cls.__name__} has no such argument: {hint}")
 
 
-_ARGUMENTS: dict[type, frozenset[str]] = {}  # torch.compile warns of a functools.cache
+_KNOWN: dict[tuple[type, type], frozenset[str]] = {}  # torch.compile warns of a functools.cache
 
 
-def _arguments(cls: Any) -> frozenset[str]:
-    if cls not in _ARGUMENTS:
-        _ARGUMENTS[cls] = frozenset(inspect.signature(cls.forward).parameters) - {"self", "kwargs"}
-    return _ARGUMENTS[cls]
+def _known(base: Any, head: Any) -> frozenset[str]:
+    if (base, head) not in _KNOWN:
+        names = {name for cls in (base, head) for name in inspect.signature(cls.forward).parameters}
+        _KNOWN[base, head] = frozenset((names | _ALWAYS_TAKEN) - {"self", "kwargs"})
+    return _KNOWN[base, head]
 
 
 def pack_inputs(
@@ -94,10 +95,12 @@ def pack_inputs(
     shape, device = given.shape[:2], given.device
     if not shape[1]:
         raise ConfigError(f"the input has shape {list(shape)}, without a place for any token")
-    everything = torch.ones(shape, dtype=torch.bool, device=device)
-    mask = everything if attention_mask is None else _valid(attention_mask, given)
+    if attention_mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+    else:
+        mask = _valid(attention_mask, given)
     layout = layout_from_mask(mask)
-    most = family.shape(family.config).max_positions
+    most = family.max_positions
     longest = max(layout.lengths, default=0) if shape[1] > min(most or shape[1], max_tokens or shape[1]) else 0
     some_chosen = max_tokens is not None and longest > max_tokens
     if some_chosen and position_ids is not None:
@@ -166,8 +169,8 @@ def _valid(attention_mask: Any, given: Tensor) -> Tensor:
         raise ConfigError(f"attention_mask has shape {found}; it must be {list(shape)}, as the input")
     mask = attention_mask.to(given.device, torch.bool)
     if attention_mask.device.type == "cpu" and attention_mask.dtype != torch.bool and not torch.compiler.is_compiling():
-        odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
-        if odd.numel():
+        if not torch.equal(attention_mask, mask.to(attention_mask.dtype)):
+            odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
             raise ConfigError(f"attention_mask holds {odd[0].item():g}; it must be 1 for a token and 0 for padding")
     return mask
 
