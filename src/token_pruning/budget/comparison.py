@@ -28,7 +28,7 @@ from token_pruning.budget.fitting import (
 )
 from token_pruning.budget.observation import Observed, observe
 from token_pruning.budget.ridge import Ridge
-from token_pruning.budget.rules import Rule, first_rules, further_rules, received_rules
+from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.engine.compiled import native_encoder
@@ -224,7 +224,9 @@ class Comparison:
         departed = self._departed()
         cuts = self.cuts
         compare(first_rules(layers, pairs, departed), "who decides")
-        best = compare(received_rules(self.plan.schedules), "attention received")
+        best = compare(received_rules(self.plan.schedules, QUERY if pairs else ()), "attention received")
+        if best is None and pairs:  # short passages leave too little beside a long query
+            best = compare(received_rules(self.plan.schedules), "attention received, queries too")
         if best is None:
             raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
         compare(further_rules(best, layers, cuts, departed), "after which layers")

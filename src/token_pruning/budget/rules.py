@@ -12,6 +12,7 @@ from token_pruning.budget.schedules import Schedule, schedules
 from token_pruning.pruners import DepartureMaps, FixedThreshold, Probes
 from token_pruning.pruners.fitted import Departed, Protected, ReceivedFrom
 
+QUERY: tuple[Protected, ...] = ("first_segment", "separators")  # what never leaves in a ranking's pairs
 _SHARES = (0.0, 0.25, 0.5, 0.75)  # of what must be saved, what the vocabulary gate saves
 
 
@@ -80,9 +81,7 @@ def first_rules(layers: int, pairs: bool, departed: Sequence[Departed]) -> list[
         pairs: whether the examples are a ranking's pairs, whose first text is protected then.
         departed: what tokens that left may count as.
     """
-    protections: tuple[tuple[Protected, ...], ...] = ((), ("separators",))
-    if pairs:
-        protections = (("first_segment", "separators"),)
+    protections: tuple[tuple[Protected, ...], ...] = (QUERY,) if pairs else ((), ("separators",))
     early = step(min(2, layers), layers)
     found = []
     for protect, counts in product(protections, departed):
@@ -110,10 +109,10 @@ def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequen
     return [rule for rule in found if rule != best]
 
 
-def received_rules(searched: Sequence[Schedule]) -> Iterator[Rule]:
+def received_rules(searched: Sequence[Schedule], protect: tuple[Protected, ...] = ()) -> Iterator[Rule]:
     """Attention received by every schedule, as published: what left counts as its state."""
     for schedule in searched:
-        yield Rule("attention", 0.0, schedule, False, "all", (), "state")
+        yield Rule("attention", 0.0, schedule, False, "all", protect, "state")
 
 
 def step(layer: int, layers: int) -> Schedule:

@@ -168,10 +168,11 @@ def _valid(attention_mask: Any, given: Tensor) -> Tensor:
         found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ConfigError(f"attention_mask has shape {found}; it must be {list(shape)}, as the input")
     mask = attention_mask.to(given.device, torch.bool)
-    if attention_mask.device.type == "cpu" and attention_mask.dtype != torch.bool and not torch.compiler.is_compiling():
-        if not torch.equal(attention_mask, mask.to(attention_mask.dtype)):
-            odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
-            raise ConfigError(f"attention_mask holds {odd[0].item():g}; it must be 1 for a token and 0 for padding")
+    if attention_mask.device.type != "cpu" or attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return mask
+    if not torch.equal(attention_mask, mask.to(attention_mask.dtype)):
+        odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
+        raise ConfigError(f"attention_mask holds {odd[0].item():g}; it must be 1 for a token and 0 for padding")
     return mask
 
 
