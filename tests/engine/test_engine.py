@@ -559,12 +559,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("head", ["mean", "choice"])
-def test_a_head_that_pools_a_padded_batch_is_not_run_packed(head: str) -> None:
-    model = (
-        tiny_model("modernbert", classifier_pooling="mean")
-        if head == "mean"
-        else hf.BertForMultipleChoice(tiny_config("bert")).eval()
-    )
-    with pytest.raises(tp.ConfigError, match="whose head pools a padded batch"):
+def test_multiple_choice_needs_a_padded_batch() -> None:
+    model = hf.BertForMultipleChoice(tiny_config("bert")).eval()
+    with pytest.raises(tp.ConfigError, match="whose head needs a padded batch"):
         tp.compile(model, "float32").run_packed(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]))
+
+
+def test_a_head_that_pools_gives_a_text_the_same_in_any_company() -> None:
+    model = tiny_model("modernbert", classifier_pooling="mean")
+    tp.prune(model, tp.FixedThreshold(thresholds=[0.8] * 4, scoring_mode="relative"))
+    engine = tp.compile(model, "float32")
+    batch = ragged_batch([9, 30, 2])
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    together = engine.run_packed(ids[mask], cu_seqlens).logits
+    assert_close(together, engine(**batch).logits, 1e-5)
+    assert_close(together, model(**batch).logits, 1e-4)
+    for text in range(3):
+        alone = engine.run_packed(ids[text][mask[text]], torch.tensor([0, int(mask[text].sum())])).logits
+        assert_close(alone, together[text : text + 1], 1e-5)

@@ -200,6 +200,17 @@ def test_a_model_of_a_family_without_native_kernels(home: Path, tmp_path: Path) 
     assert furthest(fast.encode(TEXTS), model.encode(TEXTS)) < 1e-4
 
 
+def test_a_ranker_whose_head_pools(home: Path, tmp_path: Path) -> None:
+    config = tiny_config("modernbert", classifier_pooling="mean", num_labels=1)
+    hf.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    hf.AutoTokenizer.from_pretrained(home / "ranker").save_pretrained(tmp_path)
+    model = tp.prune(ranker(tmp_path, ""), tp.RelativeThreshold(token_threshold=0.3))
+    fast = tp.compile(model, dtype="float32")
+    scores = fast.predict(PAIRS)
+    assert furthest(scores, model.predict(PAIRS)) < 1e-4
+    assert furthest(fast.predict(PAIRS[3:4]), scores[3:4]) < 1e-5
+
+
 def test_forward_and_other_ways_in(home: Path) -> None:
     model = tp.prune(embedder(home), PRUNER)
     fast = tp.compile(model)

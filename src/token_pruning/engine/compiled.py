@@ -21,7 +21,7 @@ from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
 from token_pruning.pruners import Unpruned
-from token_pruning.ragged import Layout
+from token_pruning.ragged import Layout, layout_from_mask
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import MODULE_NAME
 from token_pruning.runtime.departed import Departures
@@ -33,8 +33,10 @@ from token_pruning.runtime.token_pruner import TokenPruner
 
 EngineDtype = Literal["auto", "float32", "bfloat16", "int8"]
 
-# The forward keyword arguments by which run_packed asks for packed states, and run_pooled for one vector a text.
+# The forward keyword arguments by which run_packed asks for packed states, or brings those of one text, and run_pooled
+# asks for one vector a text.
 _PACKED = "token_pruning_packed"
+_STATES = "token_pruning_states"
 _POOLED = "token_pruning_pooled"
 
 
@@ -197,9 +199,8 @@ class Engine:
         # A head that reads first tokens is given one state per sequence even where all states are computed.
         self._one_each = self._first_only or (model is not base and family.reads(model) == "first")
         name = type(model).__name__
-        self._needs_padding = name.endswith("ForMultipleChoice") or (
-            model is not base and not self._one_each and name.endswith(family.first_token_heads)
-        )
+        self._needs_padding = name.endswith("ForMultipleChoice")
+        self._pools = model is not base and not self._one_each and name.endswith(family.first_token_heads)
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         pruner = self.token_pruner.pruner
         needs_embeddings = bool(pruner.vocabulary_threshold) and reads != "first" and pruner.departed != "survivors"
@@ -286,17 +287,29 @@ class Engine:
             The model's output class. What the padded call returns as ``[batch, width, …]`` is ``[tokens, …]`` here.
 
         Raises:
-            ConfigError: as the padded call, for ``cu_seqlens`` that do not fit ``input_ids``, and for a head that pools
-                a padded batch.
+            ConfigError: as the padded call, for ``cu_seqlens`` that do not fit ``input_ids``, and for multiple choice.
         """
         if self._needs_padding:
-            raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head pools a padded batch")
-        output = self._head(**self._padded(input_ids, cu_seqlens, token_type_ids, position_ids), **{_PACKED: True})
+            raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head needs a padded batch")
+        inputs = self._padded(input_ids, cu_seqlens, token_type_ids, position_ids)
+        if self._pools:
+            return self._text_by_text(inputs, cu_seqlens.diff().tolist())
+        output = self._head(**inputs, **{_PACKED: True})
         if not self._one_each:
             for name in list(output):  # heads saw one long sequence [1, tokens]
                 if name != "pooler_output":
                     output[name] = output[name].squeeze(0)
         return output
+
+    def _text_by_text(self, inputs: dict[str, Tensor], lengths: list[int]) -> Any:
+        """The output of a head that pools: it sees one text at a time, and so sums over its own tokens alone."""
+        states = self._head.base_model(**inputs, **{_POOLED: "states"}).states
+        outputs = []
+        for text, own in enumerate(torch.split(states, lengths)):
+            places = inputs["attention_mask"][text]
+            alone = {name: values[text][places][None] for name, values in inputs.items()}
+            outputs.append(self._head(**alone, **{_STATES: own}))
+        return type(outputs[0])(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]})
 
     @memory_errors()
     @torch.inference_mode()
@@ -406,6 +419,10 @@ class _CompiledBase(nn.Module):
         **kwargs: Any,
     ) -> Any:
         packed, pooled = kwargs.pop(_PACKED, False), kwargs.pop(_POOLED, None)
+        known: Tensor | None = kwargs.pop(_STATES, None)
+        if known is not None:
+            layout = layout_from_mask(torch.ones(1, known.shape[0], dtype=torch.bool, device="cpu"))
+            return self._output(known, layout, packed, kwargs.get("return_dict"))
         self._check_options(input_ids, kwargs)
         for name, value in (
             ("input_ids", input_ids),
