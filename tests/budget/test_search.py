@@ -1,6 +1,6 @@
 """The search of calibrate: its budget holds on other texts, whatever the model; what it protects, divides and says."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.budget.test_divergence import queries_and_passages
-from tests.tiny import ragged_batch, tiny_model
+from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import comparison
 from token_pruning.budget.comparison import _divided
 from token_pruning.budget.fitting import Fit, using
@@ -213,3 +213,23 @@ def test_a_fit_gives_back_the_method_it_was_made_for() -> None:
         assert fit.pruner.thresholds == fit.thresholds
         for name in ("vocabulary", "probes", "maps", "correction", "protect", "received_from", "departed"):
             assert getattr(fit.pruner, name) == getattr(fit.method, name)
+
+
+@pytest.mark.parametrize("kind", ["mean", "reranker"])
+def test_what_is_said_of_a_candidate_is_what_its_thresholds_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[Any, Any, Tensor, Tensor]] = []
+    own = comparison.Comparison._judged_with_outputs
+
+    def judge(self: Any, fit: Fit, rows: Tensor, dense: Tensor) -> Any:
+        found, outputs = own(self, fit, rows, dense)
+        again, fresh = own(self, replace(fit, outputs=None), rows, dense)
+        judged.append((found, again, outputs, fresh))
+        return found, outputs
+
+    monkeypatch.setattr(comparison.Comparison, "_judged_with_outputs", judge)
+    calibrated(kind, pairs(24, 0) if kind == "reranker" else texts(80, 0))
+    assert len(judged) > 10
+    for found, again, outputs, fresh in judged:
+        assert_close(outputs, fresh, 1e-6)
+        assert found.relative_flops_held_out == pytest.approx(again.relative_flops_held_out)
+        assert found.divergence == pytest.approx(again.divergence, abs=1e-6)

@@ -165,7 +165,7 @@ class Comparison:
         if fit is None:
             return None
         rule = f"{'the gate given, ' if threshold else ''}attention received {schedule.name}"
-        return self._judged(replace(fit, rule=rule), self.held_out, self.dense)
+        return self._judged(replace(fit, rule=rule, outputs=None), self.held_out, self.dense)
 
     # Everything: who decides, where, and what departed tokens count as.
 
@@ -296,28 +296,28 @@ class Comparison:
     def _fit(
         self, method: FixedThreshold, schedule: Schedule, target: float, rows: Tensor, tolerance: float
     ) -> Fit | None:
+        some = self._for_thresholds(rows)
         with using(self.model, method):
-            return fit_to_budget(self.model, self.part(self._for_thresholds(rows)), schedule, target, tolerance)
+            fit = fit_to_budget(self.model, self.part(some), schedule, target, tolerance)
+        return fit if fit is None or len(some) == len(rows) else replace(fit, outputs=None)
 
     def _for_thresholds(self, rows: Tensor) -> Tensor:
         lengths = self.batch["attention_mask"][rows].sum(1).cumsum(0)
         return rows[: max(32, int((lengths <= _FITTING_TOKENS).sum()))]
 
     def _judged(self, fit: Fit, rows: Tensor, dense: Tensor) -> Fit:
-        """With its cost and divergence on other examples."""
+        """With its cost and divergence on examples; where it has outputs, they are of these."""
         return self._judged_with_outputs(fit, rows, dense)[0]
 
     def _judged_with_outputs(self, fit: Fit, rows: Tensor, dense: Tensor) -> tuple[Fit, Tensor]:
         """The same, and what the pruned model gave."""
-        with using(self.model, fit.pruner), record(self.model) as trace:
-            outputs = outputs_in_parts(self.model, self.part(rows))
+        outputs, cost = fit.outputs, fit.relative_flops
+        if outputs is None:
+            with using(self.model, fit.pruner), record(self.model) as trace:
+                outputs = outputs_in_parts(self.model, self.part(rows))
+            cost = count_flops(self.model, trace).relative
         divergence, error = self.divergence.between(dense, outputs, self.divergence.groups[rows])
-        judged = replace(
-            fit,
-            relative_flops_held_out=count_flops(self.model, trace).relative,
-            divergence=divergence,
-            divergence_error=error,
-        )
+        judged = replace(fit, relative_flops_held_out=cost, divergence=divergence, divergence_error=error, outputs=None)
         return judged, outputs
 
     def _dense(self, rows: Tensor) -> Tensor:

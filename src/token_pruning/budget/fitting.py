@@ -48,6 +48,7 @@ class Fit:
         entering: the fraction of all tokens that it lets into the first layer.
         rule: what decides and what departed tokens count as, in words.
         method: the method they were fitted for, with thresholds of its own.
+        outputs: what the model gave on the examples while they were fitted, pruned by them; None if not known.
     """
 
     schedule: Schedule
@@ -62,6 +63,7 @@ class Fit:
     entering: float = 1.0
     rule: str = "attention received"
     method: Pruner | None = field(default=None, repr=False, compare=False)
+    outputs: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def pruner(self) -> FixedThreshold:
@@ -116,7 +118,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
     cutting = [layer for layer, (before, after) in enumerate(pairwise((1.0, *every)), start=1) if after < before]
     cut = _Cut(**{**settings_of(method), "scoring_mode": "relative", "prune_layers": cutting, "profile": every})
     with using(model, cut), record(model) as trace:
-        outputs_of(model, batch)
+        outputs = outputs_of(model, batch)
     return Fit(
         schedule,
         strength,
@@ -126,6 +128,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
         vocabulary_threshold=cut.vocabulary_threshold,
         method=method,
         entering=float(trace.attention_lengths[0].sum() / trace.input_lengths.sum()),
+        outputs=outputs,
     )
 
 
