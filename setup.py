@@ -13,15 +13,19 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/token_pruning/native")
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-# Files with flags of their own; GCC 12 warns of uninitialised values inside its own AVX-512 headers.
+# GCC 12 warns of uninitialised values inside its own AVX-512 headers.
+AVX512 = [
+    *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+]
+# Files with flags of their own.
 LEVELS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernels_avx512.cpp": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-    "kernels_amx.cpp": [
-        *AVX512,
-        *["-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-    ],
+    "kernels_avx_vnni.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
+    "kernels_avx512.cpp": AVX512,
+    "kernels_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -28,7 +28,7 @@ from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.library import KERNELS_VARIABLE, levels_here, load_library
 from token_pruning.errors import ConfigError
 from token_pruning.families import shape_of
 from token_pruning.lab.cli import main
@@ -151,7 +151,7 @@ def test_every_path_drops_the_same_tokens(family: str, head: str, summaries: Any
     tp.unprune(model)
     attach(model, tp.FixedThreshold(**SOME, summary_tokens=summaries))
     runs: list[Any] = [model]
-    for level in ("torch", *([LEVELS[load_library().tp_best_level()]] if load_library() else [])):
+    for level in ("torch", *levels_here(load_library())[-1:]):
         monkeypatch.setenv(KERNELS_VARIABLE, level)
         runs.append(tp.compile(model, "float32", threads=1))
     for run in runs:

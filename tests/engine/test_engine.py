@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -36,11 +37,12 @@ from tests.tiny import (
     tiny_model,
 )
 from token_pruning.engine import compiled as compiling
-from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, check_interface, load_library
+from token_pruning.engine import native
+from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, check_interface, levels_here, load_library
 from token_pruning.ragged import PackedTokens, layout_from_mask
 
 LIBRARY = load_library()
-NATIVE = () if LIBRARY is None else LEVELS[: LIBRARY.tp_best_level() + 1]
+NATIVE = levels_here(LIBRARY)
 DTYPES = ("float32", "bfloat16", "int8")
 WORST = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}  # bfloat16 and int8 relative to the largest output
 PRUNERS = (
@@ -66,11 +68,22 @@ def tiled_model(family: str = "bert", head: str = "sequence", **overrides: Any) 
     return tiny_model(family, head, **{**sizes, "initializer_range": 0.05, **overrides})
 
 
+def own_levels(dtype: str) -> tuple[str, ...]:
+    """This processor's kernel levels that have products of their own for ``dtype``."""
+    return tuple(level for level in NATIVE if LIBRARY and LIBRARY.tp_describe(LEVELS.index(level), DTYPES.index(dtype)))
+
+
 def levels(dtype: str) -> tuple[str, ...]:
-    return NATIVE if dtype == "int8" else ("torch", *NATIVE)
+    return own_levels(dtype) if dtype == "int8" else ("torch", *own_levels(dtype))
 
 
 @pytest.fixture(params=["torch", *NATIVE])
+def any_level(request: Any, monkeypatch: Any) -> str:
+    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=levels("float32"))
 def level(request: Any, monkeypatch: Any) -> str:
     monkeypatch.setenv(KERNELS_VARIABLE, request.param)
     return str(request.param)
@@ -96,8 +109,8 @@ def test_the_library_was_built() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engine_equals_the_masked_reference(family: str, dtype: str, level: str) -> None:
-    if level not in levels(dtype):
+def test_engine_equals_the_masked_reference(family: str, dtype: str, any_level: str) -> None:
+    if any_level not in levels(dtype):
         return
     model, batch = tiled_model(family), ragged_batch(LENGTHS, family=family)
     for pruner in PRUNERS:
@@ -106,12 +119,12 @@ def test_engine_equals_the_masked_reference(family: str, dtype: str, level: str)
             reference = model(**batch).logits
         with pruned(model, method):
             engine = tp.compile(model, dtype, threads=1)
-        assert f"kernels: {'PyTorch' if level == 'torch' else level}" in engine.explain() or (
-            level == "amx" and dtype == "float32"
-        )
+        assert f"kernels: {'PyTorch' if any_level == 'torch' else any_level}" in engine.explain()
         with tp.record(engine) as actual:
             logits = engine(**batch).logits
-        assert_close(engine(**batch).logits, logits, WORST[dtype] if level == "torch" else 0, "recording changed it")
+        assert_close(
+            engine(**batch).logits, logits, WORST[dtype] if any_level == "torch" else 0, "recording changed it"
+        )
         if dtype == "float32":
             assert decision_margin(expected, 4) > 1e-6, "choose another threshold"
             assert same_survivors(actual, expected), pruner
@@ -220,17 +233,52 @@ def test_ragged_batches_equal_the_packed_model(
         {"hidden_size": 192, "num_attention_heads": 2, "intermediate_size": 320},
     ],
 )
-def test_sizes_that_fit_no_tile_go_to_another_level(sizes: dict[str, int], dtype: str, level: str) -> None:
-    if level not in levels(dtype):
+def test_sizes_that_fit_no_tile_go_to_another_level(sizes: dict[str, int], dtype: str, any_level: str) -> None:
+    if any_level not in levels(dtype):
         return
     model, batch = tiny_model(initializer_range=0.05, **sizes), ragged_batch((1, 20, 13))
     with torch.no_grad():
         reference = model(**batch).logits
     engine = tp.compile(model, dtype, threads=2)
     assert_close(engine(**batch).logits, reference, WORST[dtype] * max(1, reference.abs().max().item()))
-    if level == "amx" and dtype != "float32" and sizes["intermediate_size"] != 320:
+    if any_level == "amx" and dtype != "float32" and sizes["intermediate_size"] != 320:
         assert "amx kernels do not fit" in engine.explain()
         assert "kernels: avx512" in engine.explain()
+
+
+def test_a_level_without_products_of_the_dtype_takes_those_of_the_best_below(monkeypatch: Any) -> None:
+    for level in NATIVE:
+        monkeypatch.setenv(KERNELS_VARIABLE, level)
+        for dtype in DTYPES:
+            own = [name for name in own_levels(dtype) if LEVELS.index(name) <= LEVELS.index(level)][-1]
+            text = tp.compile(tiled_model(), dtype).explain()
+            assert f"kernels: {own}, " in text
+            assert (f"{level} has no {dtype} products of its own" in text) == (own != level)
+
+
+@pytest.mark.skipif("avx512_bf16" not in NATIVE, reason="no AVX-512 BF16")
+def test_bfloat16_products_are_used_where_they_pay(monkeypatch: Any) -> None:
+    model, batch = tiled_model(), ragged_batch(LENGTHS)
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    assert 0.1 < native._bfloat16_gain() < 10
+    found = {}
+    monkeypatch.setattr(native, "levels_here", lambda library: NATIVE[: NATIVE.index("avx512_bf16") + 1])
+    monkeypatch.setattr(compiling, "level_limit", lambda library: LEVELS.index("avx512_bf16"))
+    for gain, level in ((1.05, "avx512"), (1.2, "avx512_bf16")):
+        monkeypatch.setattr(native, "_bfloat16_gain", lambda gain=gain: gain)
+        engine = tp.compile(model, "bfloat16")
+        text = engine.explain()
+        assert f"kernels: {level}, " in text
+        assert f"were {gain:.2f} times as fast" in text
+        assert "limits kernels" not in text
+        found[level] = engine(**batch).logits
+        copied = pickle.loads(pickle.dumps(engine))  # which is not asked again, and gives the same bits
+        assert torch.equal(copied(**batch).logits, found[level])
+        assert "times as fast" not in copied.explain()
+    assert not torch.equal(found["avx512"], found["avx512_bf16"])
+    monkeypatch.setenv(KERNELS_VARIABLE, "avx512_bf16")
+    monkeypatch.setattr(native, "_bfloat16_gain", None)  # nor where the level is named
+    assert torch.equal(tp.compile(model, "bfloat16")(**batch).logits, found["avx512_bf16"])
 
 
 def test_what_the_padded_call_takes() -> None:
@@ -453,12 +501,12 @@ def test_bad_settings(monkeypatch: Any, model: Any) -> None:
 
 def test_a_level_the_processor_lacks(monkeypatch: Any, model: Any) -> None:
     class OldProcessor:
-        def tp_best_level(self) -> int:
-            return 1
+        def tp_has_level(self, level: int) -> bool:
+            return level < 2
 
     monkeypatch.setenv(KERNELS_VARIABLE, "amx")
     monkeypatch.setattr(compiling, "load_library", OldProcessor)
-    with pytest.raises(tp.ConfigError, match="is 'amx'; this processor's best level is 'avx2'"):
+    with pytest.raises(tp.ConfigError, match="is 'amx'; this processor has portable, avx2"):
         tp.compile(model)
 
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 import token_pruning as tp
-from tests.engine.test_engine import DTYPES, NATIVE, tiled_model
+from tests.engine.test_engine import DTYPES, own_levels, tiled_model
 from tests.tiny import assert_close, pruned, ragged_batch
 from token_pruning.engine import native
 from token_pruning.engine.library import KERNELS_VARIABLE, load_library, sized
 
 LENGTHS = (5, 40, 1, 17)
 SPECIAL_ID = 7  # a word that the tests below make special
-EVERYWHERE = [(level, dtype) for level in NATIVE for dtype in DTYPES]
+EVERYWHERE = [(level, dtype) for dtype in DTYPES for level in own_levels(dtype)]
 PLACES = (
     "embeddings.position_embeddings.weight",
     "embeddings.LayerNorm.bias",
@@ -179,7 +179,7 @@ def test_a_result_is_the_same_to_the_last_bit_in_any_batch_and_with_any_threads(
         assert torch.equal(engines[0](**{name: x[order] for name, x in batch.items()}).logits, together[order])
 
 
-@pytest.mark.parametrize("level", NATIVE)
+@pytest.mark.parametrize("level", own_levels("float32"))
 def test_heads_wider_than_256(level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
     model, batch = small_model(hidden_size=600, num_attention_heads=2), ragged_batch(LENGTHS)
@@ -364,9 +364,13 @@ def workspace_formula(lengths: tuple[int, ...], model: Any, level: str, dtype: s
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     total, longest = sum(lengths), max(lengths)
     rows = -(-min(total, max(192, longest)) // 32) * 32
-    panel = {"portable": 8, "avx2": 16, "avx512": 32}[level]
+    panel = {"portable": 8, "avx2": 16, "avx_vnni": 16}.get(level, 32)
     step, wide = 256, 4
     packed = rows * 4 * (-(-hidden // step) * step + -(-inner // step) * step)
+    if dtype == "int8":  # a block of 768 bytes holds them
+        packed = rows * 768 * 2
+    if level == "avx512_bf16":
+        packed = rows * 768 * 2
     of_thread = rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed
     if dtype == "int8":
         of_thread += rows * inner * wide
@@ -375,20 +379,19 @@ def workspace_formula(lengths: tuple[int, ...], model: Any, level: str, dtype: s
     return total * ((8 + wide) * hidden + 40) + len(lengths) * 64 + threads * (of_thread + scratch + attention) + 65536
 
 
-@pytest.mark.parametrize("level", [level for level in NATIVE if level != "amx"])
+@pytest.mark.parametrize(("level", "dtype"), [(level, dtype) for level, dtype in EVERYWHERE if level != "amx"])
 @pytest.mark.parametrize("lengths", [(1,), (5, 40), (250,), (60,) * 30])
-def test_the_memory_of_a_call_is_what_the_formula_says(level: str, lengths: tuple[int, ...], monkeypatch: Any) -> None:
+def test_the_memory_of_a_call_is_what_the_formula_says(
+    level: str, dtype: str, lengths: tuple[int, ...], monkeypatch: Any
+) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
-    for dtype in DTYPES:
-        model = small_model(max_position_embeddings=260)
-        engine: Any = tp.compile(model, dtype, threads=1)
-        asked: list[int] = []
-        monkeypatch.setattr(native, "Workspace", _measured(asked))
-        engine(**ragged_batch(lengths))
-        monkeypatch.undo()
-        monkeypatch.setenv(KERNELS_VARIABLE, level)
-        allowed = workspace_formula(lengths, model, level, dtype, 1)
-        assert allowed / 2 < asked[0] + 65536 and asked[0] < allowed, dtype
+    model = small_model(max_position_embeddings=260)
+    engine: Any = tp.compile(model, dtype, threads=1)
+    asked: list[int] = []
+    monkeypatch.setattr(native, "Workspace", _measured(asked))
+    engine(**ragged_batch(lengths))
+    allowed = workspace_formula(lengths, model, level, dtype, 1)
+    assert allowed / 2 < asked[0] + 65536 and asked[0] < allowed
 
 
 def _measured(asked: list[int]) -> Any:

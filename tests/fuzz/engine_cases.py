@@ -31,7 +31,7 @@ from tests.tiny import (
     same_survivors,
     tiny_config,
 )
-from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, LEVELS, load_library
+from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, levels_here, load_library
 from token_pruning.families import Reads, shape_of
 from token_pruning.runtime.prune import reads_of
 
@@ -305,8 +305,7 @@ def run_group(seed: int, group: int, tally: Tally) -> None:
 
 def engines_of(model: Any, pruner: tp.Pruner, reads: Reads, rng: random.Random) -> dict[str, Any]:
     """One for every kernel level, one on PyTorch, and some in lower precision; those that the family has."""
-    library = load_library()
-    levels = LEVELS[: 1 + (-1 if library is None else int(library.tp_best_level()))]
+    levels = levels_here(load_library())
     asked = [(level, "float32") for level in (*levels, "torch")]
     for dtype in DTYPES:
         if dtype != "float32" and levels:

@@ -85,6 +85,7 @@ static float from_half(uint16_t h) {
 struct Candidate {
     const Kernels* kernels;
     Dtype dtype;
+    int level;
     std::string name() const {
         const char* names[] = {"float32", "bfloat16", "int8"};
         return std::string(kernels->level) + " " + names[(int)dtype];
@@ -92,15 +93,19 @@ struct Candidate {
     double tolerance() const { return dtype == Dtype::float32 ? 1e-4 : dtype == Dtype::bfloat16 ? 2e-2 : 4e-2; }
 };
 
+// By level. build.sh gives AVX-VNNI's kernels the encoding of AVX-512, so that they are tested where that is.
+static const Kernels* (*const MAKERS[LEVELS])(Dtype) = {
+    portable_kernels,
+#if defined(TP_X86)
+    avx2_kernels,     avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels, avx512_bf16_kernels, amx_kernels,
+#endif
+};
+
 static std::vector<Candidate> levels() {
     std::vector<Candidate> all;
     for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::int8}) {
-        all.push_back({portable_kernels(dtype), dtype});
-#if defined(TP_X86)
-        if (best_level() >= AVX2) all.push_back({avx2_kernels(dtype), dtype});
-        if (best_level() >= AVX512) all.push_back({avx512_kernels(dtype), dtype});
-        if (best_level() >= AMX && amx_kernels(dtype)) all.push_back({amx_kernels(dtype), dtype});
-#endif
+        for (int level = PORTABLE; level < LEVELS; level++)
+            if (has_level(level) && MAKERS[level](dtype)) all.push_back({MAKERS[level](dtype), dtype, level});
     }
     return all;
 }
@@ -765,13 +770,9 @@ const char* tp_last_error();
 // Everything through the C interface. False as soon as something fails, which must be for want of memory alone.
 static bool use_interface(const Candidate& level, const Model& model) {
     const Shape& shape = model.shape;
-    const int best = best_level();
-    int number = PORTABLE;
-    for (int l = PORTABLE; l <= best; l++)
-        if (std::string(level.kernels->level) == (const char*[]){"portable", "avx2", "avx512", "amx"}[l]) number = l;
     std::unique_ptr<Encoder, void (*)(Encoder*)> encoder(
-        tp_encoder_new(number, (int)level.dtype, shape.layers, shape.hidden, shape.heads, shape.inner, shape.epsilon,
-                       0),
+        tp_encoder_new(level.level, (int)level.dtype, shape.layers, shape.hidden, shape.heads, shape.inner,
+                       shape.epsilon, 0),
         tp_encoder_free);
     if (!encoder) return false;
     Encoder* e = encoder.get();

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from token_pruning.checks import choice, positive_integer
 from token_pruning.engine.adapters import with_merged_adapters
 from token_pruning.engine.encoder import Encoder, TorchEncoder
-from token_pruning.engine.library import ACTIVATIONS, KERNELS_VARIABLE, level_limit, load_library, memory_errors
+from token_pruning.engine.library import (
+    ACTIVATIONS,
+    KERNELS_VARIABLE,
+    LEVELS,
+    level_limit,
+    load_library,
+    memory_errors,
+)
 from token_pruning.engine.machine import has_amx
 from token_pruning.engine.native import NativeEncoder
 from token_pruning.errors import ConfigError, UnsupportedModelError
@@ -103,11 +110,11 @@ def _make_encoder(
         reason = "the native library was not built"
     elif limit is None:
         reason = f"of {KERNELS_VARIABLE}=torch"
-    fast_bfloat16 = has_amx() and (limit is None or limit >= 3)
+    fast_bfloat16 = has_amx() and (limit is None or LEVELS[limit] == "amx")
     chosen = ("bfloat16" if fast_bfloat16 else "float32") if dtype == "auto" else dtype
     why = ""
     if dtype == "auto":
-        why = " (auto: the processor has AMX)" if fast_bfloat16 else " (auto: bfloat16 pays with AMX only)"
+        why = " (auto: the processor has AMX)" if fast_bfloat16 else " (auto: bfloat16 with AMX only)"
     lines = [f"dtype: {chosen}{why}", f"threads: {threads}"]
     native = native_encoder(family, embeddings, chosen, threads)
     if native is not None:

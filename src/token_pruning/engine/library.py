@@ -17,12 +17,14 @@ from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+"""Kernel levels, best last, as in native/cpu_level.h."""
+
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
 
 
@@ -77,7 +79,7 @@ def load_library() -> ctypes.CDLL | None:
     check_interface(library)
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "tp_last_error": (c_char_p, []),
-        "tp_best_level": (c_int, []),
+        "tp_has_level": (c_int, [c_int]),
         "tp_usable_cores": (c_int, []),
         "tp_choose_level": (c_int, [c_int] * 5),
         "tp_describe": (c_char_p, [c_int, c_int]),
@@ -117,20 +119,25 @@ def check_interface(library: Any) -> None:
         )
 
 
+def levels_here(library: ctypes.CDLL | None) -> tuple[str, ...]:
+    """The kernel levels of this processor, best last; none without a library."""
+    return () if library is None else tuple(name for i, name in enumerate(LEVELS) if library.tp_has_level(i))
+
+
 def level_limit(library: ctypes.CDLL | None) -> int | None:
     """The best kernel level that may be used, or None for none: the processor's, or ``TOKEN_PRUNING_KERNELS``.
 
     Raises:
         ConfigError: if the variable names no level, or one that this processor or installation does not have.
     """
-    best = -1 if library is None else int(library.tp_best_level())
+    here = levels_here(library)
     wanted = os.environ.get(KERNELS_VARIABLE)
     if not wanted:
-        return None if best < 0 else best
+        return LEVELS.index(here[-1]) if here else None
     if choice(KERNELS_VARIABLE, wanted, (*LEVELS, "torch")) == "torch":
         return None
-    if LEVELS.index(wanted) > best:
-        has = "no native kernels were built" if best < 0 else f"this processor's best level is {LEVELS[best]!r}"
+    if wanted not in here:
+        has = f"this processor has {', '.join(here)}" if here else "no native kernels were built"
         raise ConfigError(f"{KERNELS_VARIABLE} is {wanted!r}; {has}")
     return LEVELS.index(wanted)
 

@@ -40,13 +40,19 @@ void require(bool good, const char* message) {
 }
 
 const Kernels* kernels_at(int level, Dtype dtype) {
-    if (level > best_level() || dtype < Dtype::float32 || dtype > Dtype::int8) return nullptr;
+    if (!has_level(level) || dtype < Dtype::float32 || dtype > Dtype::int8) return nullptr;
     switch (level) {
 #if defined(TP_X86)
         case AMX:
             return amx_kernels(dtype);
+        case AVX512_BF16:
+            return avx512_bf16_kernels(dtype);
+        case AVX512_VNNI:
+            return avx512_vnni_kernels(dtype);
         case AVX512:
             return avx512_kernels(dtype);
+        case AVX_VNNI:
+            return avx_vnni_kernels(dtype);
         case AVX2:
             return avx2_kernels(dtype);
 #endif
@@ -87,11 +93,12 @@ struct Head {
 TP_EXPORT const char* tp_last_error() { return last_error; }
 
 // What Python must agree with: a number that changes with the interface, and the size of the one structure it fills.
-TP_EXPORT int tp_abi_version() { return 4; }
+TP_EXPORT int tp_abi_version() { return 5; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
 
-TP_EXPORT int tp_best_level() { return best_level(); }
+// Whether the processor has a level, by its number in cpu_level.h.
+TP_EXPORT int tp_has_level(int level) { return has_level(level); }
 
 // Cores that this thread may use now: its affinity mask and the control group's quota.
 TP_EXPORT int tp_usable_cores() { return usable_cores(); }

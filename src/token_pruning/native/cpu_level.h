@@ -3,9 +3,10 @@
 
 namespace tp {
 
-enum Level : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+// Best last. A processor may have a level and lack one below it: AVX-VNNI is for those without AVX-512.
+enum Level : int { PORTABLE, AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX, LEVELS };
 
-// The best level this processor and operating system allow. The first call asks the system for AMX.
-Level best_level();
+// Whether this processor and operating system have a level. The first call asks the system for AMX.
+bool has_level(int level);
 
 }  // namespace tp

@@ -57,8 +57,7 @@ Linear pack_linear(const Kernels& kernels, Slabs& slabs, const float* weight, co
         biases[i] = bias && (int)i < out ? bias[i] : 0.0f;
         if (scales) scales[i] = 0.0f;
     }
-    kernels.pack_weight(weight, in, out, packed, scales);
-    if (scales && scale) std::copy_n(scale, out, scales);
+    kernels.pack_weight(weight, scale, in, out, packed, scales);
     return {in, out, packed, biases, scales};
 }
 

@@ -71,7 +71,9 @@ struct Kernels {
     // A matrix that a level cannot hold (tiles need multiples of 32 or 64) goes to the next level.
     bool (*fits)(int hidden, int inner, int head_size);
     size_t (*weight_bytes)(int in, int out);
-    void (*pack_weight)(const float* weight, int in, int out, void* packed, float* scale);
+    // weight is [out, in]. int8: writes scale[out]; where `given` [out] is not null, the weight is whole numbers with
+    // these scales, as unpack_weight and the Linear have them, perhaps another level's.
+    void (*pack_weight)(const float* weight, const float* given, int in, int out, void* packed, float* scale);
     // The numbers that were packed, [out, in]: for int8 without their scale.
     void (*unpack_weight)(const void* packed, int in, int out, float* weight);
     size_t (*packed_rows_bytes)(int rows, int in);
@@ -92,10 +94,13 @@ struct Kernels {
     void (*leave)();
 };
 
-// Null where the library was built without the level.
+// Null where the level has nothing of its own for the dtype: the levels below it have.
 const Kernels* portable_kernels(Dtype);
 const Kernels* avx2_kernels(Dtype);
+const Kernels* avx_vnni_kernels(Dtype);
 const Kernels* avx512_kernels(Dtype);
+const Kernels* avx512_vnni_kernels(Dtype);
+const Kernels* avx512_bf16_kernels(Dtype);
 const Kernels* amx_kernels(Dtype);
 
 }  // namespace tp

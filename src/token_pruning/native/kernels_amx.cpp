@@ -107,14 +107,14 @@ static size_t weight_bytes(int in, int out) {
 
 // weight[out, in] → [panel][tile of inputs][half of the panel][row of GROUP inputs][column][GROUP]
 template <class T>
-static void pack_weight(const float* weight, int in, int out, void* packed, float* scale) {
+static void pack_weight(const float* weight, const float* given, int in, int out, void* packed, float* scale) {
     typedef typename T::Number Number;
     constexpr int GROUP = 4 / sizeof(Number);
     Number* to = (Number*)packed;
     for (int panel = 0; panel < out; panel += 32) {
-        RowScale rows[32] = {};
+        WeightRow rows[32] = {};
         for (int n = panel; scale && n < smaller(out, panel + 32); n++) {
-            rows[n - panel] = row_scale_of(most_bits(weight + (size_t)n * in, in));
+            rows[n - panel] = weight_row(weight + (size_t)n * in, in, 127, given ? given + n : nullptr);
             scale[n] = rows[n - panel].scale;
         }
         for (int k = 0; k < in; k += T::tile_k)
@@ -125,7 +125,7 @@ static void pack_weight(const float* weight, int in, int out, void* packed, floa
                             int n = panel + half * 16 + column;
                             float x = n < out ? weight[(size_t)n * in + k + row * GROUP + i] : 0.0f;
                             if (sizeof(Number) == 1)
-                                *to++ = (Number)(n < out ? whole_number(x, rows[n - panel]) : 0.0f);
+                                *to++ = (Number)(n < out ? rows[n - panel].whole(x) : 0.0f);
                             else
                                 *to++ = (Number)to_half(x);
                         }

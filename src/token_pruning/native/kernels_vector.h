@@ -1,11 +1,10 @@
-// Matrix products and attention in float32 vectors, for any sizes: AVX-512, AVX2 and plain C++ are this one file
-// compiled three times (kernels_avx512.cpp, kernels_avx2.cpp, kernels_portable.cpp).
+// Matrix products and attention in float32 vectors, for any sizes, compiled once for every level but AMX.
 //
 // Product. The weight is cut into panels of NR = 2·W columns, stored [panel][in][NR]; rows are packed in blocks of
 // DEPTH input columns, stored [in / DEPTH][rows][DEPTH], so that a row's numbers lie at compile-time offsets. One
 // panel's block of DEPTH rows (32 KiB with AVX-512) stays in the first-level cache while all packed rows pass by; MR
-// rows × NR columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16 and
-// int8 weights are widened to float32 once per block. int8 rows hold whole numbers; scales are applied to the sums.
+// rows × NR columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16
+// weights are widened to float32 once per block. int8 products are those of kernels_dot.h.
 //
 // Where the input is wide, 768 columns of it are multiplied with all panels before the next.
 //
@@ -89,12 +88,13 @@ using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5>;
 #endif
 
 // Rows of a step: as even as can be, since a last step of one or two rows would wait for its own sums.
-static inline int even_step(int rows) {
-    const int steps = (rows + MR - 1) / MR;
+static inline int even_step(int rows, int most = MR) {
+    const int steps = (rows + most - 1) / most;
     return (rows + steps - 1) / steps;
 }
 
-static bool fits(int, int, int) { return true; }
+// Levels with nothing but products of kernels_dot.h use none of these four.
+[[maybe_unused]] static bool fits(int, int, int) { return true; }
 
 template <class Weight>
 static size_t weight_bytes(int in, int out) {
@@ -105,30 +105,15 @@ static inline void convert(float x, float* to) { *to = x; }
 static inline void convert(float x, uint16_t* to) { *to = to_half(x); }
 
 template <class Weight>
-static void pack_weight(const float* weight, int in, int out, void* packed, float*) {
+static void pack_weight(const float* weight, const float*, int in, int out, void* packed, float*) {
     Weight* p = (Weight*)packed;
     for (int panel = 0; panel < out; panel += NR)
         for (int k = 0; k < in; k++)
             for (int n = panel; n < panel + NR; n++) convert(n < out ? weight[(size_t)n * in + k] : 0.0f, p++);
 }
 
-static void pack_weight_int8(const float* weight, int in, int out, void* packed, float* scale) {
-    int8_t* p = (int8_t*)packed;
-    for (int panel = 0; panel < out; panel += NR) {
-        RowScale rows[NR] = {};
-        for (int n = panel; n < smaller(out, panel + NR); n++) {
-            rows[n - panel] = row_scale_of(most_bits(weight + (size_t)n * in, in));
-            scale[n] = rows[n - panel].scale;
-        }
-        for (int k = 0; k < in; k++)
-            for (int n = panel; n < panel + NR; n++)
-                *p++ = n < out ? (int8_t)whole_number(weight[(size_t)n * in + k], rows[n - panel]) : 0;
-    }
-}
-
 static inline float convert_back(float x) { return x; }
 static inline float convert_back(uint16_t x) { return to_float(x); }
-static inline float convert_back(int8_t x) { return x; }
 
 template <class Weight>
 static void unpack_weight(const void* packed, int in, int out, float* weight) {
@@ -139,31 +124,22 @@ static void unpack_weight(const void* packed, int in, int out, float* weight) {
                 weight[(size_t)n * in + k] = convert_back(p[n - panel]);
 }
 
-static size_t packed_rows_bytes(int rows, int in) { return round_up(in, DEPTH) * rows * sizeof(float); }
+[[maybe_unused]] static size_t packed_rows_bytes(int rows, int in) {
+    return round_up(in, DEPTH) * rows * sizeof(float);
+}
 
-template <bool QUANTIZE>
-static void pack_rows(const void* source, bool, size_t stride, const int* index, int begin, int end, int rows, int in,
-                      void* packed, float* row_scale) {
+[[maybe_unused]] static void pack_rows(const void* source, bool, size_t stride, const int* index, int begin, int end,
+                                       int rows, int in, void* packed, float*) {
     for (int r = begin; r < end; r++) {
         const float* x = (const float*)source + (size_t)(index ? index[r] : r) * stride;
-        float factor = 1;
-        if (QUANTIZE) {
-            const RowScale row = row_scale_of(most_bits(x, in));
-            row_scale[r] = row.scale, factor = row.inverse;
-        }
-        for (int k = 0; k < in; k += DEPTH) {
-            float* to = (float*)packed + ((size_t)(k / DEPTH) * rows + r) * DEPTH;
-            int count = smaller(DEPTH, in - k);
-            if (QUANTIZE)
-                for (int i = 0; i < count; i++) to[i] = __builtin_rintf(x[k + i] * factor);
-            else
-                memcpy(to, x + k, count * sizeof(float));
-        }
+        for (int k = 0; k < in; k += DEPTH)
+            memcpy((float*)packed + ((size_t)(k / DEPTH) * rows + r) * DEPTH, x + k,
+                   smaller(DEPTH, in - k) * sizeof(float));
     }
 }
 
 // A block of weights made wider, and sums of one panel, or of all where the input is multiplied in several parts.
-static size_t product_scratch(int rows, int in, int out) {
+[[maybe_unused]] static size_t product_scratch(int rows, int in, int out) {
     const size_t panels = super_for(in) < in ? round_up(out, NR) / NR : 1;
     return (rows * panels + DEPTH) * NR * sizeof(float);
 }
@@ -173,32 +149,31 @@ static inline const float* widen(const uint16_t* panel, int depth, float* to) {
     for (int i = 0; i < depth * NR; i += W) store(to + i, load(panel + i));
     return to;
 }
-static inline const float* widen(const int8_t* panel, int depth, float* to) {
-    for (int i = 0; i < depth * NR; i++) to[i] = panel[i];
-    return to;
-}
 
-// What happens to W sums of a row, `column` being the first.
+// W finished sums of a row go to `to`, or what there is of them where the output ends; `column` is the first.
 template <Epilogue E>
-static inline void finish(const Product& p, const float* sums, int row, int column) {
-    const Linear& w = *p.linear;  // bias and scale are padded to whole panels
-    Vec v = load(sums);
-    if (w.scale) v = v * (p.row_scale[row] * load(w.scale + column));  // the sums times one of them could overflow
-    v += load(w.bias + column);
-    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
-    float* out = (float*)p.out + (size_t)row * p.out_stride + column;
-    if (E == Epilogue::activate_pack)
-        out = (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
+static inline void write(const Product& p, Vec v, int row, int column, float* to) {
     const float* other = nullptr;
     if (E == Epilogue::residual)
         other = p.residual + (size_t)(p.residual_index ? p.residual_index[row] : row) * p.out_stride + column;
-    if (column + W <= w.out) {
-        store(out, other ? v + load(other) : v);
+    if (column + W <= p.linear->out) {
+        store(to, other ? v + load(other) : v);
         return;
     }
     float values[W];
     store(values, v);
-    for (int i = 0; column + i < w.out; i++) out[i] = values[i] + (other ? other[i] : 0.0f);
+    for (int i = 0; column + i < p.linear->out; i++) to[i] = values[i] + (other ? other[i] : 0.0f);
+}
+
+// What happens to W sums of a row.
+template <Epilogue E>
+static inline void finish(const Product& p, const float* sums, int row, int column) {
+    Vec v = load(sums) + load(p.linear->bias + column);  // padded to whole panels
+    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
+    float* out = (float*)p.out + (size_t)row * p.out_stride + column;
+    if (E == Epilogue::activate_pack)
+        out = (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
+    write<E>(p, v, row, column, out);
 }
 
 template <class Weight, Epilogue E>
@@ -368,20 +343,19 @@ static void attend(const Attention& a) {
 static void nothing() {}
 
 template <class Weight>
-static constexpr Kernels table_of(const char* name, const char* description, bool quantized,
-                                  void (*pack)(const float*, int, int, void*, float*)) {
+static constexpr Kernels table_of(const char* name, const char* description) {
     return {name,
             description,
             NR,
             192,
             false,
-            quantized,
+            false,
             fits,
             weight_bytes<Weight>,
-            pack,
+            pack_weight<Weight>,
             unpack_weight<Weight>,
             packed_rows_bytes,
-            quantized ? pack_rows<true> : pack_rows<false>,
+            pack_rows,
             product_scratch,
             multiply<Weight>,
             attention_scratch,
@@ -390,15 +364,6 @@ static constexpr Kernels table_of(const char* name, const char* description, boo
             embed,
             nothing,
             nothing};
-}
-
-static const Kernels* kernels(const char* name, Dtype dtype) {
-    static const Kernels tables[] = {
-        table_of<float>(name, "float32 products", false, pack_weight<float>),
-        table_of<uint16_t>(name, "bfloat16 weights, products in float32", false, pack_weight<uint16_t>),
-        table_of<int8_t>(name, "int8 weights and activations, products in float32", true, pack_weight_int8),
-    };
-    return &tables[(int)dtype];
 }
 
 }  // namespace TP_LEVEL

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -109,9 +109,21 @@ static inline int32_t most_bits(const float* x, int count) {
     for (int k = 0; k < count; k++) most = larger(most, (int32_t)(bits(x[k]) & 0x7fffffff));
     return most;
 }
-// A row of a weight matrix: how its numbers are rounded, and the scale of the sums.
-static inline float whole_number(float x, RowScale row) {
-    return row.inverse == 0 ? 0.0f : __builtin_rintf(x / row.scale);
+// A row of a weight matrix as whole numbers: what its numbers are divided by, and the scale of its sums.
+struct WeightRow {
+    float divisor, scale;
+    float whole(float x) const { return divisor == 0 ? 0.0f : __builtin_rintf(x / divisor); }
+};
+// For whole numbers of at most `limit`. Where a scale is `given`, the row is whole numbers already: they stay as they
+// are, unless they come from a level with a higher limit.
+static inline WeightRow weight_row(const float* row, int in, float limit, const float* given) {
+    const int32_t word = most_bits(row, in);
+    float most;
+    memcpy(&most, &word, 4);
+    if (given && most <= limit) return {1.0f, *given};
+    const float scale = given ? *given : 1.0f;
+    if (word >= 0x7f800000) return {0.0f, __builtin_nanf("")};
+    return most >= 1e-35f ? WeightRow{most / limit, most / limit * scale} : WeightRow{1.0f, scale};
 }
 
 // eˣ for x ≤ 88, relative error 2e-7; below -87 it is (nearly) zero. NaN for NaN and infinity.
