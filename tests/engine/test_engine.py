@@ -524,7 +524,13 @@ def test_a_library_built_from_other_sources_is_refused() -> None:
         def tp_request_size(self) -> int:
             return 8
 
-    for library, found in ((Older(), "interface 0 with requests of 0 bytes"), (Other(), "interface 1 with requests")):
+        def tp_shape_size(self) -> int:
+            return 4
+
+    for library, found in (
+        (Older(), "interface 0 with requests of 0 bytes"),
+        (Other(), "interface 1 with requests of 8 bytes and shapes of 4;"),
+    ):
         with pytest.raises(tp.TokenPruningError, match=found):
             check_interface(library)
 
@@ -545,7 +551,7 @@ def test_without_the_library_pytorch_is_used_and_says_so_once(monkeypatch: Any, 
         tp.compile(model, "int8")
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "silu", "mish"])
 def test_activations(activation: str, level: str) -> None:
     model, batch = tiled_model(hidden_act=activation), ragged_batch(LENGTHS)
     with torch.no_grad():
@@ -553,7 +559,7 @@ def test_activations(activation: str, level: str) -> None:
     for dtype in ("float32", "bfloat16"):
         engine = tp.compile(model, dtype)
         assert_close(engine(**batch).logits, reference, WORST[dtype] * max(1, reference.abs().max().item()))
-        assert ("no activation 'silu'" in engine.explain()) == (activation == "silu" and level != "torch")
+        assert ("no activation 'mish'" in engine.explain()) == (activation == "mish" and level != "torch")
 
 
 def test_explain(monkeypatch: Any) -> None:

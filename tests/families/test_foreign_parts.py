@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 import token_pruning as tp
 from tests.families.shared import assert_same, batch_of, kept_model, model_of, valid
 from tests.tiny import EVERY_FAMILY, assert_close, ragged_batch, tiny_model
+from token_pruning.families import family_of
 
-NATIVE = ("bert", "electra", "distilbert")
+IN_EVERY_WAY = ("bert", "electra", "distilbert")
 
 
 def more(output: Any) -> Any:
@@ -102,7 +103,7 @@ def test_each_part_in_turn(family: str) -> None:
     dense = model(**batch).logits
     changes, refused = 0, 0
     for number, (name, module) in enumerate(parts(model).items()):
-        for way in WAYS if family in NATIVE else WAYS[number % 3 :][:1]:
+        for way in WAYS if family in IN_EVERY_WAY else WAYS[number % 3 :][:1]:
             undo = way(module)
             changed = not torch.equal(model(**batch).logits, dense)
             found = equal_or_refused(model, batch, f"{name}, {way.__name__}")
@@ -111,8 +112,7 @@ def test_each_part_in_turn(family: str) -> None:
             undo()
     assert changes > 15 and refused >= 2, (changes, refused)
     assert torch.equal(model(**batch).logits, dense)
-    if family in NATIVE:
-        assert "kernels: PyTorch" not in tp.compile(model, "float32").explain()
+    assert ("kernels: PyTorch" not in tp.compile(model, "float32").explain()) == family_of(model.config).native
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -213,7 +213,7 @@ def _wider_values(model: Any) -> None:
     model.classifier = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 3, bias=False))
 
 
-NATIVE_AFTER = {"_linear_without_bias", "_doubles", "_quantised_head", "_tied", "_wider_values"}
+NATIVE_AFTER = {"_norm_without_bias", "_linear_without_bias", "_doubles", "_quantised_head", "_tied", "_wider_values"}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, and used

@@ -60,8 +60,8 @@ def compile(
 
     Args:
         model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it. Or a
-            ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. BERT, RoBERTa,
-            ELECTRA, DistilBERT and models like them run on native kernels, others on PyTorch.
+            ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. All families but
+            DeBERTa run on native kernels, that one on PyTorch.
         dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
             ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
             no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
@@ -402,7 +402,9 @@ class _CompiledBase(nn.Module):
         super().__init__()
         self._engine = engine
         base = family.base
-        left_out = [*family.layers] if keep_embeddings else [*family.layers, getattr(base, "embeddings", None)]
+        left_out: list[nn.Module | None] = [*family.layers]
+        if not keep_embeddings:
+            left_out += [getattr(base, "embeddings", None), base.get_input_embeddings()]
         self.rest = _unpruned_copy(base, {part: None for part in left_out if part is not None})
         self.config = self.rest.config
         self.family = type(family)(self.rest)

@@ -21,11 +21,30 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16"
 """Kernel levels, best last, as in native/cpu_level.h."""
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
-ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2}
+ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "silu": 3, "swish": 3}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
 _ABI_VERSION = 5
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
+
+
+class Shape(ctypes.Structure):
+    """``tp::Shape`` of encoder.h, field by field."""
+
+    _fields_ = (
+        ("layers", c_int),
+        ("hidden", c_int),
+        ("heads", c_int),
+        ("key_heads", c_int),
+        ("head_size", c_int),
+        ("inner", c_int),
+        ("epsilon", c_float),
+        ("scale", c_float),
+        ("activation", c_int),
+        ("norm_first", c_bool),
+        ("rms_norm", c_bool),
+        ("gated", c_bool),
+    )
 
 
 class Request(ctypes.Structure):
@@ -40,12 +59,14 @@ class Request(ctypes.Structure):
         ("ids", c_void_p),
         ("positions", c_void_p),
         ("token_types", c_void_p),
+        ("places", c_void_p),
         ("thresholds", c_void_p),
         ("prunes", c_void_p),
         ("divisor", c_float),
         ("first_only", c_bool),
         ("record", c_bool),
         ("departed", c_bool),
+        ("unread", c_bool),
         ("stays", c_void_p),
         ("asks", c_void_p),
         ("probes", c_void_p),
@@ -83,11 +104,14 @@ def load_library() -> ctypes.CDLL | None:
         "tp_usable_cores": (c_int, []),
         "tp_choose_level": (c_int, [c_int] * 5),
         "tp_describe": (c_char_p, [c_int, c_int]),
-        "tp_encoder_new": (c_void_p, [c_int] * 6 + [c_float, c_int]),
+        "tp_encoder_new": (c_void_p, [c_int, c_int, POINTER(Shape)]),
         "tp_encoder_free": (None, [c_void_p]),
         "tp_encoder_set_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
         "tp_encoder_get_linear": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
         "tp_encoder_set_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
+        "tp_encoder_set_step": (c_int, [c_void_p, c_int, c_int, c_int, c_int]),
+        "tp_encoder_set_rotation": (c_int, [c_void_p, c_int, c_void_p, c_int, c_float]),
+        "tp_encoder_set_bias": (c_int, [c_void_p, c_void_p, c_int, c_int]),
         "tp_encoder_get_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
         "tp_encoder_set_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_int]),
         "tp_encoder_get_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int]),
@@ -108,14 +132,15 @@ def load_library() -> ctypes.CDLL | None:
 def check_interface(library: Any) -> None:
     """Raises TokenPruningError unless the library's interface is the one that this file speaks."""
     try:
-        found = (library.tp_abi_version(), library.tp_request_size())
+        found = (library.tp_abi_version(), library.tp_request_size(), library.tp_shape_size())
     except AttributeError:
-        found = (0, 0)
-    expected = (_ABI_VERSION, ctypes.sizeof(Request))
+        found = (0, 0, 0)
+    expected = (_ABI_VERSION, ctypes.sizeof(Request), ctypes.sizeof(Shape))
     if found != expected:
         raise TokenPruningError(
-            f"{_LIBRARY} has interface {found[0]} with requests of {found[1]} bytes; this version of the package needs "
-            f"{expected[0]} with {expected[1]}: install it again, so that the kernels are built anew"
+            f"{_LIBRARY} has interface {found[0]} with requests of {found[1]} bytes and shapes of {found[2]}; this "
+            f"version of the package needs {expected[0]} with {expected[1]} and {expected[2]}: install it again, so "
+            "that the kernels are built anew"
         )
 
 

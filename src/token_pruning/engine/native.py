@@ -9,6 +9,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 import math
 import os
 import time
@@ -27,6 +28,7 @@ from token_pruning.engine.library import (
     PARTS,
     Handle,
     Request,
+    Shape,
     Workspace,
     as_float32,
     check,
@@ -37,7 +39,8 @@ from token_pruning.engine.library import (
     sized,
 )
 from token_pruning.errors import TokenPruningError
-from token_pruning.families import Family, LayerModules, Reads
+from token_pruning.families import Family, LayerModules, Outputs, Reads
+from token_pruning.families.intact import epsilon_of
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
 from token_pruning.pruners.summary import Summaries
@@ -193,9 +196,9 @@ def _bfloat16_gain() -> float:
 
 
 class _Part(NamedTuple):
-    """Some of an encoder's weights: where they belong, and the tensors. Layer -1 is the embeddings'."""
+    """Some of an encoder's weights: where they belong, and the tensors. Layer -1 is all that is no layer's."""
 
-    kind: str  # "table", "norm" or "linear"
+    kind: str  # "table", "norm", "linear", "rotation" or "bias"
     layer: int
     which: int
     tensors: tuple[Tensor | None, ...]
@@ -204,24 +207,37 @@ class _Part(NamedTuple):
 def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
     """A base model's weights, one after the other, so that they are never all copied at once."""
 
-    def norm(layer: int, which: int, module: nn.LayerNorm) -> _Part:
-        return _Part("norm", layer, which, (module.weight, module.bias))
+    def norm(layer: int, which: int, module: nn.Module) -> _Part:
+        return _Part("norm", layer, which, (module.weight, getattr(module, "bias", None)))  # type: ignore[arg-type]
 
-    embeddings = family.embedding_modules()
+    embeddings, last = family.embedding_modules(), family.last_norm
     for which, table in enumerate((embeddings.word, embeddings.position, embeddings.token_type)):
         if table is not None:
             yield _Part("table", -1, which, (table.weight.detach().to("cpu", table_dtype),))
-    yield norm(-1, 0, embeddings.norm)
+    if embeddings.norm is not None:
+        yield norm(-1, 0, embeddings.norm)
+    if last is not None:
+        yield norm(-1, 1, last)
     if embeddings.projection is not None:
         yield _Part("linear", -1, 0, (embeddings.projection.weight, embeddings.projection.bias, None))
-    for number, layer in enumerate(map(family.layer_modules, family.layers)):
+    bias = family.distance_bias()
+    if bias is not None:
+        yield _Part("bias", -1, 0, (bias.detach(),))
+    for number, layer in enumerate(map(family.layer_modules, _distinct(family))):
         for which, linear in enumerate(_linears(layer)):
-            yield _Part("linear", number, which, (linear.weight, linear.bias, None))
-        yield norm(number, 0, layer.attention_norm)
+            if linear is not None:
+                yield _Part("linear", number, which, (*_numbers(linear), None))
+        if layer.attention_norm is not None:
+            yield norm(number, 0, layer.attention_norm)
         yield norm(number, 1, layer.output_norm)
 
 
-def _linears(layer: LayerModules) -> tuple[nn.Linear, ...]:
+def _distinct(family: Family) -> list[nn.Module]:
+    """The layers that have weights of their own, in the order that they first run in."""
+    return list(dict.fromkeys(family.layers))
+
+
+def _linears(layer: LayerModules) -> tuple[nn.Linear | Outputs | None, ...]:
     return (
         layer.query,
         layer.key,
@@ -229,7 +245,42 @@ def _linears(layer: LayerModules) -> tuple[nn.Linear, ...]:
         layer.attention_output,
         layer.feed_forward_up,
         layer.feed_forward_down,
+        layer.feed_forward_gate,
     )
+
+
+def _numbers(part: nn.Linear | Outputs) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias."""
+    if isinstance(part, nn.Linear):
+        return part.weight, part.bias
+    outputs, bias = slice(part.begin, part.end), part.linear.bias
+    return part.linear.weight[outputs], None if bias is None else bias[outputs]
+
+
+class _Step(NamedTuple):
+    """What a layer has of its own: the number of its weights, its window, the number of its rotation; -1 for none."""
+
+    weights: int
+    window: int
+    rotation: int
+
+
+def _steps(family: Family) -> tuple[list[_Step], list[_Part]]:
+    """Every layer's step, in the order that they run in, and the rotations that they name."""
+    numbers = {layer: number for number, layer in enumerate(_distinct(family))}
+    rotations: dict[tuple[float, ...], int] = {}
+    parts: list[_Part] = []
+    steps: list[_Step] = []
+    for layer in family.layers:
+        rotation, window, which = family.rotation(layer), family.terms(layer).window, -1
+        if rotation is not None:
+            frequencies = rotation.frequencies.detach().to("cpu", torch.float32)
+            key = (rotation.factor, *frequencies.tolist())
+            which = rotations.setdefault(key, len(rotations))
+            if which == len(parts):
+                parts.append(_Part("rotation", -1, which, (frequencies, torch.tensor([rotation.factor]))))
+        steps.append(_Step(numbers[layer], -1 if window is None else window, which))
+    return steps, parts
 
 
 class _Roles(NamedTuple):
@@ -241,7 +292,7 @@ class _Roles(NamedTuple):
 
 
 class NativeEncoder:
-    """A post-LN encoder whose forward pass is native.
+    """An encoder whose forward pass is native.
 
     A copy shares the packed weights. Pickled, it is its weights in its dtype (for int8 the whole numbers and their
     scales), unpacked: as large as ``weight_bytes``, which a process that pickles or loads one needs once more for the
@@ -280,47 +331,56 @@ class NativeEncoder:
         self._embeddings = embeddings
         self._limit, self._restored = limit, False
         self._gain: float | None = None
-        modules = family.embedding_modules()
-        self._epsilon, self._activation = modules.norm.eps, ACTIVATIONS[family.activation]
-        self._projected = None if modules.projection is None else modules.projection.in_features
+        first, projection = family.layers[0], family.embedding_modules().projection
+        modules = family.layer_modules(first)
+        self._described = {
+            "layers": self.shape.num_layers,
+            "hidden": self.shape.hidden_size,
+            "heads": self.shape.num_heads,
+            "key_heads": self.shape.num_kv_heads or self.shape.num_heads,
+            "head_size": self.shape.query_size // self.shape.num_heads,
+            "inner": self.shape.intermediate_size,
+            "epsilon": epsilon_of(modules.output_norm),
+            "scale": family.scale(first),
+            "activation": ACTIVATIONS[family.activation],
+            "norm_first": family.norm_first,
+            "rms_norm": family.rms_norm,
+            "gated": modules.feed_forward_gate is not None,
+        }
+        self._projected = None if projection is None else projection.in_features
+        self._steps, rotations = _steps(family)
+        self._placed = family.distance_bias() is not None or any(step.window >= 0 for step in self._steps)
         self._library = library
         level = self._choose_level()
         if LEVELS[level] == "avx512_bf16" and not os.environ.get(KERNELS_VARIABLE):
             self._gain = _bfloat16_gain()
             if self._gain < _WORTHWHILE:
                 self._limit = level - 1
-        self._pack(library, _parts(family, self._table_dtype))
+        self._pack(library, itertools.chain(rotations, _parts(family, self._table_dtype)))
 
     @property
     def _table_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
     def _choose_level(self) -> int:
-        shape, dtype = self.shape, DTYPES[self.dtype]
-        level = self._library.tp_choose_level(
-            self._limit, dtype, shape.hidden_size, shape.intermediate_size, shape.hidden_size // shape.num_heads
-        )
-        if self._projected is not None:
-            level = self._library.tp_choose_level(level, dtype, self._projected, self._projected, 32)
+        shape, level = self.shape, self._limit
+        for width in (shape.hidden_size, shape.query_size, self._projected):  # of what enters a product
+            if width is not None:
+                level = self._library.tp_choose_level(
+                    level, DTYPES[self.dtype], width, shape.intermediate_size, self._described["head_size"]
+                )
         return int(level)
 
     def _pack(self, library: ctypes.CDLL, parts: Iterator[_Part]) -> None:
         self._library = library
         self.level = self._choose_level()
-        shape = self.shape
-        address = library.tp_encoder_new(
-            self.level,
-            DTYPES[self.dtype],
-            shape.num_layers,
-            shape.hidden_size,
-            shape.num_heads,
-            shape.intermediate_size,
-            self._epsilon,
-            self._activation,
-        )
+        address = library.tp_encoder_new(self.level, DTYPES[self.dtype], Shape(**self._described))
         self._handle = Handle(library, address, "tp_encoder_free")
         self._shapes: dict[tuple[str, int, int], tuple[int, int]] = {}
+        self._small: dict[tuple[str, int, int], _Part] = {}  # what the native side does not give back
         self._spare: list[Workspace] = []
+        for number, step in enumerate(self._steps):
+            check(library, library.tp_encoder_set_step(self._handle, number, *step))
         for part in parts:
             self._set(part)
 
@@ -335,9 +395,16 @@ class NativeEncoder:
         else:
             numbers = [as_float32(tensor) for tensor in part.tensors]
             assert numbers[0] is not None
-            rows, size = numbers[0].shape if part.kind == "linear" else (1, len(numbers[0]))
+            rows, size = numbers[0].shape if numbers[0].dim() == 2 else (1, len(numbers[0]))
             pointers = [pointer(tensor) for tensor in numbers]
-            if part.kind == "linear":
+            if part.kind in ("rotation", "bias"):
+                self._small[part[:3]] = part._replace(tensors=tuple(numbers))
+            if part.kind == "rotation":
+                assert numbers[1] is not None
+                failed = library.tp_encoder_set_rotation(self._handle, which, pointers[0], size, float(numbers[1]))
+            elif part.kind == "bias":
+                failed = library.tp_encoder_set_bias(self._handle, pointers[0], rows, size // 2)
+            elif part.kind == "linear":
                 failed = library.tp_encoder_set_linear(self._handle, layer, which, *pointers, size, rows)
             else:
                 failed = library.tp_encoder_set_norm(self._handle, layer, which, *pointers, size)
@@ -346,6 +413,8 @@ class NativeEncoder:
 
     def _get(self, kind: str, layer: int, which: int) -> _Part:
         """What :meth:`_set` was given, as it is used."""
+        if (kind, layer, which) in self._small:
+            return self._small[kind, layer, which]
         library, (rows, size) = self._library, self._shapes[kind, layer, which]
         tensors: tuple[Tensor | None, ...]
         if kind == "linear":
@@ -372,7 +441,7 @@ class NativeEncoder:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_library", "_handle", "_spare", "_shapes", "level")
+        left_out = ("_library", "_handle", "_spare", "_shapes", "_small", "level")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         parts = [(*place, *map(_Value.of, self._get(*place).tensors)) for place in self._shapes]
         return {**state, "parts": parts, "format": _STATE_FORMAT}
@@ -446,6 +515,8 @@ class NativeEncoder:
         if pruner.departed != "survivors":  # what never entered keeps its embedding
             assert self._embeddings is not None
             embedded = self._embeddings.embed(tokens.of(dropped, tokens.layout))
+            if pruner.departed != "map":  # as maps were fitted to them
+                embedded = self._embeddings.finish(embedded)
             everything = everything.index_copy(0, dropped, embedded)
         return LastStates(everything, left_at)
 
@@ -492,6 +563,7 @@ class NativeEncoder:
         importance = torch.empty(total, dtype=torch.float32, device="cpu") if decides else None
         keep = torch.empty(total, dtype=torch.uint8, device="cpu") if decides else None
         probes, probed = _probes(token_pruner, size)
+        places = (layout.indices % layout.width).int() if self._placed else None
         assert tokens.ids is not None
         request = Request(
             sequences=sequences,
@@ -502,12 +574,14 @@ class NativeEncoder:
             ids=sized(tokens.ids, torch.int32, total),
             positions=sized(tokens.positions, torch.int32, total),
             token_types=sized(tokens.token_types, torch.int32, total),
+            places=sized(places, torch.int32, total),
             thresholds=sized(token_pruner.thresholds, torch.float32, layers) if absolute else None,
             prunes=ctypes.cast(c_char_p(prunes), c_void_p),
             divisor={"mean": float(method.max_seq_length), "mean_norm": 0.0, "relative": 1.0}[method.scoring_mode],
             first_only=first_only,
             record=recorded,
             departed=departed,
+            unread=method.departed == "map",
             stays=sized(roles.stays, torch.uint8, total),
             asks=sized(roles.asks, torch.uint8, total),
             probes=sized(probes, torch.float32, layers * (size + 1)),
@@ -582,7 +656,7 @@ class NativeEncoder:
             else:
                 lines.append(
                     f"{LEVELS[self._limit]} kernels do not fit hidden size {shape.hidden_size}, intermediate size "
-                    f"{shape.intermediate_size}, head size {shape.hidden_size // shape.num_heads}: tiles need hidden "
+                    f"{shape.intermediate_size}, head size {self._described['head_size']}: tiles need hidden "
                     f"and intermediate sizes in multiples of {64 if self.dtype == 'int8' else 32}, head sizes of 32"
                 )
         return lines

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from token_pruning.families.base import Family, ModelShape, split_heads, wanted
+from token_pruning.families.base import EmbeddingModules, Family, LayerModules, ModelShape, split_heads, wanted
 from token_pruning.ragged import PackedTokens
 
 
@@ -15,6 +15,7 @@ class Albert(Family):
 
     model_types = ("albert",)
     output_class = BaseModelOutputWithPooling
+    native = True
     replaced = ("attention", "attention.attention_dropout")
 
     @classmethod
@@ -60,3 +61,27 @@ class Albert(Family):
         """The pooler is a linear layer without an activation of its own."""
         pooler = self.base.pooler
         return None if pooler is None else self.base.pooler_activation(pooler(first))
+
+    def embedding_modules(self) -> EmbeddingModules:
+        embeddings = self.base.embeddings
+        return EmbeddingModules(
+            word=embeddings.word_embeddings,
+            position=embeddings.position_embeddings,
+            token_type=embeddings.token_type_embeddings,
+            norm=embeddings.LayerNorm,
+            projection=self.base.encoder.embedding_hidden_mapping_in,
+        )
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        attention = layer.attention
+        return LayerModules(
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_output=attention.dense,
+            attention_norm=attention.LayerNorm,
+            feed_forward_up=layer.ffn,
+            feed_forward_down=layer.ffn_output,
+            output_norm=layer.full_layer_layer_norm,
+            activation=layer.activation,
+        )

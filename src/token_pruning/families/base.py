@@ -8,7 +8,7 @@ part but attention works on each row by itself. Subclassing registers the family
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,36 +62,71 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class EmbeddingModules:
-    """The modules of ``projection(norm(word + type + position))``, for the native engine.
+    """The modules of ``projection(norm(word + type + position))``, for the native engine; None for what there is not.
 
     Attributes:
         word: token embeddings.
         position: position embeddings.
-        token_type: segment embeddings, or None.
-        norm: LayerNorm of the sum.
-        projection: to the hidden size, where embeddings have another width; else None.
+        token_type: segment embeddings.
+        norm: norm of the sum.
+        projection: to the hidden size.
     """
 
     word: nn.Embedding
-    position: nn.Embedding
-    token_type: nn.Embedding | None
-    norm: nn.LayerNorm
-    projection: nn.Linear | None
+    position: nn.Embedding | None = None
+    token_type: nn.Embedding | None = None
+    norm: nn.Module | None = None
+    projection: nn.Linear | None = None
 
 
-@dataclass(frozen=True)
+class Outputs(NamedTuple):
+    """Some outputs ``[begin, end)`` of a linear layer that computes several things at once."""
+
+    linear: nn.Linear
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerModules:
-    """The modules of one post-LN layer for the native engine."""
+    """The modules of one layer for the native engine.
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
+    Attributes:
+        query: to all heads' queries.
+        key: to all heads' keys, of which there may be fewer.
+        value: as ``key``.
+        attention_output: from all heads' contexts.
+        attention_norm: after attention's residual, or before attention where the norm comes first; None for none there.
+        feed_forward_up: to the inner size.
+        feed_forward_gate: the same where the feed-forward is gated: what is activated, and then multiplied with the
+            other; None where ``feed_forward_up`` is activated.
+        feed_forward_down: back from the inner size.
+        output_norm: after the feed-forward's residual, or before the feed-forward.
+        activation: the activation.
+    """
+
+    query: nn.Linear | Outputs
+    key: nn.Linear | Outputs
+    value: nn.Linear | Outputs
     attention_output: nn.Linear
-    attention_norm: nn.LayerNorm
-    feed_forward_up: nn.Linear
+    attention_norm: nn.Module | None
+    feed_forward_up: nn.Linear | Outputs
+    feed_forward_gate: nn.Linear | Outputs | None = None
     feed_forward_down: nn.Linear
-    output_norm: nn.LayerNorm
+    output_norm: nn.Module
     activation: nn.Module
+
+
+class Rotation(NamedTuple):
+    """Rotary positions of a layer's queries and keys.
+
+    Attributes:
+        frequencies: ``[head_dim / 2]``: columns ``i`` and ``i + head_dim / 2`` are turned by ``position · frequency``.
+        factor: of the result.
+    """
+
+    frequencies: Tensor
+    factor: float
 
 
 class Family(ABC):
@@ -103,7 +138,9 @@ class Family(ABC):
         first_token_heads: endings of the names of transformers' own classes whose outputs depend on the first token's
             last state alone.
         native: whether the native engine has this family's layers: then ``embedding_modules``, ``layer_modules`` and
-            ``activation`` are there.
+            what follows them are right.
+        norm_first: whether norms come before attention and feed-forward, inside their residuals, instead of after them.
+        rms_norm: whether norms take no mean off.
         refused_inputs: arguments of the base model's forward that cannot be given to a pruned one.
         pooler_in_tuple: whether the base model's output as a tuple has None in the place of a pooler it has not; its
             heads count on that.
@@ -119,6 +156,8 @@ class Family(ABC):
         "ForNextSentencePrediction",
     )
     native: ClassVar[bool] = False
+    norm_first: ClassVar[bool] = False
+    rms_norm: ClassVar[bool] = False
     refused_inputs: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "past_key_values")
     replaced: ClassVar[tuple[str, ...]] = ("attention",)
     pooler_in_tuple: ClassVar[bool] = False
@@ -242,8 +281,14 @@ class Family(ABC):
         """The layer's second half, ``[tokens, dim]`` to the same, residual and LayerNorm included."""
 
     def finish(self, rows: Tensor) -> Tensor:
-        """What comes after the last layer: pre-LN models have a norm there."""
-        return rows
+        """What comes after the last layer."""
+        norm = self.last_norm
+        return rows if norm is None else norm(rows)
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The norm after the last layer, which pre-LN models have."""
+        return None
 
     def pool(self, first: Tensor) -> Tensor | None:
         """``pooler_output`` from first tokens' last states ``[batch, dim]``; None for a model without."""
@@ -279,6 +324,22 @@ class Family(ABC):
     def layer_modules(self, layer: Any) -> LayerModules:
         """A layer's parts."""
         raise UnsupportedModelError(f"{type(self).__name__} has no native layers")
+
+    def rotation(self, layer: Any) -> Rotation | None:
+        """The layer's rotary positions; None for none."""
+        return None
+
+    def distance_bias(self) -> Tensor | None:
+        """What every layer adds to the logits, if nothing but a bias by distance is added: ``[heads, 2 · far + 1]``.
+
+        Column ``i`` is for a query's place less a key's of ``i - far``; greater distances count as the outermost.
+        """
+        return None
+
+    @property
+    def norm_class(self) -> type[nn.Module]:
+        """The class of all norms."""
+        return nn.LayerNorm
 
     @property
     def activation(self) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions
 
 from token_pruning.families.base import EmbeddingModules, Family, LayerModules, split_heads, wanted
@@ -44,22 +44,26 @@ class Bert(Family):
         return EmbeddingModules(
             word=embeddings.word_embeddings,
             position=embeddings.position_embeddings,
-            token_type=embeddings.token_type_embeddings,
-            norm=embeddings.LayerNorm,
+            token_type=getattr(embeddings, "token_type_embeddings", None),
+            norm=getattr(embeddings, "LayerNorm", None),
             projection=getattr(self.base, "embeddings_project", None),  # ELECTRA's
         )
 
+    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        """Attention's and the feed-forward's."""
+        return layer.attention.output.LayerNorm, layer.output.LayerNorm
+
     def layer_modules(self, layer: Any) -> LayerModules:
-        attention = layer.attention
+        attention, (attention_norm, output_norm) = layer.attention, self.norms(layer)
         return LayerModules(
             query=attention.self.query,
             key=attention.self.key,
             value=attention.self.value,
             attention_output=attention.output.dense,
-            attention_norm=attention.output.LayerNorm,
+            attention_norm=attention_norm,
             feed_forward_up=layer.intermediate.dense,
             feed_forward_down=layer.output.dense,
-            output_norm=layer.output.LayerNorm,
+            output_norm=output_norm,
             activation=layer.intermediate.intermediate_act_fn,
         )
 

@@ -18,7 +18,7 @@ class Ernie(Bert):
         """The native engine gets the task's embedding within those of the positions."""
         modules = super().embedding_modules()
         task = getattr(self.base.embeddings, "task_type_embeddings", None)
-        if task is None:
+        if task is None or modules.position is None:
             return modules
         for table in (modules.position, task):
             if type(table) is not nn.Embedding or table._forward_hooks or table._forward_pre_hooks:

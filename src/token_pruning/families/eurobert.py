@@ -1,11 +1,12 @@
 """EuroBERT."""
 
+from importlib import import_module
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from token_pruning.families.base import Reads
+from token_pruning.families.base import EmbeddingModules, LayerModules, Reads
 from token_pruning.families.rotary import Rotary
 from token_pruning.ragged import PackedTokens
 
@@ -15,6 +16,9 @@ class EuroBert(Rotary):
 
     model_types = ("eurobert",)
     output_class = BaseModelOutput
+    native = True
+    norm_first = True
+    rms_norm = True
 
     @classmethod
     def reads(cls, model: Any) -> Reads:
@@ -43,6 +47,30 @@ class EuroBert(Rotary):
         result: Tensor = rows + layer.mlp(layer.post_attention_layernorm(rows))
         return result
 
-    def finish(self, rows: Tensor) -> Tensor:
-        finished: Tensor = self.base.norm(rows)
-        return finished
+    @property
+    def last_norm(self) -> nn.Module:
+        norm: nn.Module = self.base.norm
+        return norm
+
+    def embedding_modules(self) -> EmbeddingModules:
+        return EmbeddingModules(word=self.base.embed_tokens)
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        attention, mlp = layer.self_attn, layer.mlp
+        return LayerModules(
+            query=attention.q_proj,
+            key=attention.k_proj,
+            value=attention.v_proj,
+            attention_output=attention.o_proj,
+            attention_norm=layer.input_layernorm,
+            feed_forward_up=mlp.up_proj,
+            feed_forward_gate=mlp.gate_proj,
+            feed_forward_down=mlp.down_proj,
+            output_norm=layer.post_attention_layernorm,
+            activation=mlp.act_fn,
+        )
+
+    @property
+    def norm_class(self) -> type[nn.Module]:
+        found: type[nn.Module] = import_module("transformers.models.eurobert.modeling_eurobert").EuroBertRMSNorm
+        return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from token_pruning.errors import UnsupportedModelError
-from token_pruning.families.base import Family, LayerModules, ModelShape
+from token_pruning.families.base import Family, LayerModules, ModelShape, Outputs
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -124,10 +124,11 @@ def foreign_to_native(family: Family) -> str:
     The engine reads these by itself, and each is checked here:
 
     * every module of the embeddings and the encoder: its forward, in place and in its class, and its hooks;
-    * the class of what has weights: a plain Linear, LayerNorm or Embedding, no subclass or wrapper;
+    * the class of what has weights: a plain Linear, norm or Embedding, no subclass or wrapper;
     * the class of every weight: no quantised or distributed tensor, but floating point, and in memory;
-    * that a LayerNorm has a weight and a bias, the sizes of all weights, and that no embedding has a ``max_norm``;
-    * the LayerNorms' epsilon, which is one for all of them;
+    * that a norm has a weight, the sizes of all weights, and that no embedding has a ``max_norm``;
+    * the norms' epsilon, which is one for all of them, and the scale of the logits;
+    * what is added to the logits: nothing but a window and a bias by distance;
     * the activation, by its module and not only by its name in the config.
 
     Raises:
@@ -139,7 +140,11 @@ def foreign_to_native(family: Family) -> str:
     parts: list[tuple[Any, tuple[int, ...] | None]] = [
         (module, None) for module in (tables.word, tables.position, tables.token_type, tables.projection)
     ]
-    parts.append((tables.norm, tuple(tables.word.weight.shape[1:])))
+    parts += [(tables.norm, tuple(tables.word.weight.shape[1:])), (family.last_norm, (shape.hidden_size,))]
+    if len({family.scale(layer) for layer in family.layers}) > 1:
+        return "the layers scale their logits differently"
+    if any(family.terms(layer).bias is not None for layer in family.layers) and family.distance_bias() is None:
+        return f"the native ones have no {family.config.model_type!r} attention"
     for layer in map(family.layer_modules, family.layers):
         expected = ACT2FN[family.activation]
         if type(layer.activation) is not type(expected):
@@ -147,37 +152,51 @@ def foreign_to_native(family: Family) -> str:
             return f"an activation is a {found} of config.json's {family.activation!r}"
         parts += _layer_parts(layer, shape)
     for module, size in parts:
-        if module is not None and (why := not_plain(module, size)):
+        if module is not None and (why := not_plain(module, size, norm=family.norm_class)):
             return why
     for name, other in family.base.named_modules():
         called = name.partition(".")[0] in ("pooler", "token_pruner")  # through itself, or pruning's own
         if not called and (why := skipped(family, other)):
             return f"{name or 'the model'}, a {type(other).__name__}, {why}"
-    epsilons = {module.eps for module, _ in parts if isinstance(module, nn.LayerNorm)}
-    return f"the LayerNorms have several epsilons, {sorted(epsilons)}" if len(epsilons) > 1 else ""
+    epsilons = {epsilon_of(module) for module, _ in parts if isinstance(module, family.norm_class)}
+    return f"the norms have several epsilons, {sorted(epsilons)}" if len(epsilons) > 1 else ""
+
+
+def epsilon_of(norm: Any) -> float:
+    """What a norm adds to the variance."""
+    return float(norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon)
 
 
 def _layer_parts(layer: LayerModules, shape: ModelShape) -> list[tuple[Any, tuple[int, ...] | None]]:
-    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.query_size
+    hidden, inner, heads, keys = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size
     return [
-        *((module, (heads, hidden)) for module in (layer.query, layer.key, layer.value)),
+        (layer.query, (heads, hidden)),
+        (layer.key, (keys, hidden)),
+        (layer.value, (keys, hidden)),
         (layer.attention_output, (hidden, heads)),
         (layer.attention_norm, (hidden,)),
         (layer.feed_forward_up, (inner, hidden)),
+        (layer.feed_forward_gate, (inner, hidden)),
         (layer.feed_forward_down, (hidden, inner)),
         (layer.output_norm, (hidden,)),
     ]
 
 
-def not_plain(module: Any, size: tuple[int, ...] | None = None) -> str:
-    """Why the native kernels cannot take a Linear, LayerNorm or Embedding for what its weights say; empty if they can.
+def not_plain(module: Any, size: tuple[int, ...] | None = None, *, norm: type[nn.Module] = nn.LayerNorm) -> str:
+    """Why the native kernels cannot take a Linear, norm or Embedding for what its weights say; empty if they can.
 
     Args:
-        module: the module.
+        module: the module, or some of its outputs.
         size: the shape that its weight must have; None for any.
+        norm: the class of norms.
     """
+    if isinstance(module, Outputs):
+        if why := not_plain(module.linear):
+            return why
+        found = list(module.linear.weight[module.begin : module.end].shape)
+        return "" if size is None or found == list(size) else f"some outputs of a linear layer are {found}, not {size}"
     what = f"a {type(module).__module__}.{type(module).__name__}"
-    if type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
+    if type(module) not in (nn.Linear, norm, nn.Embedding):
         return f"the native ones cannot compute {what}"
     if "forward" in module.__dict__:
         return f"{what} has another forward in place of its own"
@@ -185,7 +204,7 @@ def not_plain(module: Any, size: tuple[int, ...] | None = None) -> str:
         return f"{what} {why}"
     for name, tensor in module._parameters.items():
         if tensor is None:
-            if isinstance(module, nn.Linear):
+            if name == "bias":
                 continue
             return f"{what} has no {name}"
         if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.is_meta:

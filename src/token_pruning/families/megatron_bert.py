@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from token_pruning.families.bert import Bert
 
@@ -11,7 +11,7 @@ class MegatronBert(Bert):
     """BERT as pre-LN: no norm of embeddings, one before attention, before the feed-forward, and after all layers."""
 
     model_types = ("megatron-bert",)
-    native = False
+    norm_first = True
     pooler_in_tuple = True
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
@@ -21,6 +21,10 @@ class MegatronBert(Bert):
         result: Tensor = layer.output(layer.intermediate(layer.ln(rows)), rows)
         return result
 
-    def finish(self, rows: Tensor) -> Tensor:
-        finished: Tensor = self.base.encoder.ln(rows)
-        return finished
+    @property
+    def last_norm(self) -> nn.Module:
+        norm: nn.Module = self.base.encoder.ln
+        return norm
+
+    def norms(self, layer: Any) -> tuple[nn.Module, nn.Module]:
+        return layer.attention.ln, layer.ln

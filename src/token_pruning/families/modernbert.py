@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from token_pruning.families.base import ModelShape, Reads, wanted
+from token_pruning.families.base import EmbeddingModules, LayerModules, ModelShape, Outputs, Reads, Rotation, wanted
 from token_pruning.families.rotary import Rotary
 from token_pruning.ragged import NO_TERMS, LogitTerms, PackedTokens
 
@@ -16,6 +16,8 @@ class ModernBert(Rotary):
 
     model_types = ("modernbert",)
     output_class = BaseModelOutput
+    native = True
+    norm_first = True
     replaced = ("attn",)
     # Multiple choice looks for the first token where the mask has it, in states of all places.
     first_token_heads = ("ForSequenceClassification",)
@@ -72,6 +74,36 @@ class ModernBert(Rotary):
         result: Tensor = rows + layer.mlp(layer.mlp_norm(rows))
         return result
 
-    def finish(self, rows: Tensor) -> Tensor:
-        finished: Tensor = self.base.final_norm(rows)
-        return finished
+    @property
+    def last_norm(self) -> nn.Module:
+        norm: nn.Module = self.base.final_norm
+        return norm
+
+    def embedding_modules(self) -> EmbeddingModules:
+        embeddings = self.base.embeddings
+        return EmbeddingModules(word=embeddings.tok_embeddings, norm=embeddings.norm)
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        attention, mlp = layer.attn, layer.mlp
+        width, inner = attention.Wqkv.out_features // 3, mlp.Wi.out_features // 2
+        before = layer.attn_norm
+        return LayerModules(
+            query=Outputs(attention.Wqkv, 0, width),
+            key=Outputs(attention.Wqkv, width, 2 * width),
+            value=Outputs(attention.Wqkv, 2 * width, 3 * width),
+            attention_output=attention.Wo,
+            attention_norm=None if type(before) is nn.Identity else before,
+            feed_forward_up=Outputs(mlp.Wi, inner, 2 * inner),
+            feed_forward_gate=Outputs(mlp.Wi, 0, inner),
+            feed_forward_down=mlp.Wo,
+            output_norm=layer.mlp_norm,
+            activation=mlp.act,
+        )
+
+    def rotation(self, layer: Any) -> Rotation:
+        rotary, kind = self.base.rotary_emb, layer.attention_type
+        return Rotation(getattr(rotary, f"{kind}_inv_freq"), float(getattr(rotary, f"{kind}_attention_scaling")))
+
+    @property
+    def activation(self) -> str:
+        return str(self.config.hidden_activation)

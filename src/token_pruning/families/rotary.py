@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from token_pruning.families.base import Family, ModelShape, split_heads, wanted
+from token_pruning.families.base import Family, ModelShape, Rotation, split_heads, wanted
 
 
 class Rotary(Family):
@@ -65,6 +65,10 @@ class Rotary(Family):
 
     def dropout(self, layer: Any) -> float:
         return float(self.attention(layer).attention_dropout)
+
+    def rotation(self, layer: Any) -> Rotation | None:
+        rotary = self.base.rotary_emb
+        return Rotation(rotary.inv_freq, float(rotary.attention_scaling))
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
         """Three linear layers, then the rotation."""

@@ -69,16 +69,16 @@ const Kernels& required_kernels(int level, int dtype) {
 }
 
 const Linear& linear_at(const Encoder& encoder, int layer, int which) {
-    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 1 : 6), "no such matrix");
+    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 1 : 7), "no such matrix");
     if (layer < 0) return encoder.embeddings.projection;
     const Layer& l = encoder.layers[layer];
-    const Linear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down};
+    const Linear* places[] = {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down, &l.gate};
     return *places[which];
 }
 
 const Norm& norm_at(const Encoder& encoder, int layer, int which) {
-    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 1 : 2), "no such norm");
-    if (layer < 0) return encoder.embeddings.norm;
+    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < 2, "no such norm");
+    if (layer < 0) return which == 0 ? encoder.embeddings.norm : encoder.last_norm;
     return which == 0 ? encoder.layers[layer].attention_norm : encoder.layers[layer].output_norm;
 }
 
@@ -92,10 +92,12 @@ struct Head {
 
 TP_EXPORT const char* tp_last_error() { return last_error; }
 
-// What Python must agree with: a number that changes with the interface, and the size of the one structure it fills.
+// What Python must agree with: a number that changes with the interface, and the sizes of the structures it fills.
 TP_EXPORT int tp_abi_version() { return 5; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
+
+TP_EXPORT int tp_shape_size() { return (int)sizeof(Shape); }
 
 // Whether the processor has a level, by its number in cpu_level.h.
 TP_EXPORT int tp_has_level(int level) { return has_level(level); }
@@ -117,35 +119,37 @@ TP_EXPORT const char* tp_describe(int level, int dtype) {
     return kernels ? kernels->description : "";
 }
 
-TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, int layers, int hidden, int heads, int inner, float epsilon,
-                                  int activation) {
+TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, const Shape* shape) {
     return guarded(
         [&] {
-            require(layers > 0 && hidden > 0 && heads > 0 && inner > 0 && hidden % heads == 0 && activation >= 0 &&
-                        activation <= (int)Activation::gelu_tanh,
-                    "sizes must be positive, and the hidden size a multiple of the heads");
+            const Shape& s = *shape;
+            require(s.layers > 0 && s.hidden > 0 && s.heads > 0 && s.key_heads > 0 && s.head_size > 0 && s.inner > 0 &&
+                        s.heads % s.key_heads == 0,
+                    "sizes must be positive, and the heads a multiple of those of keys");
+            require(s.activation >= Activation::gelu && s.activation <= Activation::silu, "no such activation");
             const Kernels& kernels = required_kernels(level, dtype);
-            require(kernels.fits(hidden, inner, hidden / heads), "this kernel level does not fit these sizes");
-            Shape shape{layers, hidden, heads, inner, epsilon, (Activation)activation};
-            return new Encoder(kernels, shape);
+            require(kernels.fits(s.hidden, s.inner, s.head_size) && kernels.fits(s.query_size(), s.inner, s.head_size),
+                    "this kernel level does not fit these sizes");
+            return new Encoder(kernels, s);
         },
         (Encoder*)nullptr);
 }
 
 TP_EXPORT void tp_encoder_free(Encoder* encoder) { delete encoder; }
 
-// which: 0 query, 1 key, 2 value, 3 attention output, 4 feed-forward up, 5 feed-forward down; layer -1: the projection
-// of embeddings of another width. weight is [out, in], bias [out] or null; scale [out] is what tp_encoder_get_linear
-// gave for int8, with its weights, else null.
+// which: 0 query, 1 key, 2 value, 3 attention output, 4 feed-forward up, 5 feed-forward down, 6 the gate beside up;
+// layer -1: the projection of embeddings. Layers are those that tp_encoder_set_step names. weight is [out, in], bias
+// [out] or null; scale [out] is what tp_encoder_get_linear gave for int8, with its weights, else null.
 TP_EXPORT int tp_encoder_set_linear(Encoder* encoder, int layer, int which, const float* weight, const float* bias,
                                     const float* scale, int in, int out) {
     return guarded(
         [&] {
             Linear& place = const_cast<Linear&>(linear_at(*encoder, layer, which));
-            const int hidden = encoder->shape.hidden, inner = encoder->shape.inner;
-            require(
-                in > 0 && (layer < 0 || in == (which == 5 ? inner : hidden)) && out == (which == 4 ? inner : hidden),
-                "a matrix of another size");
+            const Shape& s = encoder->shape;
+            const int ins[] = {s.hidden, s.hidden, s.hidden, s.query_size(), s.hidden, s.inner, s.hidden};
+            const int outs[] = {s.query_size(), s.key_size(), s.key_size(), s.hidden, s.inner, s.hidden, s.inner};
+            require(in > 0 && (layer < 0 ? out == s.hidden : in == ins[which] && out == outs[which]),
+                    "a matrix of another size");
             place = pack_linear(encoder->kernels, encoder->memory, weight, bias, scale, in, out);
             return 0;
         },
@@ -166,13 +170,54 @@ TP_EXPORT int tp_encoder_get_linear(const Encoder* encoder, int layer, int which
         -1);
 }
 
-// which: 0 after attention, 1 after the feed-forward; layer -1: the embeddings'.
+// What a layer, counted in the order they run, has of its own: the number of its weights, for windows the greatest
+// distance at which tokens attend to each other, and the number of its rotation; both below 0 for none.
+TP_EXPORT int tp_encoder_set_step(Encoder* encoder, int layer, int weights, int window, int rotation) {
+    return guarded(
+        [&] {
+            const int layers = encoder->shape.layers;
+            require(layer >= 0 && layer < layers && weights >= 0 && weights < layers, "no such layer");
+            encoder->steps[layer] = {weights, window, rotation};
+            return 0;
+        },
+        -1);
+}
+
+// frequencies [count], count being half the head size: what positions are multiplied by. Numbers from 0 on, in turn.
+TP_EXPORT int tp_encoder_set_rotation(Encoder* encoder, int which, const float* frequencies, int count, float factor) {
+    return guarded(
+        [&] {
+            require(which >= 0 && which <= (int)encoder->rotations.size() && 2 * count == encoder->shape.head_size,
+                    "a rotation of another size");
+            if (which == (int)encoder->rotations.size()) encoder->rotations.emplace_back();
+            encoder->rotations[which] = {{frequencies, frequencies + count}, factor};
+            return 0;
+        },
+        -1);
+}
+
+// table [heads, 2 · far + 1]: what every layer adds to a head's logits, for a query's distance from a key from -far to
+// far; farther ones count as these.
+TP_EXPORT int tp_encoder_set_bias(Encoder* encoder, const float* table, int heads, int far) {
+    return guarded(
+        [&] {
+            require(heads == encoder->shape.heads && far >= 0 && far < 1 << 20, "a bias of another size");
+            encoder->set_bias(table, far);
+            return 0;
+        },
+        -1);
+}
+
+// which: 0 attention's, 1 the feed-forward's; layer -1: 0 the embeddings', 1 what comes after the last layer. beta may
+// be null, for zeros.
 TP_EXPORT int tp_encoder_set_norm(Encoder* encoder, int layer, int which, const float* gamma, const float* beta,
                                   int size) {
     return guarded(
         [&] {
-            require(size > 0 && (layer < 0 || size == encoder->shape.hidden), "a norm of another size");
-            const_cast<Norm&>(norm_at(*encoder, layer, which)) = {{gamma, gamma + size}, {beta, beta + size}};
+            require(size > 0 && ((layer < 0 && which == 0) || size == encoder->shape.hidden), "a norm of another size");
+            Norm norm{{gamma, gamma + size}, std::vector<float>(size)};
+            if (beta) norm.beta.assign(beta, beta + size);
+            const_cast<Norm&>(norm_at(*encoder, layer, which)) = std::move(norm);
             return 0;
         },
         -1);

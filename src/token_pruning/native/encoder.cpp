@@ -117,9 +117,9 @@ struct Arena {
 struct ChunkSpace {
     char* packed;            // rows of the hidden size, packed
     char* packed_inner;      // rows of the feed-forward's inner size, packed
-    char* inner;             // the same before quantisation
-    char* projected;         // queries, keys and values, exchange type [rows, 3 · hidden]
-    char* first_queries;     // exchange type [sequences, hidden]
+    char* inner;             // the same before quantisation; where it is gated, beside it what it is multiplied by
+    char* projected;         // queries, keys and values, exchange type [rows, query size + 2 · key size]
+    char* first_queries;     // exchange type [sequences, query size]
     float *sums, *attended;  // [rows, hidden]
     float* received;         // [heads, rows]
     float* row_scale;        // [rows]
@@ -158,7 +158,7 @@ public:
         for (int s = 0; s < request.sequences; s++)
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
         chunk_rows_ = (int)round_up(std::min(tokens_, std::max(kernels_.chunk_rows, longest_)), 32);
-        summaries_wanted_ = request.hosts, probes_wanted_ = request.probes;
+        summaries_wanted_ = request.hosts, probes_wanted_ = request.probes, placed_ = request.places;
     }
 
     // Every list and array of the pass, which lies in the workspace itself. Nothing is allocated besides: no thread may
@@ -166,7 +166,9 @@ public:
     void lay_out(Arena& arena) {
         const size_t tokens = tokens_, sequences = sequences_, chunks = tokens / 32 + asked_ + 2;
         offsets_ = arena.list<int32_t>(sequences + 1), next_offsets_ = arena.list<int32_t>(sequences + 1);
-        original_ = arena.take<int>(tokens);
+        original_ = arena.take<int>(tokens), firsts_ = arena.take<int>(sequences);
+        if (placed_) places_ = arena.take<int>(tokens);
+        angles_ = arena.take<float>(encoder_.rotations.size() * tokens * shape_.head_size);
         kept_ = arena.list<int>(tokens), dropped_ = arena.list<int>(tokens), left_ = arena.list<int>(tokens);
         sequence_chunks_ = arena.list<Range>(sequences);
         row_chunks_ = arena.list<Range>(chunks), dropped_chunks_ = arena.list<Range>(chunks);
@@ -182,25 +184,27 @@ public:
         const size_t inner = shape_.inner, rows = chunk_rows_, wide = exchange();
         states_[0] = arena.take<float>(tokens * hidden);
         states_[1] = arena.take<float>(tokens * hidden);
-        context_ = arena.take<char>(tokens * hidden * wide);
+        const size_t queries = shape_.query_size(), inputs = queries + 2 * shape_.key_size();
+        context_ = arena.take<char>(tokens * queries * wide);
         received_ = arena.take<float>(tokens);
-        const size_t widest = std::max<size_t>(hidden, encoder_.embeddings.size);
+        const size_t widest = std::max<size_t>({hidden, queries, (size_t)encoder_.embeddings.size});
+        const size_t unpacked = shape_.gated ? 2 * inner : kernels_.quantized ? inner : 0;
         chunks_ = arena.take<ChunkSpace>(asked_), scratch_ = arena.take<ThreadSpace>(asked_);
         for (int t = 0; t < asked_; t++) {
             ChunkSpace c;
             c.packed = arena.take<char>(kernels_.packed_rows_bytes(rows, widest));
             c.packed_inner = arena.take<char>(kernels_.packed_rows_bytes(rows, inner));
-            c.inner = arena.take<char>(kernels_.quantized ? rows * inner * wide : 0);
-            c.projected = arena.take<char>(rows * 3 * hidden * wide);
-            c.first_queries = arena.take<char>(rows * hidden * wide);
+            c.inner = arena.take<char>(rows * unpacked * wide);
+            c.projected = arena.take<char>(rows * inputs * wide);
+            c.first_queries = arena.take<char>(rows * queries * wide);
             c.sums = arena.take<float>(rows * hidden);
             c.attended = arena.take<float>(rows * widest);
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
             ThreadSpace s;
-            s.product = arena.take<char>(
-                std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, inner)));
-            s.attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size()));
+            s.product = arena.take<char>(std::max(kernels_.product_scratch(rows, inner, hidden),
+                                                  kernels_.product_scratch(rows, widest, std::max(inner, widest))));
+            s.attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size));
             if (arena.base) chunks_[t] = c, scratch_[t] = s;
         }
     }
@@ -212,7 +216,9 @@ public:
         request.waiting = false;
         if (fresh_) {
             for (int s = 0; s <= sequences_; s++) offsets_.push_back(request.cu_seqlens[s]);
+            std::copy_n(request.cu_seqlens, sequences_, firsts_);
             for (int i = 0; i < tokens_; i++) original_[i] = i;
+            for (int i = 0; placed_ && i < tokens_; i++) places_[i] = request.places[i];
             for (int i = 0; request.hosts && i < SEGMENTS * sequences_; i++) summaries_.push_back(Summary());
         }
         auto begin = [&](int, int threads) {
@@ -396,16 +402,26 @@ private:
                            shape_.activation, out, out_stride, residual, residual_index, team.scratch->product});
     }
 
-    void normalize(const Team& team, const float* in, float* out, int rows, int width, const Norm& norm) {
+    // The thread's share of rows is the one that it packs.
+    void normalize(const Team& team, const float* in, float* out, int rows, int width, const Norm& norm,
+                   const int* index = nullptr) {
         Clock clock(*this, team, NORM);
-        Range part = share(rows, team.rank, team.threads, 16);
-        kernels_.normalize(in, out, part.begin, part.end, width, norm.gamma.data(), norm.beta.data(), shape_.epsilon);
+        const Range part = share(rows, team.rank, team.threads, 16);
+        if (!index) return normalize(in, out, part, width, norm);
+        for (int i = part.begin; i < part.end; i++)
+            normalize(in + (size_t)index[i] * width, out + (size_t)i * width, {0, 1}, width, norm);
     }
+    void normalize(const float* in, float* out, Range part, int width, const Norm& norm) {
+        kernels_.normalize(in, out, part.begin, part.end, width, norm.gamma.data(), norm.beta.data(), shape_.epsilon,
+                           shape_.rms_norm);
+    }
+
+    const Layer& weights(int layer) const { return encoder_.layers[encoder_.steps[layer].weights]; }
 
     // Token states from the tables, and their projection where the tables have another width.
     void embed(const Team& team, Range chunk) {
         const Embeddings& e = encoder_.embeddings;
-        const bool project = e.size != shape_.hidden;
+        const bool project = e.projection.weight;
         const size_t row = (size_t)e.size * (encoder_.half_tables ? 2 : 4);
         float* out = states_[0] + (size_t)chunk.begin * shape_.hidden;
         float* rows = project ? team.chunk->attended : out;
@@ -414,12 +430,18 @@ private:
             const Range part = share(chunk.size(), team.rank, team.threads, 16);
             for (int i = part.begin; i < part.end; i++) {
                 const int t = chunk.begin + i;
-                kernels_.embed(e.word + request_->ids[t] * row, e.position + request_->positions[t] * row,
+                kernels_.embed(e.word + request_->ids[t] * row,
+                               e.position ? e.position + request_->positions[t] * row : nullptr,
                                e.types ? e.type + (request_->types ? request_->types[t] : 0) * row : nullptr,
                                encoder_.half_tables, e.size, rows + (size_t)i * e.size);
             }
-            kernels_.normalize(rows, rows, part.begin, part.end, e.size, e.norm.gamma.data(), e.norm.beta.data(),
-                               shape_.epsilon);
+            if (!e.norm.gamma.empty()) normalize(rows, rows, part, e.size, e.norm);
+            for (size_t r = 0; r < encoder_.rotations.size(); r++) {
+                float* angles = angles_ + (r * tokens_ + chunk.begin) * shape_.head_size;
+                for (int i = part.begin; i < part.end; i++)
+                    find_angles(encoder_.rotations[r], request_->positions[chunk.begin + i],
+                                angles + (size_t)i * shape_.head_size);
+            }
         }
         if (!project) return;
         pack(team, rows, false, e.size, nullptr, chunk.size(), e.size, team.chunk->packed);
@@ -428,45 +450,94 @@ private:
                  shape_.hidden);
     }
 
-    char* projected(const Team& team, int row, int column) const {
-        return team.chunk->projected + ((size_t)row * 3 * shape_.hidden + column) * exchange();
+    // Cosines and sines of a position, as Kernels::rotate reads them.
+    static void find_angles(const Rotation& rotation, int position, float* to) {
+        const size_t half = rotation.frequencies.size();
+        for (size_t i = 0; i < half; i++) {
+            const float angle = (float)position * rotation.frequencies[i];
+            to[i] = std::cos(angle) * rotation.factor, to[half + i] = std::sin(angle) * rotation.factor;
+        }
     }
-    char* context(int row, int column) const { return context_ + ((size_t)row * shape_.hidden + column) * exchange(); }
+
+    // Queries, keys and values lie side by side.
+    int inputs() const { return shape_.query_size() + 2 * shape_.key_size(); }
+    int keys_at() const { return shape_.query_size(); }
+    int values_at() const { return shape_.query_size() + shape_.key_size(); }
+    char* projected(const Team& team, int row, int column) const {
+        return team.chunk->projected + ((size_t)row * inputs() + column) * exchange();
+    }
+    char* context(int row, int column) const {
+        return context_ + ((size_t)row * shape_.query_size() + column) * exchange();
+    }
     size_t exchange() const { return kernels_.half ? 2 : 4; }
 
     void project(const Team& team, const Linear& linear, int rows, int column) {
         multiply(team, PROJECT, linear, team.chunk->packed, rows, Epilogue::store, projected(team, 0, column),
-                 3 * shape_.hidden);
+                 inputs());
+    }
+
+    // The rows of whole sequences that enter attention, packed. The normalized ones are left in `attended`.
+    void pack_entering(const Team& team, const Layer& l, int first, int rows) {
+        const int hidden = shape_.hidden;
+        const float* entering = states_[0] + (size_t)first * hidden;
+        if (normalizes_before(l)) {
+            normalize(team, entering, team.chunk->attended, rows, hidden, l.attention_norm);
+            entering = team.chunk->attended;
+        }
+        pack(team, entering, false, hidden, nullptr, rows, hidden, team.chunk->packed);
+        team.wait();
+    }
+
+    bool normalizes_before(const Layer& l) const { return shape_.norm_first && !l.attention_norm.gamma.empty(); }
+
+    // Turns `heads` heads of the rows by their positions; the tokens that they are begin at `tokens`.
+    void rotate(const Team& team, int layer, char* heads_at, size_t stride, int rows, int heads, const int* tokens) {
+        const int which = encoder_.steps[layer].rotation;
+        if (which < 0) return;
+        Clock clock(*this, team, ATTEND);
+        const Range part = share(rows, team.rank, team.threads, 16);
+        kernels_.rotate(heads_at, stride, part.begin, part.end, heads, shape_.head_size,
+                        angles_ + (size_t)which * tokens_ * shape_.head_size, tokens);
+        team.wait();
+    }
+
+    // What a layer adds to the logits of a head; rows are counted from the first of all.
+    LogitTerms terms(int layer, int head, int query, int key) const {
+        const DistanceBias& bias = encoder_.bias;
+        const int window = encoder_.steps[layer].window;
+        if (bias.table.empty() && window < 0) return {};
+        return {places_ + query, places_ + key, window,
+                bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1), bias.far};
     }
 
     // Attention of whole sequences: contexts, and what each token received where the layer prunes.
     void attend(const Team& team, int layer, Range sequences) {
-        const Layer& l = encoder_.layers[layer];
-        const int first = offsets_[sequences.begin], rows = offsets_[sequences.end] - first, hidden = shape_.hidden;
-        pack(team, states_[0] + (size_t)first * hidden, false, hidden, nullptr, rows, hidden, team.chunk->packed);
-        team.wait();
+        const Layer& l = weights(layer);
+        const int first = offsets_[sequences.begin], rows = offsets_[sequences.end] - first;
+        pack_entering(team, l, first, rows);
         project(team, l.query, rows, 0);
-        project(team, l.key, rows, hidden);
-        project(team, l.value, rows, 2 * hidden);
+        project(team, l.key, rows, keys_at());
+        project(team, l.value, rows, values_at());
         team.wait();
+        rotate(team, layer, projected(team, 0, 0), inputs(), rows, shape_.heads + shape_.key_heads, original_ + first);
         Clock clock(*this, team, ATTEND);
         const bool receive = decides(layer) && !joins(layer);
-        const int size = shape_.head_size(), heads = shape_.heads;
+        const int size = shape_.head_size, heads = shape_.heads;
         const Range items = share(sequences.size() * heads, team.rank, team.threads);
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
-                      count = offsets_[s + 1] - offsets_[s];
+                      count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
             float* received = receive ? team.chunk->received + (size_t)head * rows + at : nullptr;
             const Range asking = receive ? asking_rows(s) : Range{0, count};
             // What rows pay is added up in the kernel, so those that do not count go there by themselves.
             for (Range queries : {Range{0, asking.begin}, asking, Range{asking.end, count}}) {
                 if (queries.size() == 0) continue;
-                kernels_.attend({projected(team, at + queries.begin, head * size),
-                                 projected(team, at, hidden + head * size),
-                                 projected(team, at, 2 * hidden + head * size), (size_t)3 * hidden, (size_t)3 * hidden,
-                                 queries.size(), count, size, 1.0f / std::sqrt((float)size),
-                                 context(offsets_[s] + queries.begin, head * size), (size_t)hidden,
-                                 queries.begin == asking.begin ? received : nullptr, team.scratch->attention});
+                kernels_.attend(
+                    {projected(team, at + queries.begin, head * size), projected(team, at, keys_at() + shared * size),
+                     projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
+                     queries.size(), count, size, shape_.scale, context(offsets_[s] + queries.begin, head * size),
+                     (size_t)shape_.query_size(), queries.begin == asking.begin ? received : nullptr,
+                     team.scratch->attention, terms(layer, head, offsets_[s] + queries.begin, offsets_[s])});
             }
         }
         if (!receive) return;
@@ -503,49 +574,60 @@ private:
             attend(team, layer, sequences);
             team.wait();
         }
-        const Layer& l = encoder_.layers[layer];
+        const Layer& l = weights(layer);
         const int first = offsets_[sequences.begin], rows = offsets_[sequences.end] - first, hidden = shape_.hidden;
-        pack(team, states_[0] + (size_t)first * hidden, false, hidden, nullptr, rows, hidden, team.chunk->packed);
+        pack_entering(team, l, first, rows);
+        project(team, l.key, rows, keys_at());
+        project(team, l.value, rows, values_at());
         team.wait();
-        project(team, l.key, rows, hidden);
-        project(team, l.value, rows, 2 * hidden);
+        const float* asking = states_[0];
+        const int* index = offsets_.data() + sequences.begin;
+        if (normalizes_before(l)) {  // the first rows of what was normalized, which other threads may have done
+            const Range part = share(sequences.size(), team.rank, team.threads, 16);
+            for (int i = part.begin; i < part.end; i++)
+                std::copy_n(team.chunk->attended + (size_t)(index[i] - first) * hidden, hidden,
+                            team.chunk->sums + (size_t)i * hidden);
+            asking = team.chunk->sums, index = nullptr;
+        }
+        pack(team, asking, false, hidden, index, sequences.size(), hidden, team.chunk->packed);
         team.wait();
-        pack(team, states_[0], false, hidden, offsets_.data() + sequences.begin, sequences.size(), hidden,
-             team.chunk->packed);
-        team.wait();
+        const size_t queries = shape_.query_size();
         multiply(team, PROJECT, l.query, team.chunk->packed, sequences.size(), Epilogue::store,
-                 team.chunk->first_queries, hidden);
+                 team.chunk->first_queries, queries);
         team.wait();
+        rotate(team, layer, projected(team, 0, keys_at()), inputs(), rows, shape_.key_heads, original_ + first);
+        rotate(team, layer, team.chunk->first_queries, queries, sequences.size(), shape_.heads,
+               firsts_ + sequences.begin);
         Clock clock(*this, team, ATTEND);
-        const int size = shape_.head_size(), heads = shape_.heads;
+        const int size = shape_.head_size, heads = shape_.heads;
         const Range items = share(sequences.size() * heads, team.rank, team.threads);
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
-                      count = offsets_[s + 1] - offsets_[s];
-            kernels_.attend(
-                {team.chunk->first_queries + ((size_t)(s - sequences.begin) * hidden + head * size) * exchange(),
-                 projected(team, at, hidden + head * size), projected(team, at, 2 * hidden + head * size),
-                 (size_t)hidden, (size_t)3 * hidden, 1, count, size, 1.0f / std::sqrt((float)size),
-                 context(offsets_[s], head * size), (size_t)hidden, nullptr, team.scratch->attention});
+                      count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
+            kernels_.attend({team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
+                             projected(team, at, keys_at() + shared * size),
+                             projected(team, at, values_at() + shared * size), queries, (size_t)inputs(), 1, count,
+                             size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
+                             team.scratch->attention, terms(layer, head, offsets_[s], offsets_[s])});
         }
     }
 
-    // Output projection, residual and LayerNorm of the given rows.
+    // Output projection and residual of the given rows, and the norm where that comes after.
     void finish_attention(const Team& team, const Layer& l, const int* index, int begin, int rows, float* out) {
-        const int hidden = shape_.hidden;
+        const int hidden = shape_.hidden, queries = shape_.query_size();
         ChunkSpace& c = *team.chunk;
-        pack(team, index ? context_ : context(begin, 0), kernels_.half, hidden, index, rows, hidden, c.packed);
+        pack(team, index ? context_ : context(begin, 0), kernels_.half, queries, index, rows, queries, c.packed);
         team.wait();
-        multiply(team, OUTPUT, l.output, c.packed, rows, Epilogue::residual, c.sums, hidden,
+        multiply(team, OUTPUT, l.output, c.packed, rows, Epilogue::residual, shape_.norm_first ? out : c.sums, hidden,
                  index ? states_[0] : states_[0] + (size_t)begin * hidden, index);
         team.wait();
-        normalize(team, c.sums, out, rows, hidden, l.attention_norm);
+        if (!shape_.norm_first) normalize(team, c.sums, out, rows, hidden, l.attention_norm);
     }
 
     // The same of all rows, before the decision, and what the layer's probe says of them.
     void join(const Team& team, int layer, Range r) {
         const size_t hidden = shape_.hidden;
-        finish_attention(team, encoder_.layers[layer], nullptr, r.begin, r.size(), joined_ + r.begin * hidden);
+        finish_attention(team, weights(layer), nullptr, r.begin, r.size(), joined_ + r.begin * hidden);
         Clock clock(*this, team, DECIDE);
         const float* probe = request_->probes + layer * (hidden + 1);
         const Range part = share(r.size(), team.rank, team.threads, 16);  // the rows that this thread has normalized
@@ -571,11 +653,17 @@ private:
         const size_t hidden = shape_.hidden, bytes = hidden * sizeof(float);
         const int* rows = dropped_.data() + r.begin;
         const bool joined = joins(layer);
-        if (!joined) finish_attention(team, encoder_.layers[layer], rows, 0, r.size(), team.chunk->attended);
+        if (!joined) finish_attention(team, weights(layer), rows, 0, r.size(), team.chunk->attended);
         const Range part = share(r.size(), team.rank, team.threads, 16);
         for (int i = part.begin; i < part.end; i++) {
             const float* state = joined ? joined_ + rows[i] * hidden : team.chunk->attended + i * hidden;
-            if (departed_wanted()) memcpy(request_->out + left_[r.begin + i] * hidden, state, bytes);
+            if (departed_wanted()) {
+                float* out = request_->out + left_[r.begin + i] * hidden;
+                if (request_->unread)
+                    memcpy(out, state, bytes);
+                else
+                    finish(state, out);
+            }
             if (summarizes(layer)) memcpy(gone_ + (r.begin + i) * hidden, state, bytes);
         }
     }
@@ -605,8 +693,8 @@ private:
 
     // The rest of the layer for the rows that stay.
     void feed_forward(const Team& team, int layer, Range r) {
-        const Layer& l = encoder_.layers[layer];
-        const int rows = r.size(), hidden = shape_.hidden, inner = shape_.inner;
+        const Layer& l = weights(layer);
+        const int rows = r.size(), hidden = shape_.hidden;
         ChunkSpace& c = *team.chunk;
         const int* index = gather_ ? kept_.data() + r.begin : nullptr;
         const float* attended = c.attended;
@@ -618,9 +706,33 @@ private:
                 merge_summaries(c.attended, r.begin, share(rows, team.rank, team.threads, 16));
             index = nullptr;  // they are gathered now
         }
-        pack(team, attended, false, hidden, index, rows, hidden, c.packed);
+        if (shape_.norm_first) {
+            normalize(team, attended, c.sums, rows, hidden, l.output_norm, index);
+            pack(team, c.sums, false, hidden, nullptr, rows, hidden, c.packed);
+        } else {
+            pack(team, attended, false, hidden, index, rows, hidden, c.packed);
+        }
         team.wait();
-        if (kernels_.quantized) {
+        widen(team, l, rows);
+        float* out = states_[1] + (size_t)r.begin * hidden;
+        multiply(team, DOWN, l.down, c.packed_inner, rows, Epilogue::residual, shape_.norm_first ? out : c.sums, hidden,
+                 attended, index);
+        team.wait();
+        if (!shape_.norm_first) normalize(team, c.sums, out, rows, hidden, l.output_norm);
+    }
+
+    // The feed-forward's first half, from packed rows to packed rows.
+    void widen(const Team& team, const Layer& l, int rows) {
+        const int inner = shape_.inner;
+        ChunkSpace& c = *team.chunk;
+        if (shape_.gated) {
+            multiply(team, UP, l.gate, c.packed, rows, Epilogue::store, c.inner, 2 * inner);
+            multiply(team, UP, l.up, c.packed, rows, Epilogue::store, c.inner + inner * exchange(), 2 * inner);
+            team.wait();
+            const Range part = share(rows, team.rank, team.threads, 16);
+            kernels_.gate(c.inner, 2 * inner, part.begin, part.end, inner, shape_.activation);
+            pack(team, c.inner, kernels_.half, 2 * inner, nullptr, rows, inner, c.packed_inner);
+        } else if (kernels_.quantized) {
             multiply(team, UP, l.up, c.packed, rows, Epilogue::activate_store, c.inner, inner);
             team.wait();
             pack(team, c.inner, kernels_.half, inner, nullptr, rows, inner, c.packed_inner);
@@ -628,9 +740,6 @@ private:
             multiply(team, UP, l.up, c.packed, rows, Epilogue::activate_pack, c.packed_inner, inner);
         }
         team.wait();
-        multiply(team, DOWN, l.down, c.packed_inner, rows, Epilogue::residual, c.sums, hidden, attended, index);
-        team.wait();
-        normalize(team, c.sums, states_[1] + (size_t)r.begin * hidden, rows, hidden, l.output_norm);
     }
 
     // Whether decisions are taken in this layer.
@@ -719,6 +828,7 @@ private:
             gather_ = !dropped_.empty();
             if (gather_ && !first_rows_only(layer)) {
                 for (size_t i = 0; i < kept_.size(); i++) original_[i] = original_[kept_[i]];
+                for (size_t i = 0; placed_ && i < kept_.size(); i++) places_[i] = places_[kept_[i]];
                 std::swap(offsets_, next_offsets_);
             }
         }
@@ -736,13 +846,19 @@ private:
     // After the last layer: what is wanted of the states that are left.
     void finish() {
         const size_t hidden = shape_.hidden;
-        if (!request_->first_only) {
-            for (int i = 0; i < offsets_.back(); i++)
-                if (!is_summary(i))
-                    memcpy(request_->out + original_[i] * hidden, states_[0] + i * hidden, hidden * sizeof(float));
+        if (request_->first_only) {
+            for (int s = 0; s < sequences_; s++) finish(states_[0] + s * hidden, request_->out + s * hidden);
             return;
         }
-        memcpy(request_->out, states_[0], sequences_ * hidden * sizeof(float));
+        for (int i = 0; i < offsets_.back(); i++)
+            if (!is_summary(i)) finish(states_[0] + i * hidden, request_->out + original_[i] * hidden);
+    }
+    void finish(const float* state, float* out) {
+        const Norm& norm = encoder_.last_norm;
+        if (norm.gamma.empty())
+            memcpy(out, state, shape_.hidden * sizeof(float));
+        else
+            normalize(state, out, {0, 1}, shape_.hidden, norm);
     }
 
     static constexpr int MIN_ROWS_APART = 96;
@@ -756,7 +872,7 @@ private:
     Request* request_ = nullptr;
     const int tokens_, sequences_, asked_;
     int longest_ = 0, chunk_rows_ = 0;
-    bool summaries_wanted_ = false, probes_wanted_ = false, together_ = false;
+    bool summaries_wanted_ = false, probes_wanted_ = false, placed_ = false, together_ = false;
     bool fresh_ = true;  // whether this call began the pass; else it goes on in `layer_`, whose decision is there now
     int layer_ = 0;
 
@@ -770,6 +886,9 @@ private:
     List<int32_t> offsets_;  // cu_seqlens of the rows that are left
     List<int32_t> next_offsets_;
     int* original_;             // the token each row is
+    int* firsts_;               // [sequences]: the first token of each, which never leaves
+    int* places_ = nullptr;     // and where in the text each row's token stands
+    float* angles_ = nullptr;   // [rotations, tokens, head size]
     List<int> kept_, dropped_;  // rows by the layer's decision
     List<int> left_;            // the tokens of `dropped_`
     List<Summary> summaries_;
@@ -811,9 +930,16 @@ void check_contents(const Encoder& encoder, const Request& r) {
             runs += r.asks[i] && (i == r.cu_seqlens[s] || !r.asks[i - 1]);
             require(runs < 2, "the asking tokens of a sequence must be next to each other");
         }
+    bool placed = encoder.bias.table.empty();
+    for (const Step& step : encoder.steps) placed &= step.window < 0;
+    require(placed || r.places, "places are missing");
+    for (int s = 0; r.places && s < r.sequences; s++)
+        for (int i = r.cu_seqlens[s] + 1; i < r.cu_seqlens[s + 1]; i++)
+            require(r.places[i] > r.places[i - 1], "places must rise within a sequence");
     for (int i = 0; i < r.tokens; i++) {
-        require(r.ids[i] >= 0 && r.ids[i] < e.words && r.positions[i] >= 0 && r.positions[i] < e.positions &&
-                    (!r.types || (r.types[i] >= 0 && r.types[i] < e.types)),
+        require(r.ids[i] >= 0 && r.ids[i] < e.words &&
+                    (!e.position || (r.positions[i] >= 0 && r.positions[i] < e.positions)) &&
+                    (!r.types || !e.type || (r.types[i] >= 0 && r.types[i] < e.types)),
                 "an id, position or token type is outside its table");
         require(!r.hosts || !r.segments || r.segments[i] < 2, "segments must be 0 or 1");
         require(!r.hosts || r.hosts[i] == 0, "hosts must be zero at first");
@@ -823,13 +949,27 @@ void check_contents(const Encoder& encoder, const Request& r) {
 }  // namespace
 
 bool Encoder::complete() const {
-    bool all = embeddings.word && embeddings.position && (int)embeddings.norm.gamma.size() == embeddings.size &&
-               (embeddings.size == shape.hidden ||
-                (embeddings.projection.weight && embeddings.projection.in == embeddings.size));
-    for (const Layer& l : layers)
+    auto fits = [](const Norm& norm, int size) { return norm.gamma.empty() || (int)norm.gamma.size() == size; };
+    bool all =
+        embeddings.word && fits(embeddings.norm, embeddings.size) && fits(last_norm, shape.hidden) &&
+        (embeddings.projection.weight ? embeddings.projection.in == embeddings.size : embeddings.size == shape.hidden);
+    for (const Step& step : steps) {
+        const Layer& l = layers[step.weights];
         all &= l.query.weight && l.key.weight && l.value.weight && l.output.weight && l.up.weight && l.down.weight &&
-               !l.attention_norm.gamma.empty() && !l.output_norm.gamma.empty();
+               (!shape.gated || l.gate.weight) && (shape.norm_first || !l.attention_norm.gamma.empty()) &&
+               !l.output_norm.gamma.empty() && step.rotation < (int)rotations.size();
+    }
+    for (const Rotation& rotation : rotations) all &= 2 * (int)rotation.frequencies.size() == shape.head_size;
     return all;
+}
+
+void Encoder::set_bias(const float* table, int far) {
+    const int wide = far + BIAS_EDGE;
+    bias.far = wide;
+    bias.table.clear();
+    for (int head = 0; head < shape.heads; head++)
+        for (int i = -wide; i <= wide; i++)
+            bias.table.push_back(table[head * (2 * far + 1) + far + std::max(-far, std::min(i, far))]);
 }
 
 size_t Encoder::workspace_bytes(const Request& request) const {

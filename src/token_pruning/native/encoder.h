@@ -1,4 +1,5 @@
-// A post-LayerNorm encoder (BERT's kind) over packed sequences, with tokens removed between attention and feed-forward.
+// A Transformer encoder over packed sequences, with tokens removed between attention and feed-forward. One description
+// of a layer serves every family: Shape is what all layers share, Step what is a layer's own, Layer its weights.
 #pragma once
 
 #include <cstddef>
@@ -40,10 +41,15 @@ private:
 };
 
 struct Shape {
-    int layers, hidden, heads, inner;
-    float epsilon;
+    int layers, hidden, heads, key_heads, head_size, inner;  // each of the key_heads serves heads / key_heads queries
+    float epsilon;                                           // of every norm
+    float scale;                                             // of query · key
     Activation activation;
-    int head_size() const { return hidden / heads; }
+    bool norm_first;  // norms before attention and feed-forward instead of after their residuals
+    bool rms_norm;    // norms take no mean off
+    bool gated;       // activation(gate · x) times up · x enters the feed-forward's second half
+    int query_size() const { return heads * head_size; }
+    int key_size() const { return key_heads * head_size; }
 };
 
 // A weight matrix packed for `kernels`; weight is [out, in], bias [out] or null. With `scale` [out] the weights are
@@ -60,17 +66,38 @@ struct Norm {
     std::vector<float> gamma, beta;
 };
 
+// A layer's weights. Where the norm comes first, attention_norm may be empty: there is none before attention.
 struct Layer {
-    Linear query, key, value, output, up, down;
-    Norm attention_norm, output_norm;
+    Linear query, key, value, output, gate, up, down;
+    Norm attention_norm, output_norm;  // before or after attention and feed-forward
+};
+
+// One turn of the encoder: whose weights, and what else a layer has of its own.
+struct Step {
+    int weights;        // number of the Layer: several steps may share one
+    int window = -1;    // greatest distance at which tokens attend to each other; below 0: any
+    int rotation = -1;  // number of the Rotation of queries and keys; below 0: none
+};
+
+// Rotary positions: columns i and i + head_size / 2 of a head are turned by position · frequencies[i].
+struct Rotation {
+    std::vector<float> frequencies;  // [head_size / 2]
+    float factor = 1;                // of what comes out
+};
+
+// Added to every layer's logits by the distance of a query's place from a key's; see LogitTerms.
+struct DistanceBias {
+    std::vector<float> table;  // [heads, 2 · far + 1], with the edges that kernels read; empty: there is none
+    int far = 0;
 };
 
 struct Embeddings {
-    const char *word = nullptr, *position = nullptr, *type = nullptr;  // rows of bfloat16 or float32; type may be null
-    int size = 0;  // width of the tables, which may differ from the encoder's
+    // Rows of bfloat16 or float32, of one width, which may differ from the encoder's. All but `word` may be null.
+    const char *word = nullptr, *position = nullptr, *type = nullptr;
+    int size = 0;
     int words = 0, positions = 0, types = 0;
-    Norm norm;
-    Linear projection;  // size → hidden, where they differ
+    Norm norm;          // may be empty
+    Linear projection;  // size → hidden, or none
 };
 
 // What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done.
@@ -82,6 +109,8 @@ struct Request {
     int threads;
     const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
+    // Where in the text each token stands, [tokens], rising within a sequence: for windows and the bias by distance.
+    const int32_t* places;
     // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0, or on what a
     // probe says; null: nothing is pruned by them. A layer prunes where prunes[layer] is set.
     const float* thresholds;
@@ -90,6 +119,7 @@ struct Request {
     bool first_only;       // only first tokens' states are wanted: the last layer computes no others
     bool record;           // decide in the last layer even where its decisions change nothing
     bool departed;         // last states of tokens that left are wanted too; else their rows of `out` are not written
+    bool unread;           // these without the norm that comes after the last layer
     const uint8_t* stays;  // [tokens] or null: 1 for a token that never leaves, as no sequence's first token does
     // Whose attention counts, [tokens] of 1 or 0; null: everybody's. Those of a sequence are next to each other; what
     // they pay to a token, averaged, times the sequence's rows, is what it received. Where none of them is left, all
@@ -122,17 +152,22 @@ enum Part { EMBED, PACK, PROJECT, ATTEND, OUTPUT, UP, DOWN, NORM, DECIDE, PARTS 
 
 class Encoder {
 public:
-    Encoder(const Kernels& kernels, Shape shape) : kernels(kernels), shape(shape), layers(shape.layers) {}
+    Encoder(const Kernels& kernels, Shape shape) : kernels(kernels), shape(shape), layers(shape.layers) {
+        for (int l = 0; l < shape.layers; l++) steps.push_back({l});
+    }
+    // table[heads, 2 · far + 1].
+    void set_bias(const float* table, int far);
     // Whether everything a forward pass reads was set.
     bool complete() const;
-    // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, E
-    // the wider of H and the tables' width, S sequences, T threads, and R = N, or where that is less the longest
-    // sequence or the kernels' chunk_rows, whichever is more, rounded up to 32:
-    //     N · (8 + wide) · H + N · 40 + S · 64                  states, context, who is where
-    //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes
-    //     T · R · (4·H · (1 + wide) + 4·E + 8·heads)            a chunk's rows: projections, sums
-    //     T · packed rows of R · (E + F), and for int8 R · F · wide, and the kernels' scratch for R rows and for
-    //     the longest sequence's keys (product_scratch, attention_scratch)
+    // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, Q
+    // and K all heads' queries and keys (H where nothing else is said), E the widest of H, Q and the tables, S
+    // sequences, T threads, and R = N, or where that is less the longest sequence or the kernels' chunk_rows, whichever
+    // is more, rounded up to 32:
+    //     N · (8·H + wide·Q) + N · 44 + S · 64                  states, context, who is where
+    //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes, N · 4 · head size for each rotation
+    //     T · R · (4·H + wide · (2·Q + 2·K) + 4·E + 8·heads)    a chunk's rows: projections, sums
+    //     T · packed rows of R · (E + F), for int8 R · F · wide, and twice that where the feed-forward is gated, and
+    //     the kernels' scratch for R rows and for the longest sequence's keys (product_scratch, attention_scratch)
     // and some padding. It grows in proportion to tokens and threads, never with a sequence's square.
     size_t workspace_bytes(const Request& request) const;
     // False when it waits for a decision; allocates nothing. Throws std::invalid_argument for what it cannot take.
@@ -140,8 +175,12 @@ public:
 
     const Kernels& kernels;
     const Shape shape;
-    std::vector<Layer> layers;
+    std::vector<Layer> layers;  // those that `steps` name
+    std::vector<Step> steps;
+    std::vector<Rotation> rotations;
+    DistanceBias bias;
     Embeddings embeddings;
+    Norm last_norm;  // after the last layer; may be empty
     bool half_tables = false;
     Slabs memory{32 << 20};  // of all matrices and tables
 };

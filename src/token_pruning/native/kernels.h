@@ -12,7 +12,7 @@
 namespace tp {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, int8 = 2 };
-enum class Activation : int { gelu = 0, relu = 1, gelu_tanh = 2 };
+enum class Activation : int { gelu = 0, relu = 1, gelu_tanh = 2, silu = 3 };
 
 // What happens to a product's sums, after weight scale and bias.
 enum class Epilogue : int {
@@ -48,7 +48,20 @@ struct Product {
     void* scratch;
 };
 
-// One head of one sequence: softmax(q·kᵀ·scale)·v and, for every key, the sum of the attention it receives.
+// What is added to attention logits by the places of a query and a key in the text, which rise with the rows.
+struct LogitTerms {
+    const int* query_places = nullptr;  // [queries]; null: nothing is added
+    const int* key_places = nullptr;    // [keys]
+    int window = -1;                    // greatest distance at which attention is paid; below 0: any
+    // [2 · far + 1] for query − key from −far to far, farther ones as the outermost; null: none. The outermost
+    // BIAS_EDGE numbers on either side are all the same.
+    const float* bias = nullptr;
+    int far = 0;
+    bool any() const { return query_places != nullptr; }
+};
+constexpr int BIAS_EDGE = 64;
+
+// One head of one sequence: softmax(q·kᵀ·scale + terms)·v and, for every key, the sum of the attention it receives.
 struct Attention {
     const void *query, *key, *value;  // exchange type; rows `stride` elements apart
     size_t query_stride, stride;
@@ -58,6 +71,7 @@ struct Attention {
     size_t context_stride;
     float* received;  // [keys], or null where nobody asks
     void* scratch;
+    LogitTerms terms;
 };
 
 struct Kernels {
@@ -84,10 +98,16 @@ struct Kernels {
     void (*multiply)(const Product&);
     size_t (*attention_scratch)(int keys, int head_size);
     void (*attend)(const Attention&);
-    // LayerNorm of float32 rows [begin, end); in and out may be the same.
+    // LayerNorm of float32 rows [begin, end), or their RMS norm, which takes no mean off; in and out may be the same.
     void (*normalize)(const float* in, float* out, int begin, int end, int size, const float* gamma, const float* beta,
-                      float epsilon);
-    // One row: out = word + position (+ type), tables of bfloat16 or float32.
+                      float epsilon, bool rms);
+    // Rotary positions: each of `heads` heads side by side in the rows [begin, end), of the exchange type, is turned by
+    // its row's angles. Those of row r are at angles + index[r] · head_size, head_size / 2 cosines, then the sines.
+    void (*rotate)(void* rows, size_t stride, int begin, int end, int heads, int head_size, const float* angles,
+                   const int* index);
+    // Rows [begin, end) of the exchange type, `size` numbers a and then `size` numbers b: a becomes activation(a) · b.
+    void (*gate)(void* rows, size_t stride, int begin, int end, int size, Activation activation);
+    // One row: out = word (+ type) (+ position), tables of bfloat16 or float32.
     void (*embed)(const void* word, const void* position, const void* type, bool half_tables, int size, float* out);
     // Around a thread's work: AMX tiles have to be configured, and released.
     void (*enter)();

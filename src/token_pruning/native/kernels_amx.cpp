@@ -13,7 +13,8 @@
 //
 // Attention. 32 queries at a time: scores on tiles, softmax in vectors, context on tiles. Keys and values of the head
 // are rearranged into weight tiles once. Probabilities are not normalised before they are multiplied with the values:
-// the 1/sum goes onto the few columns of the context, and onto the column sums of the received attention.
+// the 1/sum goes onto the few columns of the context, and onto the column sums of the received attention. Within a
+// window only the tiles of keys that one of the queries may see are multiplied.
 #define TP_LEVEL amx
 #include "vector.h"
 
@@ -406,11 +407,12 @@ static size_t attention_scratch(int keys, int head_size) {
     return lay_out(s, nullptr, keys, head_size);
 }
 
-// Scores of 16 · TILES queries against all keys, two tiles of keys at a time.
+// Scores of 16 · TILES queries against the keys [begin, end), two tiles of keys at a time.
 template <int TILES>
-static inline void score_tiles(const AttentionScratch& s, const uint16_t* query, size_t stride, int blocks) {
+static inline void score_tiles(const AttentionScratch& s, const uint16_t* query, size_t stride, int blocks, int begin,
+                               int end) {
     const int wide = s.wide;
-    for (int j = 0; j < wide; j += 32) {
+    for (int j = begin; j < end; j += 32) {
         const uint16_t* keys = s.keys + (size_t)(j / 16) * blocks * 512;
         tile_zero<0>(), tile_zero<1>();
         if (TILES == 2) tile_zero<2>(), tile_zero<3>();
@@ -433,12 +435,12 @@ static inline void score_tiles(const AttentionScratch& s, const uint16_t* query,
 
 // Context of 16 · TILES queries, 32 columns of the head at a time.
 template <int TILES>
-static inline void context_tiles(const AttentionScratch& s, int head_size) {
+static inline void context_tiles(const AttentionScratch& s, int head_size, int begin, int end) {
     const int wide = s.wide, column_tiles = head_size / 16;
     for (int c = 0; c < column_tiles; c += 2) {
         tile_zero<0>(), tile_zero<1>();
         if (TILES == 2) tile_zero<2>(), tile_zero<3>();
-        for (int j = 0; j < wide; j += 32) {
+        for (int j = begin; j < end; j += 32) {
             const uint16_t* values = s.values + ((size_t)(j / 32) * column_tiles + c) * 512;
             tile_load<6>(values, 64), tile_load<7>(values + 512, 64);
             tile_load<4>(s.probabilities + j, wide * 2);
@@ -454,6 +456,27 @@ static inline void context_tiles(const AttentionScratch& s, int head_size) {
             tile_store<2>(context + 16 * head_size, head_size * 4);
             tile_store<3>(context + 16 * head_size + 16, head_size * 4);
         }
+    }
+}
+
+// The scores of one query for the keys [begin, end), of which there are `keys`, times `scale` and with a head's terms,
+// in units of log 2. Outside the window they are so low that their power of two is 0.
+static void add_terms(const LogitTerms& terms, int query, int keys, int begin, int end, __m512 scale, float* scores) {
+    const __m512i place = _mm512_set1_epi32(terms.query_places[query]), far = _mm512_set1_epi32(terms.far);
+    const __m512i window = _mm512_set1_epi32(terms.window);
+    for (int j = begin; j < smaller(end, keys); j += 16) {
+        const __mmask16 there = (__mmask16)(keys - j < 16 ? (1u << (keys - j)) - 1 : 0xffff);
+        const __m512i distance = _mm512_sub_epi32(place, _mm512_maskz_loadu_epi32(there, terms.key_places + j));
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + j), scale);
+        if (terms.bias) {
+            const __m512i column = _mm512_add_epi32(
+                far, _mm512_min_epi32(far, _mm512_max_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), far), distance)));
+            x = _mm512_fmadd_ps(_mm512_i32gather_ps(column, terms.bias, 4), _mm512_set1_ps(1.44269504f), x);
+        }
+        if (terms.window >= 0)
+            x = _mm512_mask_mov_ps(x, _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(distance), window),
+                                   _mm512_set1_ps(-3e38f));
+        _mm512_storeu_ps(scores + j, x);
     }
 }
 
@@ -481,8 +504,15 @@ static void attend(const Attention& a) {
     const __m512 scale = _mm512_set1_ps(a.scale * 1.44269504f);  // probabilities are powers of two
     const int whole = n / 16 * 16;
     const __mmask16 rest = (__mmask16)((1u << (n - whole)) - 1);
+    int begin = 0, end = s.wide;  // the tiles of keys that are read
     for (int first = 0; first < a.queries; first += 32) {
         const int count = smaller(32, a.queries - first), tiles = (count + 15) / 16;
+        if (a.terms.any() && a.terms.window >= 0) {
+            const int *places = a.terms.key_places, *asking = a.terms.query_places + first;
+            while (begin < n && places[begin] < asking[0] - a.terms.window) begin++;
+            for (end = begin; end < n && places[end] <= asking[count - 1] + a.terms.window;) end++;
+            begin = begin / 32 * 32, end = (int)round_up(end, 32);
+        }
         const uint16_t* rows = query + first * a.query_stride;
         size_t stride = a.query_stride;
         if (count < tiles * 16) {  // a tile must not read past the last row
@@ -491,21 +521,25 @@ static void attend(const Attention& a) {
             rows = s.queries, stride = size;
         }
         if (tiles == 2)
-            score_tiles<2>(s, rows, stride, blocks);
+            score_tiles<2>(s, rows, stride, blocks, begin, end);
         else
-            score_tiles<1>(s, rows, stride, blocks);
+            score_tiles<1>(s, rows, stride, blocks, begin, end);
 
         float inverse[32];
         for (int r = 0; r < count; r++) {
             float* x = s.scores + r * s.wide;
             uint16_t* p = s.probabilities + r * s.wide;
-            __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
-            for (int j = 0; j < whole; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
-            if (rest) most = _mm512_mask_max_ps(most, rest, most, _mm512_loadu_ps(x + whole));
-            const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), scale);
-            for (int j = 0; j < s.wide; j += 32) {
-                __m512 e0 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), scale, top));
-                __m512 e1 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j + 16), scale, top));
+            __m512 factor = scale, most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+            if (a.terms.any()) {
+                add_terms(a.terms, first + r, n, begin, end, scale, x);
+                factor = _mm512_set1_ps(1);
+            }
+            for (int j = begin; j < smaller(end, whole); j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
+            if (rest && end > whole) most = _mm512_mask_max_ps(most, rest, most, _mm512_loadu_ps(x + whole));
+            const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), factor);
+            for (int j = begin; j < end; j += 32) {
+                __m512 e0 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), factor, top));
+                __m512 e1 = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(x + j + 16), factor, top));
                 if (j + 32 > n) {
                     e0 = _mm512_maskz_mov_ps(j + 16 <= n ? 0xffff : rest, e0);
                     e1 = _mm512_maskz_mov_ps(j + 16 <= n ? rest : 0, e1);
@@ -517,7 +551,7 @@ static void attend(const Attention& a) {
             inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
         }
         if (a.received)
-            for (int j = 0; j < n; j += 16) {
+            for (int j = begin; j < smaller(end, n); j += 16) {
                 const __mmask16 mask = j < whole ? 0xffff : rest;
                 __m512 sums = _mm512_maskz_loadu_ps(mask, a.received + j);
                 for (int r = 0; r < count; r++)
@@ -526,9 +560,9 @@ static void attend(const Attention& a) {
                 _mm512_mask_storeu_ps(a.received + j, mask, sums);
             }
         if (tiles == 2)
-            context_tiles<2>(s, size);
+            context_tiles<2>(s, size, begin, end);
         else
-            context_tiles<1>(s, size);
+            context_tiles<1>(s, size, begin, end);
         for (int r = 0; r < count; r++) {
             const float* x = s.context + r * size;
             uint16_t* to = (uint16_t*)a.context + (size_t)(first + r) * a.context_stride;
@@ -559,6 +593,8 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
             attention_scratch,
             attend,
             normalize,
+            rotate<uint16_t>,
+            gate<uint16_t>,
             embed,
             enter,
             leave};

@@ -323,6 +323,8 @@ static constexpr Kernels dot_table(const char* name, const char* description) {
             attention_scratch,
             attend,
             normalize,
+            rotate<float>,
+            gate<float>,
             embed,
             nothing,
             nothing};

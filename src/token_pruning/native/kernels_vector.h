@@ -10,7 +10,8 @@
 //
 // Attention, NR queries of a head at a time, with the same registers' kernel: scores come out transposed, [keys][NR],
 // so that softmax needs no sums across a vector, and are read transposed by the product with the values. They are not
-// normalised before it: 1/sum goes onto the context, and onto the received attention.
+// normalised before it: 1/sum goes onto the context, and onto the received attention. Within a window only the keys
+// that one of the NR queries may see are read at all.
 #include "vector.h"
 
 namespace tp {
@@ -268,7 +269,39 @@ static size_t attention_scratch(int keys, int head_size) {
            sizeof(float);
 }
 
-static void attend(const Attention& a) {
+constexpr float OUTSIDE = -3e38f;  // a score outside the window, whose probability is exactly 0
+
+// Adds a head's terms to the scores of the keys [begin, end) for up to NR queries from `first` on.
+static void add_terms(const LogitTerms& terms, int first, int count, int begin, int end, float* scores) {
+    const int *places = terms.query_places + first, far = terms.far;
+    // With nothing dropped in between, W distances lie side by side in the table.
+    const bool adjacent = places[count - 1] - places[0] == count - 1;
+    for (int half = 0; half < NR; half += W) {
+        VecInt query;
+        for (int i = 0; i < W; i++) query[i] = places[smaller(half + i, count - 1)];
+        for (int j = begin; j < end; j++) {
+            const int key = terms.key_places[j];
+            float* at = scores + (size_t)j * NR + half;
+            Vec x = load(at);
+            if (terms.bias && adjacent) {
+                x += load(terms.bias + far + larger(-far, smaller(places[0] + half - key, far - W + 1)));
+            } else if (terms.bias) {
+                VecInt distance = query - key;
+                distance = distance > far ? VecInt{} + far : distance;
+                distance = distance < -far ? VecInt{} - far : distance;
+                x += gather(terms.bias, distance + far);
+            }
+            if (terms.window >= 0) {
+                const VecInt distance = query - key;
+                x = ((distance > terms.window) | (distance < -terms.window)) ? all(OUTSIDE) : x;
+            }
+            store(at, x);
+        }
+    }
+}
+
+template <bool TERMS>
+static void attend_with(const Attention& a) {
     const int n = a.keys, size = a.head_size, wide_head = (int)round_up(size, NR);
     float* keys = (float*)a.scratch;
     float* copied_values = keys + n * round_up(size, DEPTH);
@@ -291,40 +324,52 @@ static void attend(const Attention& a) {
                         d + i < size ? value[(size_t)j * a.stride + d + i] : 0.0f;
     for (int j = 0; a.received && j < n; j++) store(received + j * W, Vec{});
 
-    const int key_step = even_step(n);
+    int begin = 0, end = n;  // the keys that are read
     for (int first = 0; first < a.queries; first += NR) {
         const int count = smaller(NR, a.queries - first);
         const float* query = (const float*)a.query + (size_t)first * a.query_stride;
         transpose(query, a.query_stride, count, size, a.scale, queries);
+        if (TERMS && a.terms.window >= 0) {
+            const int *places = a.terms.key_places, *asking = a.terms.query_places + first;
+            while (begin < n && places[begin] < asking[0] - a.terms.window) begin++;
+            for (end = begin; end < n && places[end] <= asking[count - 1] + a.terms.window;) end++;
+        }
+        const int key_step = even_step(end - begin);
         for (int d = 0; d < size; d += DEPTH)
-            for (int j = 0; j < n; j += key_step)
-                Micros<DEPTH, 1>::table[smaller(key_step, n - j) - 1](
+            for (int j = begin; j < end; j += key_step)
+                Micros<DEPTH, 1>::table[smaller(key_step, end - j) - 1](
                     {keys + ((size_t)d * n + (size_t)j * DEPTH), queries + (size_t)d * NR, NR, smaller(DEPTH, size - d),
                      scores + (size_t)j * NR, NR, d > 0, nullptr, 0});
+        if (TERMS) add_terms(a.terms, first, count, begin, end, scores);
         float inverse[NR];
         for (int half = 0; half < NR; half += W) {
             float* column = scores + half;
             VecInt there;  // all bits of the columns that have a query; others may hold NaN, which no zero would undo
             for (int i = 0; i < W; i++) there[i] = half + i < count ? -1 : 0;
-            Vec most = load(column), total = Vec{};
-            for (int j = 1; j < n; j++) most = maximum(most, load(column + (size_t)j * NR));
-            for (int j = 0; j < n; j++) {  // a NaN that `most` has lost makes the total NaN all the same
-                const Vec e = (Vec)((VecInt)exponential(load(column + (size_t)j * NR) - most) & there);
+            Vec most = load(column + (size_t)begin * NR), total = Vec{};
+            for (int j = begin + 1; j < end; j++) most = maximum(most, load(column + (size_t)j * NR));
+            for (int j = begin; j < end; j++) {  // a NaN that `most` has lost makes the total NaN all the same
+                const Vec x = load(column + (size_t)j * NR);
+                VecInt counts = there;
+                if (TERMS) counts &= x != OUTSIDE;
+                const Vec e = (Vec)((VecInt)exponential(x - most) & counts);
                 store(column + (size_t)j * NR, e);
                 total += e;
             }
             store(inverse + half, 1.0f / total);
             for (int i = larger(0, count - half); i < W; i++) inverse[half + i] = 0;  // no query is there
             const Vec factor = load(inverse + half);
-            for (int j = 0; a.received && j < n; j++)
+            for (int j = begin; a.received && j < end; j++)
                 store(received + j * W, load(received + j * W) + load(column + (size_t)j * NR) * factor);
         }
         const int step = even_step(count);
         for (int d = 0; d < wide_head; d += NR)
             for (int r = 0; r < count; r += step) {
                 const int rows = smaller(step, count - r);
-                Micros<1, NR>::table[rows - 1]({scores + r, in_place ? value + d : copied_values + (size_t)d * n,
-                                                in_place ? a.stride : NR, n, context, NR, false, nullptr, 0});
+                const float* values = in_place ? value + d : copied_values + (size_t)d * n;
+                const size_t stride = in_place ? a.stride : NR;
+                Micros<1, NR>::table[rows - 1]({scores + (size_t)begin * NR + r, values + begin * stride, stride,
+                                                end - begin, context, NR, false, nullptr, 0});
                 for (int i = 0; i < rows; i++) {
                     float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
                     const int columns = smaller(NR, size - d);
@@ -338,6 +383,13 @@ static void attend(const Attention& a) {
             }
     }
     for (int j = 0; a.received && j < n; j++) a.received[j] = sum(load(received + j * W));
+}
+
+static void attend(const Attention& a) {
+    if (a.terms.any())
+        attend_with<true>(a);
+    else
+        attend_with<false>(a);
 }
 
 static void nothing() {}
@@ -361,6 +413,8 @@ static constexpr Kernels table_of(const char* name, const char* description) {
             attention_scratch,
             attend,
             normalize,
+            rotate<float>,
+            gate<float>,
             embed,
             nothing,
             nothing};

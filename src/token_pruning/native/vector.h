@@ -69,6 +69,26 @@ static inline uint16_t to_half(float x) {  // to nearest, ties to even
     return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 static inline float to_float(float x) { return x; }
+static inline void store(uint16_t* p, Vec v) {
+    float parts[W];
+    store(parts, v);
+    for (int i = 0; i < W; i++) p[i] = to_half(parts[i]);
+}
+static inline void put(float* p, float x) { *p = x; }
+static inline void put(uint16_t* p, float x) { *p = to_half(x); }
+
+// table[index[0]] table[index[1]] …
+static inline Vec gather(const float* table, VecInt index) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    Vec v;
+    for (int i = 0; i < W; i++) v[i] = table[index[i]];
+    return v;
+#endif
+}
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
@@ -211,29 +231,42 @@ static inline Vec gelu(Vec x) {
 
 #endif
 
-// x·σ(2√(2/π)(x + 0.044715x³)), BERT's original approximation of gelu.
-static inline Vec gelu_tanh(Vec x) {
-    Vec u = x * 1.5957691216f * (x * x * 0.044715f + 1.0f);
+// x·σ(u), where x σ(u) is nearly 0 for u below −80.
+static inline Vec times_sigmoid(Vec x, Vec u) {
     Vec small = -u > 80.0f ? all(80.0f) : -u;
     return (-u > 80.0f ? x * 0.0f : x) / (exponential(small) + 1.0f);
 }
 
+// x·σ(2√(2/π)(x + 0.044715x³)), BERT's original approximation of gelu.
+static inline Vec gelu_tanh(Vec x) { return times_sigmoid(x, x * 1.5957691216f * (x * x * 0.044715f + 1.0f)); }
+
 static inline Vec activate(Vec x, Activation activation) {
-    if (activation == Activation::relu) return maximum(Vec{}, x);
-    return activation == Activation::gelu ? gelu(x) : gelu_tanh(x);
+    switch (activation) {
+        case Activation::gelu:
+            return gelu(x);
+        case Activation::relu:
+            return maximum(Vec{}, x);
+        case Activation::gelu_tanh:
+            return gelu_tanh(x);
+        case Activation::silu:
+            return times_sigmoid(x, x);
+    }
+    return x;
 }
 
-static void normalize(const float* in, float* out, int begin, int end, int size, const float* gamma, const float* beta,
-                      float epsilon) {
+// Both norms: what RMS norm leaves out is the mean.
+template <bool RMS>
+static void normalize_rows(const float* in, float* out, int begin, int end, int size, const float* gamma,
+                           const float* beta, float epsilon) {
     int whole = size / W * W;
     for (int row = begin; row < end; row++) {
         const float* x = in + (size_t)row * size;
         float* y = out + (size_t)row * size;
         Vec total = Vec{}, squares = Vec{};
         float rest = 0, rest_squares = 0;
-        for (int i = 0; i < whole; i += W) total += load(x + i);
-        for (int i = whole; i < size; i++) rest += x[i];
-        float mean = (sum(total) + rest) / size;
+        for (int i = 0; !RMS && i < whole; i += W) total += load(x + i);
+        for (int i = whole; !RMS && i < size; i++) rest += x[i];
+        const float mean = RMS ? 0.0f : (sum(total) + rest) / size;
         for (int i = 0; i < whole; i += W) {
             Vec d = load(x + i) - mean;
             squares += d * d;
@@ -246,18 +279,64 @@ static void normalize(const float* in, float* out, int begin, int end, int size,
     }
 }
 
+static void normalize(const float* in, float* out, int begin, int end, int size, const float* gamma, const float* beta,
+                      float epsilon, bool rms) {
+    if (rms)
+        normalize_rows<true>(in, out, begin, end, size, gamma, beta, epsilon);
+    else
+        normalize_rows<false>(in, out, begin, end, size, gamma, beta, epsilon);
+}
+
+template <class Exchange>
+static void rotate(void* rows, size_t stride, int begin, int end, int heads, int head_size, const float* angles,
+                   const int* index) {
+    const int half = head_size / 2, whole = half / W * W;
+    for (int r = begin; r < end; r++) {
+        const float *cosine = angles + (size_t)index[r] * head_size, *sine = cosine + half;
+        Exchange* x = (Exchange*)rows + (size_t)r * stride;
+        for (int head = 0; head < heads; head++, x += head_size) {
+            for (int i = 0; i < whole; i += W) {
+                const Vec a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+                store(x + i, a * c - b * s);
+                store(x + half + i, b * c + a * s);
+            }
+            for (int i = whole; i < half; i++) {
+                const float a = to_float(x[i]), b = to_float(x[half + i]);
+                put(x + i, a * cosine[i] - b * sine[i]);
+                put(x + half + i, b * cosine[i] + a * sine[i]);
+            }
+        }
+    }
+}
+
+template <class Exchange>
+static void gate(void* rows, size_t stride, int begin, int end, int size, Activation activation) {
+    const int whole = size / W * W;
+    for (int r = begin; r < end; r++) {
+        Exchange *a = (Exchange*)rows + (size_t)r * stride, *b = a + size;
+        for (int i = 0; i < whole; i += W) store(a + i, activate(load(a + i), activation) * load(b + i));
+        for (int i = whole; i < size; i++) {
+            Vec x = Vec{};
+            x[0] = to_float(a[i]);
+            put(a + i, activate(x, activation)[0] * to_float(b[i]));
+        }
+    }
+}
+
 template <class Table>
 static void embed_row(const Table* word, const Table* position, const Table* type, int size, float* out) {
     int whole = size / W * W;
     for (int i = 0; i < whole; i += W) {
         Vec x = load(word + i);
         if (type) x += load(type + i);
-        store(out + i, x + load(position + i));
+        if (position) x += load(position + i);
+        store(out + i, x);
     }
     for (int i = whole; i < size; i++) {
         float x = to_float(word[i]);
         if (type) x += to_float(type[i]);
-        out[i] = x + to_float(position[i]);
+        if (position) x += to_float(position[i]);
+        out[i] = x;
     }
 }
 
