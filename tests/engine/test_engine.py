@@ -1,7 +1,6 @@
 """The engine against the masked reference: every family, dtype and kernel level."""
 
 import copy
-import ctypes
 import gc
 import os
 import pickle
@@ -38,7 +37,7 @@ from tests.tiny import (
 )
 from token_pruning.engine import compiled as compiling
 from token_pruning.engine import native
-from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, check_interface, levels_here, load_library
+from token_pruning.engine.library import KERNELS_VARIABLE, LEVELS, Shape, check_interface, levels_here, load_library
 from token_pruning.ragged import PackedTokens, layout_from_mask
 
 LIBRARY = load_library()
@@ -601,7 +600,8 @@ def test_native_side_refuses_what_python_would_not_send(model: Any) -> None:
     for change in ({"ids": far}, {"positions": far}, {"types": far}, {"ids": -far}):
         with pytest.raises(tp.TokenPruningError, match="outside its table"):
             run(**change)
-    handle = LIBRARY.tp_encoder_new(99, 0, 1, 32, 1, 32, ctypes.c_float(1e-5), 0)
+    shape = Shape(layers=1, hidden=32, heads=1, key_heads=1, head_size=32, inner=32, epsilon=1e-5, scale=1.0)
+    handle = LIBRARY.tp_encoder_new(99, 0, shape)
     assert not handle and b"level" in LIBRARY.tp_last_error()
 
 
