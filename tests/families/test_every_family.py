@@ -43,7 +43,6 @@ from token_pruning.families import family_of
 from token_pruning.runtime.prune import reads_of
 
 BIASED = ("deberta", "deberta-v2", "mpnet")  # a bias of the logits is float32, whatever the weights are
-NATIVE = (*FAMILIES, "data2vec-text", "ernie")
 every_family = pytest.mark.parametrize("family", EVERY_FAMILY)
 every_head = pytest.mark.parametrize(("family", "head"), CASES)
 
@@ -135,7 +134,7 @@ def test_packed_and_compiled_equal_masked(family: str, head: str) -> None:
         with pruned(model, pruner):
             engine = tp.compile(model, dtype="float32")
         assert_same(valid(engine(**batch), batch), valid(packed, batch), 5e-5)
-        assert ("kernels: PyTorch, because the native ones have no" in engine.explain()) != (family in NATIVE)
+        assert ("kernels: PyTorch, because the native ones have no" in engine.explain()) != family_of(model.config).native
 
 
 @pytest.mark.parametrize("method", PRUNERS)
