@@ -33,7 +33,8 @@ struct Quadruples {
     }
 };
 
-constexpr int HEAD = 64;  // groups of a head in a block of keys
+constexpr float LOG2_E = 1.44269504f;  // probabilities are powers of two
+constexpr int HEAD = 64;               // groups of a head in a block of keys
 
 // Two rows of numbers as one of pairs.
 static inline VecInt paired(Vec first, Vec second) {
@@ -79,7 +80,8 @@ static size_t half_attention_scratch(int keys, int head_size) {
     return lay_out(s, nullptr, keys, head_size);
 }
 
-static void half_attend(const Attention& a) {
+template <bool TERMS>
+static void half_attend_with(const Attention& a) {
     const int n = a.keys, size = a.head_size, head_pairs = (size + 1) / 2, key_pairs = (n + 1) / 2;
     Scratch s;
     lay_out(s, (char*)a.scratch, n, size);
@@ -107,11 +109,11 @@ static void half_attend(const Attention& a) {
     for (int i = 0; i < NR; i++) s.zero[i] = 0;
     for (int j = 0; a.received && j < n; j++) store(s.received + j * W, Vec{});
 
-    const int key_step = even_step(n, Pairs::rows);
+    int begin = 0, end = n;  // the keys that are read, from the first of a pair on
     for (int first = 0; first < a.queries; first += NR) {
         const int count = smaller(NR, a.queries - first);
-        transpose((const float*)a.query + (size_t)first * a.query_stride, a.query_stride, count, size,
-                  a.scale * 1.44269504f, s.transposed);  // probabilities are powers of two
+        transpose((const float*)a.query + (size_t)first * a.query_stride, a.query_stride, count, size, a.scale,
+                  s.transposed);
         if (size % 2)
             for (int half = 0; half < NR; half += W) store(s.transposed + (size_t)size * NR + half, Vec{});
         for (int d = 0; d < head_pairs; d++)
@@ -119,43 +121,54 @@ static void half_attend(const Attention& a) {
                 const float* two = s.transposed + (size_t)2 * d * NR + half;
                 store(s.queries + (size_t)d * NR + half, paired(load(two), load(two + NR)));
             }
+        if (TERMS && a.terms.window >= 0) {
+            const int *places = a.terms.key_places, *asking = a.terms.query_places + first;
+            while (begin < n && places[begin] < asking[0] - a.terms.window) begin++;
+            begin -= begin % 2;
+            for (end = begin; end < n && places[end] <= asking[count - 1] + a.terms.window;) end++;
+        }
+        const int key_step = even_step(end - begin, Pairs::rows);
         for (int d = 0; d < head_pairs; d += HEAD)
-            for (int j = 0; j < n; j += key_step) {
+            for (int j = begin; j < end; j += key_step) {
                 int32_t* to = (int32_t*)s.scores + (size_t)j * NR;
-                DotTable<Pairs, HEAD, 1>::table[smaller(key_step, n - j) - 1](
+                DotTable<Pairs, HEAD, 1>::table[smaller(key_step, end - j) - 1](
                     {s.keys + ((size_t)d / HEAD * n + j) * HEAD, s.queries + (size_t)d * NR,
                      smaller(HEAD, head_pairs - d), d ? to : s.zero, d ? (size_t)NR : 0, to, nullptr, 0});
             }
-        if (n % 2)
-            for (int half = 0; half < NR; half += W) store(s.scores + (size_t)n * NR + half, all(-1e30f));
+        if (TERMS) add_terms(a.terms, first, count, begin, end, s.scores);
         float inverse[NR];
         for (int half = 0; half < NR; half += W) {
             float* column = s.scores + half;
             VecInt there;  // all bits of the columns that have a query; others may hold NaN, which no zero would undo
             for (int i = 0; i < W; i++) there[i] = half + i < count ? -1 : 0;
-            Vec most = load(column), total = Vec{};
-            for (int j = 1; j < n; j++) most = maximum(most, load(column + (size_t)j * NR));
-            for (int j = 0; j < n; j += 2) {  // a NaN that `most` has lost makes the total NaN all the same
-                float* two = column + (size_t)j * NR;
-                const Vec e0 = (Vec)((VecInt)power_of_two((__m512)(load(two) - most)) & there);
-                Vec e1 = (Vec)((VecInt)power_of_two((__m512)(load(two + NR) - most)) & there);
-                if (j + 1 == n) e1 = Vec{};
+            Vec most = load(column + (size_t)begin * NR), total = Vec{};
+            for (int j = begin + 1; j < end; j++) most = maximum(most, load(column + (size_t)j * NR));
+            auto weight = [&](int key) {  // a NaN that `most` has lost makes the total NaN all the same
+                const Vec x = load(column + (size_t)key * NR);
+                VecInt counts = there;
+                if (TERMS) counts &= x != OUTSIDE;
+                return (Vec)((VecInt)power_of_two((__m512)((x - most) * LOG2_E)) & counts);
+            };
+            for (int j = begin; j < end; j += 2) {
+                const Vec e0 = weight(j), e1 = j + 1 < end ? weight(j + 1) : Vec{};
                 total += e0 + e1;
                 store(s.probabilities + (size_t)(j / 2) * NR + half, paired(e0, e1));
-                if (a.received) store(two, e0), store(two + NR, e1);
+                if (a.received) store(column + (size_t)j * NR, e0), store(column + (size_t)(j + 1) * NR, e1);
             }
             store(inverse + half, 1.0f / total);
             for (int i = larger(0, count - half); i < W; i++) inverse[half + i] = 0;  // no query is there
             const Vec factor = load(inverse + half);
-            for (int j = 0; a.received && j < n; j++)
+            for (int j = begin; a.received && j < end; j++)
                 store(s.received + j * W, load(s.received + j * W) + load(column + (size_t)j * NR) * factor);
         }
         const int step = even_step(count, Pairs::rows);
         for (int d = 0; d < size; d += NR)
             for (int r = 0; r < count; r += step) {
                 const int rows = smaller(step, count - r);
-                DotTable<Pairs, 1, NR>::table[rows - 1]({s.probabilities + r, s.values + (size_t)d * key_pairs,
-                                                         key_pairs, s.zero, 0, (int32_t*)s.context, nullptr, 0});
+                DotTable<Pairs, 1, NR>::table[rows - 1]({s.probabilities + (size_t)(begin / 2) * NR + r,
+                                                         s.values + ((size_t)(d / NR) * key_pairs + begin / 2) * NR,
+                                                         (end - begin + 1) / 2, s.zero, 0, (int32_t*)s.context, nullptr,
+                                                         0});
                 for (int i = 0; i < rows; i++) {
                     float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
                     const float* from = s.context + i * NR;
@@ -170,6 +183,13 @@ static void half_attend(const Attention& a) {
             }
     }
     for (int j = 0; a.received && j < n; j++) a.received[j] = sum(load(s.received + j * W));
+}
+
+static void half_attend(const Attention& a) {
+    if (a.terms.any())
+        half_attend_with<true>(a);
+    else
+        half_attend_with<false>(a);
 }
 
 }  // namespace avx512_bf16
