@@ -24,7 +24,7 @@ LEVELS = {
     "kernels_avx_vnni.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
     "kernels_avx512.cpp": AVX512,
     "kernels_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
-    "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -22,7 +22,7 @@ for source in $native/*.cpp check_kernels.cpp; do
     kernels_avx_vnni.cpp) [ -z "$x86" ] || build "$source" -mavx2 -mfma -DTP_TEST_AVX_VNNI ;;
     kernels_avx512.cpp) [ -z "$x86" ] || build "$source" $avx512 ;;
     kernels_avx512_vnni.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512vnni ;;
-    kernels_avx512_bf16.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512bf16 ;;
+    kernels_avx512_bf16.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512vnni -mavx512bf16 ;;
     cpu_level.cpp) build "$source" -DTP_TEST_AVX_VNNI ;;
     kernels_amx.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 ;;
     *) build "$source" ;;

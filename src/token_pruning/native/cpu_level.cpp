@@ -32,7 +32,7 @@ static unsigned detect() {
         levels |= 1u << AVX_VNNI;
 #endif
     }
-    if (!bfloat16) return levels;
+    if (!bfloat16 || !(levels >> AVX512_VNNI & 1)) return levels;
     levels |= 1u << AVX512_BF16;
     const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
 #if defined(__linux__)

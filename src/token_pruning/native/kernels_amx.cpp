@@ -77,16 +77,6 @@ static inline void store_half(uint16_t* p, __m512 a, __m512 b) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-// 2ᵗ, relative error 1e-4: its result is rounded to bfloat16.
-static inline __m512 power_of_two(__m512 t) {
-    __m512 f = _mm512_reduce_ps(t, 0);  // t − round(t), in [-½, ½]
-    __m512 p = _mm512_set1_ps(5.5171743e-2f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4266163e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9326098e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.9992526e-1f));
-    return _mm512_scalef_ps(p, _mm512_sub_ps(t, f));
-}
-
 // x·Φ(x) from parabolas has an absolute error of 4e-5 times |x|, an order below bfloat16's.
 typedef NormalTable<2, 50> CoarseNormal;
 

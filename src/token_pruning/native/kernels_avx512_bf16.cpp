@@ -1,3 +1,8 @@
+// bfloat16 products by AVX-512 BF16; int8 products by AVX-512 VNNI, which all processors with the former have; and
+// attention in bfloat16 for both, between rows of float32.
+//
+// Attention is that of kernels_vector.h, with pairs of numbers in place of single ones: scores are products of pairs of
+// a head's columns, contexts of pairs of keys. Maxima, exponentials and sums are float32.
 #define TP_LEVEL avx512_bf16
 #include "kernels_dot.h"
 
@@ -13,18 +18,189 @@ struct Pairs {
     }
     static void convert(const float* x, int count, uint16_t* to) {
         int i = 0;
-        for (; i + 16 <= count; i += 16)
+        for (; i + W <= count; i += W)
             _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
         for (; i < count; i++) to[i] = to_half(x[i]);
     }
 };
 
+struct Quadruples {
+    typedef int8_t Number;
+    typedef VecInt Sum;
+    static constexpr int group = 4, rows = 12, limit = 127, offset = 128;
+    static VecInt add(VecInt sums, VecInt a, VecInt b) {
+        return (VecInt)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+    }
+};
+
+constexpr float LOG2_E = 1.44269504f;  // probabilities are powers of two
+constexpr int HEAD = 64;               // groups of a head in a block of keys
+
+// Two rows of numbers as one of pairs.
+static inline VecInt paired(Vec first, Vec second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return (VecInt)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+struct Scratch {
+    int32_t* keys;           // [blocks of the head][keys][HEAD]
+    int32_t* values;         // [head / NR][pairs of keys][NR]
+    int32_t* queries;        // [pairs of the head][NR]
+    float* transposed;       // [head, even][NR]
+    float* scores;           // [keys, even][NR]
+    int32_t* probabilities;  // [pairs of keys][NR]
+    int32_t* zero;           // [NR]
+    float* context;          // [rows][NR]
+    float* received;         // [keys][W]
+};
+
+static size_t lay_out(Scratch& s, char* base, int keys, int head_size) {
+    const size_t head_pairs = (head_size + 1) / 2, key_pairs = (keys + 1) / 2;
+    size_t at = 0;
+    auto take = [&](size_t count) {
+        char* place = base + at;
+        at += round_up(count * 4, 64);
+        return place;
+    };
+    s.keys = (int32_t*)take((head_pairs + HEAD - 1) / HEAD * keys * HEAD);
+    s.values = (int32_t*)take(round_up(head_size, NR) * key_pairs);
+    s.queries = (int32_t*)take(head_pairs * NR);
+    s.transposed = (float*)take(2 * head_pairs * NR);
+    s.scores = (float*)take(2 * key_pairs * NR);
+    s.probabilities = (int32_t*)take(key_pairs * NR);
+    s.zero = (int32_t*)take(NR);
+    s.context = (float*)take((size_t)Pairs::rows * NR);
+    s.received = (float*)take((size_t)keys * W);
+    return at;
+}
+
+static size_t half_attention_scratch(int keys, int head_size) {
+    Scratch s;
+    return lay_out(s, nullptr, keys, head_size);
+}
+
+template <bool TERMS>
+static void half_attend_with(const Attention& a) {
+    const int n = a.keys, size = a.head_size, head_pairs = (size + 1) / 2, key_pairs = (n + 1) / 2;
+    Scratch s;
+    lay_out(s, (char*)a.scratch, n, size);
+    const float *key = (const float*)a.key, *value = (const float*)a.value;
+    for (int d = 0; d < size; d += 2 * HEAD)
+        for (int j = 0; j < n; j++)
+            to_numbers<Pairs>(key + j * a.stride + d, smaller(2 * HEAD, size - d), 1,
+                              s.keys + ((size_t)d / (2 * HEAD) * n + j) * HEAD);
+    for (int j = 0; j < n; j += 2) {
+        const float *even = value + (size_t)j * a.stride, *odd = j + 1 < n ? even + a.stride : nullptr;
+        for (int d = 0; d < size; d += W) {
+            Vec first = Vec{}, second = Vec{};
+            const int columns = smaller(W, size - d);
+            if (columns == W) {
+                first = load(even + d);
+                if (odd) second = load(odd + d);
+            } else {
+                for (int i = 0; i < columns; i++) first[i] = even[d + i], second[i] = odd ? odd[d + i] : 0;
+            }
+            store(s.values + ((size_t)(d / NR) * key_pairs + j / 2) * NR + d % NR, paired(first, second));
+        }
+        if (size % NR && size % NR <= W)  // the last panel's second half
+            store(s.values + ((size_t)(size / NR) * key_pairs + j / 2) * NR + W, VecInt{});
+    }
+    for (int i = 0; i < NR; i++) s.zero[i] = 0;
+    for (int j = 0; a.received && j < n; j++) store(s.received + j * W, Vec{});
+
+    int begin = 0, end = n;  // the keys that are read, from the first of a pair on
+    for (int first = 0; first < a.queries; first += NR) {
+        const int count = smaller(NR, a.queries - first);
+        transpose((const float*)a.query + (size_t)first * a.query_stride, a.query_stride, count, size, a.scale,
+                  s.transposed);
+        if (size % 2)
+            for (int half = 0; half < NR; half += W) store(s.transposed + (size_t)size * NR + half, Vec{});
+        for (int d = 0; d < head_pairs; d++)
+            for (int half = 0; half < NR; half += W) {
+                const float* two = s.transposed + (size_t)2 * d * NR + half;
+                store(s.queries + (size_t)d * NR + half, paired(load(two), load(two + NR)));
+            }
+        if (TERMS && a.terms.window >= 0) {
+            const int *places = a.terms.key_places, *asking = a.terms.query_places + first;
+            while (begin < n && places[begin] < asking[0] - a.terms.window) begin++;
+            begin -= begin % 2;
+            for (end = begin; end < n && places[end] <= asking[count - 1] + a.terms.window;) end++;
+        }
+        const int key_step = even_step(end - begin, Pairs::rows);
+        for (int d = 0; d < head_pairs; d += HEAD)
+            for (int j = begin; j < end; j += key_step) {
+                int32_t* to = (int32_t*)s.scores + (size_t)j * NR;
+                DotTable<Pairs, HEAD, 1>::table[smaller(key_step, end - j) - 1](
+                    {s.keys + ((size_t)d / HEAD * n + j) * HEAD, s.queries + (size_t)d * NR,
+                     smaller(HEAD, head_pairs - d), d ? to : s.zero, d ? (size_t)NR : 0, to, nullptr, 0});
+            }
+        if (TERMS) add_terms(a.terms, first, count, begin, end, s.scores);
+        float inverse[NR];
+        for (int half = 0; half < NR; half += W) {
+            float* column = s.scores + half;
+            VecInt there;  // all bits of the columns that have a query; others may hold NaN, which no zero would undo
+            for (int i = 0; i < W; i++) there[i] = half + i < count ? -1 : 0;
+            Vec most = load(column + (size_t)begin * NR), total = Vec{};
+            for (int j = begin + 1; j < end; j++) most = maximum(most, load(column + (size_t)j * NR));
+            auto weight = [&](int key) {  // a NaN that `most` has lost makes the total NaN all the same
+                const Vec x = load(column + (size_t)key * NR);
+                VecInt counts = there;
+                if (TERMS) counts &= x != OUTSIDE;
+                return (Vec)((VecInt)power_of_two((__m512)((x - most) * LOG2_E)) & counts);
+            };
+            for (int j = begin; j < end; j += 2) {
+                const Vec e0 = weight(j), e1 = j + 1 < end ? weight(j + 1) : Vec{};
+                total += e0 + e1;
+                store(s.probabilities + (size_t)(j / 2) * NR + half, paired(e0, e1));
+                if (a.received) store(column + (size_t)j * NR, e0), store(column + (size_t)(j + 1) * NR, e1);
+            }
+            store(inverse + half, 1.0f / total);
+            for (int i = larger(0, count - half); i < W; i++) inverse[half + i] = 0;  // no query is there
+            const Vec factor = load(inverse + half);
+            for (int j = begin; a.received && j < end; j++)
+                store(s.received + j * W, load(s.received + j * W) + load(column + (size_t)j * NR) * factor);
+        }
+        const int step = even_step(count, Pairs::rows);
+        for (int d = 0; d < size; d += NR)
+            for (int r = 0; r < count; r += step) {
+                const int rows = smaller(step, count - r);
+                DotTable<Pairs, 1, NR>::table[rows - 1]({s.probabilities + (size_t)(begin / 2) * NR + r,
+                                                         s.values + ((size_t)(d / NR) * key_pairs + begin / 2) * NR,
+                                                         (end - begin + 1) / 2, s.zero, 0, (int32_t*)s.context, nullptr,
+                                                         0});
+                for (int i = 0; i < rows; i++) {
+                    float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
+                    const float* from = s.context + i * NR;
+                    const int columns = smaller(NR, size - d);
+                    if (columns == NR) {
+                        store(to, load(from) * inverse[r + i]);
+                        store(to + W, load(from + W) * inverse[r + i]);
+                    } else {
+                        for (int c = 0; c < columns; c++) to[c] = from[c] * inverse[r + i];
+                    }
+                }
+            }
+    }
+    for (int j = 0; a.received && j < n; j++) a.received[j] = sum(load(s.received + j * W));
+}
+
+static void half_attend(const Attention& a) {
+    if (a.terms.any())
+        half_attend_with<true>(a);
+    else
+        half_attend_with<false>(a);
+}
+
 }  // namespace avx512_bf16
 
 const Kernels* avx512_bf16_kernels(Dtype dtype) {
-    static const Kernels bfloat16 =
-        avx512_bf16::dot_table<avx512_bf16::Pairs>("avx512_bf16", "bfloat16 products by AVX-512 BF16");
-    return dtype == Dtype::bfloat16 ? &bfloat16 : nullptr;
+    using namespace avx512_bf16;
+    static const Kernels bfloat16 = dot_table<Pairs>("avx512_bf16", "bfloat16 products and attention by AVX-512 BF16",
+                                                     half_attention_scratch, half_attend);
+    static const Kernels int8 = dot_table<Quadruples>(
+        "avx512_bf16", "int8 products by AVX-512 VNNI, attention by AVX-512 BF16", half_attention_scratch, half_attend);
+    return dtype == Dtype::bfloat16 ? &bfloat16 : dtype == Dtype::int8 ? &int8 : nullptr;
 }
 
 }  // namespace tp

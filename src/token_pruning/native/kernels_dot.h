@@ -53,6 +53,7 @@ static inline VecInt all(int32_t x) {
 }
 
 // to[ROWS][NR] = from + rows[ROWS][depth groups] · panel[depth groups][NR]; rows of `from` are `from_stride` apart.
+// Group (r, k) of the rows lies at r · ROW_STRIDE + k · COLUMN_STRIDE.
 struct DotArguments {
     const int32_t* rows;
     const int32_t* panel;
@@ -64,7 +65,7 @@ struct DotArguments {
     int lines;
 };
 
-template <class T, int ROWS>
+template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int ROWS>
 static void dot_micro(const DotArguments& m) {
     typename T::Sum c[ROWS][2];
 #pragma GCC unroll 16
@@ -81,12 +82,12 @@ static void dot_micro(const DotArguments& m) {
             const VecInt b0 = load(panel), b1 = load(panel + W);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
-                const VecInt a = all(rows[r * DOT_DEPTH]);
+                const VecInt a = all(rows[r * ROW_STRIDE]);
                 c[r][0] = T::add(c[r][0], a, b0);
                 c[r][1] = T::add(c[r][1], a, b1);
             }
             panel += NR;
-            rows++;
+            rows += COLUMN_STRIDE;
         }
     }
 #pragma GCC unroll 16
@@ -96,11 +97,11 @@ static void dot_micro(const DotArguments& m) {
     }
 }
 
-template <class T, int COUNT, int... ROWS>
-struct DotTable : DotTable<T, COUNT - 1, COUNT, ROWS...> {};
-template <class T, int... ROWS>
-struct DotTable<T, 0, ROWS...> {
-    static constexpr void (*table[])(const DotArguments&) = {dot_micro<T, ROWS>...};
+template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int COUNT = T::rows, int... ROWS>
+struct DotTable : DotTable<T, ROW_STRIDE, COLUMN_STRIDE, COUNT - 1, COUNT, ROWS...> {};
+template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int... ROWS>
+struct DotTable<T, ROW_STRIDE, COLUMN_STRIDE, 0, ROWS...> {
+    static constexpr void (*table[])(const DotArguments&) = {dot_micro<T, ROW_STRIDE, COLUMN_STRIDE, ROWS>...};
 };
 
 template <class T>
@@ -256,6 +257,20 @@ static inline void dot_finish(const Product& p, const int32_t* sums, int row, in
     }
 }
 
+// Where the sums of some rows go, and what is added to them: lines far apart, that would be waited for one by one.
+template <Epilogue E>
+static inline void prefetch_rows(const Product& p, int row, int rows, int column) {
+    if (E == Epilogue::activate_pack) return;
+    for (int r = row; r < row + rows; r++)
+        for (int line = 0; line < NR; line += 16) {
+            __builtin_prefetch((const float*)p.out + (size_t)r * p.out_stride + column + line, 1);
+            if (E == Epilogue::residual) {
+                const size_t other = p.residual_index ? p.residual_index[r] : r;
+                __builtin_prefetch(p.residual + other * p.out_stride + column + line);
+            }
+        }
+}
+
 template <class T, Epilogue E>
 static void dot_multiply_with(const Product& p) {
     const Linear& w = *p.linear;
@@ -276,7 +291,8 @@ static void dot_multiply_with(const Product& p) {
             const int lines = (ahead + steps * slots - 1) / (steps * slots);
             for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
                 const int rows = smaller(step, p.rows - r);
-                DotTable<T, T::rows>::table[rows - 1](
+                if (last) prefetch_rows<E>(p, r, rows, panel * NR);
+                DotTable<T, DOT_DEPTH, 1>::table[rows - 1](
                     {a + (size_t)r * DOT_DEPTH, block, count, k ? waiting + (size_t)r * NR : first, k ? (size_t)NR : 0,
                      last ? finished : waiting + (size_t)r * NR, (const char*)next + (size_t)fetched * 64,
                      fetched < ahead ? lines : 0});
@@ -305,7 +321,9 @@ static void dot_multiply(const Product& p) {
 }
 
 template <class T>
-static constexpr Kernels dot_table(const char* name, const char* description) {
+static constexpr Kernels dot_table(const char* name, const char* description,
+                                   size_t (*scratch)(int, int) = attention_scratch,
+                                   void (*attention)(const Attention&) = attend) {
     return {name,
             description,
             NR,
@@ -320,8 +338,8 @@ static constexpr Kernels dot_table(const char* name, const char* description) {
             dot_pack_rows<T>,
             dot_scratch<T>,
             dot_multiply<T>,
-            attention_scratch,
-            attend,
+            scratch,
+            attention,
             normalize,
             rotate<float>,
             gate<float>,

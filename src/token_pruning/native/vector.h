@@ -165,6 +165,16 @@ static inline Vec exponential(Vec x) {
 
 #if defined(__AVX512F__)
 
+// 2ᵗ, relative error 1e-4: its result is rounded to bfloat16.
+static inline __m512 power_of_two(__m512 t) {
+    __m512 f = _mm512_reduce_ps(t, 0);  // t − round(t), in [-½, ½]
+    __m512 p = _mm512_set1_ps(5.5171743e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4266163e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9326098e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.9992526e-1f));
+    return _mm512_scalef_ps(p, _mm512_sub_ps(t, f));
+}
+
 // Φ, the normal distribution function, on [-LIMIT, LIMIT) as 32 polynomials; below it is 0, above 1.
 template <int DEGREE, int LIMIT_TENTHS>
 struct alignas(64) NormalTable {
