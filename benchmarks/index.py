@@ -9,6 +9,7 @@ HEAD = """# The engine on CPUs
 
 One folder per kind of machine, named by processor and instruction sets. `make bench` measures the machine it runs on in
 about twenty minutes, goes on where it stopped, and rewrites this page; it writes over no other machine's figures.
+llama.cpp takes part where `pip install '.[llama]'` has built it; on other families than BERT and RoBERTa it does not.
 *Pruned engine*: its speed relative to the best dense engine of others in the same run, on the worst workload and on the
 best.
 
