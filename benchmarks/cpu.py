@@ -149,6 +149,8 @@ def prepare_peer(
     except Exception as error:  # other projects' code fails with exceptions of every kind
         return [], {name: first_line(error)}
     why = {label(name, forms[place].about): first_line(error) for place, error in failed.items()}
+    if len(failed) == len(forms) and len(set(why.values())) == 1:
+        why = {name: next(iter(why.values()))}
     return [place for place in range(len(forms)) if place not in failed], why
 
 
@@ -159,7 +161,7 @@ def label(name: str, about: str) -> str:
 
 def build_own(name: str, model: Model, dtype: str, threads: int) -> tuple[Call, str]:
     """This package's engine as a function from a padded batch to its outputs, and what it says of itself."""
-    engine = tp.compile(load(model.checkpoint, pruned=name == PRUNED), dtype=dtype, threads=threads, reads=None)
+    engine = tp.compile(load(model.checkpoint, pruned=name == PRUNED), dtype=dtype, threads=threads)
     if not model.pooled:
         return lambda inputs: engine(**inputs).logits, engine.explain()
 

@@ -34,6 +34,11 @@ def slug(name: str, flags: Collection[str]) -> str:
     return "-".join([*words, *instruction_sets(flags)])
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies 8-bit integers without overflow in between."""
+    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & cpu_flags())
+
+
 def this_machine() -> dict[str, Any]:
     """The processor as it stands in a file of figures."""
     flags = cpu_flags()

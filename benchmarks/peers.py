@@ -4,8 +4,8 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,10 +14,9 @@ from typing import Any
 
 import llama
 import torch
+from hardware import has_vnni
 from torch import Tensor, nn
 from workloads import Inputs, Sequences, load
-
-from token_pruning.engine.machine import cpu_flags
 
 Call = Callable[[Inputs], Tensor]
 """From a padded batch to logits or vectors, ``[batch, …]``."""
@@ -88,9 +87,9 @@ def outcome(output: Any, mask: Tensor, pooled: bool) -> Tensor:
 class _Exported(nn.Module):
     """The model as a function of positional inputs to one tensor, which is what exporters take."""
 
-    def __init__(self, model: Model, attention: str) -> None:
+    def __init__(self, model: Model, **kwargs: Any) -> None:
         super().__init__()
-        self.module = load(model.checkpoint, attn_implementation=attention)
+        self.module = load(model.checkpoint, **kwargs).eval()
         self.names, self.pooled = model.names, model.pooled
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def _calibration(model: Model, sequences: Sequences) -> list[list[Any]]:
 
 
 def _transformers(model: Model, form: Form, dtype: str, threads: int) -> Call:
-    module = load(model.checkpoint, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    module = load(model.checkpoint, dtype=getattr(torch, dtype))
 
     def call(inputs: Inputs) -> Tensor:
         with torch.inference_mode():
@@ -128,7 +127,7 @@ def _torch_compile(model: Model, form: Form, dtype: str, threads: int) -> Call:
     import torch._inductor.config
 
     torch._inductor.config.freezing = True  # packs the weights for the processor
-    module = load(model.checkpoint, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    module = load(model.checkpoint, dtype=getattr(torch, dtype))
     compiled = torch.compile(module, dynamic=True)
 
     def call(inputs: Inputs) -> Tensor:
@@ -142,7 +141,7 @@ def _torch_compile(model: Model, form: Form, dtype: str, threads: int) -> Call:
 
 
 def _export_onnx(model: Model, sequences: Sequences, path: Path) -> None:
-    module = _Exported(model, "eager")
+    module = _Exported(model, attn_implementation="eager")
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             module,
@@ -176,14 +175,14 @@ def _quantize_onnx(source: str, model: Model, sequences: Sequences, path: Path) 
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    vnni = _has_vnni()
+    vnni = has_vnni()
     with _without_logging():
         quantize_dynamic(
             model.folder / source,
             path,
             per_channel=True,
-            reduce_range=not vnni,  # pairs of products overflow in 16 bits elsewhere
-            weight_type=QuantType.QInt8,
+            reduce_range=not vnni,  # sums of two products overflow 16 bits elsewhere
+            weight_type=QuantType.QInt8 if vnni else QuantType.QUInt8,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # fused operators tell no type
         )
 
@@ -202,7 +201,7 @@ def _quantize_onnx_statically(model: Model, sequences: Sequences, path: Path) ->
         def get_next(self) -> Any:
             return next(self.left, None)
 
-    vnni, prepared = _has_vnni(), path.with_suffix(".prepared.onnx")
+    vnni, prepared = has_vnni(), path.with_suffix(".prepared.onnx")
     with _without_logging():
         quant_pre_process(str(model.folder / "plain.onnx"), str(prepared), skip_symbolic_shape=True)
         quantize_static(
@@ -220,17 +219,13 @@ def _quantize_onnx_statically(model: Model, sequences: Sequences, path: Path) ->
     prepared.unlink()
 
 
-def _has_vnni() -> bool:
-    return bool({"avx512_vnni", "avx_vnni", "asimddp"} & cpu_flags())
-
-
-class _without_logging:
+@contextmanager
+def _without_logging() -> Iterator[None]:
     """Quantisers and optimisers warn of what does not matter here."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
         logging.disable(logging.NOTSET)
 
 
@@ -255,11 +250,21 @@ def _onnxruntime(model: Model, form: Form, dtype: str, threads: int) -> Call:
 
 
 def _export_openvino(model: Model, sequences: Sequences, path: Path) -> None:
+    """With SDPA where the model has it, unless rows of padding that see nothing but padding become NaN there."""
+    longest = max(sequences.draw(0)[-1], key=lambda feature: len(feature["input_ids"]))
+    padded = sequences.pad([longest, {name: values[:5] for name, values in longest.items()}], 128)
+    for kwargs in ({}, {"attn_implementation": "eager"}):
+        _convert_openvino(_Exported(model, **kwargs), model, sequences, path)
+        if not _openvino(model, _OPENVINO, "float32", 1)(padded).isnan().any():
+            return
+
+
+def _convert_openvino(module: nn.Module, model: Model, sequences: Sequences, path: Path) -> None:
     import openvino
 
     with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         converted = openvino.convert_model(
-            _Exported(model, "sdpa").eval(),
+            module,
             example_input=_example(model, sequences),
             input=[([-1, -1], openvino.Type.i64) for _ in model.names],
         )
@@ -315,10 +320,13 @@ _OPENVINO = Form("", "float32.xml", _export_openvino, {"INFERENCE_PRECISION_HINT
 
 PEERS = {
     "transformers": Peer(
-        "SDPA attention, inference_mode", ("transformers",), _transformers, {"float32": [Form()], "bfloat16": [Form()]}
+        "SDPA attention where the model has it, inference_mode",
+        ("transformers",),
+        _transformers,
+        {"float32": [Form()], "bfloat16": [Form()]},
     ),
     "torch.compile": Peer(
-        "dynamic=True with inductor's freezing (packed weights), of transformers with SDPA attention",
+        "dynamic=True with inductor's freezing (packed weights), of transformers with the same attention",
         ("transformers", "torch._inductor.config"),
         _torch_compile,
         {"float32": [Form()], "bfloat16": [Form()]},
@@ -340,11 +348,12 @@ PEERS = {
         },
     ),
     "OpenVINO": Peer(
-        "SDPA attention, dynamic shapes, PERFORMANCE_HINT LATENCY, INFERENCE_NUM_THREADS as stated, no pinning, one "
-        "request at a time; INFERENCE_PRECISION_HINT as the dtype; bfloat16: weights stored in float16, smaller and no "
-        "slower; int8: weights and activations quantised statically by NNCF, model type TRANSFORMER (with "
-        f"SmoothQuant), preset PERFORMANCE, {CALIBRATION_SEQUENCES} sequences of the workload's lengths to calibrate, "
-        "the rest in float32 or bfloat16, whichever is faster",
+        "the same attention, eager where that gives NaN; dynamic shapes, PERFORMANCE_HINT LATENCY, "
+        "INFERENCE_NUM_THREADS as stated, no pinning, one request at a time; INFERENCE_PRECISION_HINT as the dtype; "
+        "bfloat16: weights stored in float16, smaller and no slower; int8: weights and activations quantised "
+        "statically by NNCF, model type TRANSFORMER (with SmoothQuant), preset PERFORMANCE, "
+        f"{CALIBRATION_SEQUENCES} sequences of the workload's lengths to calibrate, the rest in float32 or bfloat16, "
+        "whichever is faster",
         ("openvino",),
         _openvino,
         {
@@ -398,17 +407,19 @@ def prepare(name: str, dtype: str, model: Model, sequences: Sequences) -> dict[i
     Returns:
         What went wrong, by the place of the form among the peer's: other projects' exporters fail in many ways.
     """
-    failed, tried = {}, {}
+    failed: dict[int, Exception] = {}
+    tried: dict[str, Exception | None] = {}
     for form in [*_BEFORE.get(name, []), *PEERS[name].forms[dtype]]:
         if form.file and form.file not in tried:
-            tried[form.file] = _write(form, name, model, sequences)
+            tried[form.file] = _write(form, model, sequences)
+    root = next(iter(tried.values()), None)
     for place, form in enumerate(PEERS[name].forms[dtype]):
         if error := tried.get(form.file):
-            failed[place] = error
+            failed[place] = root or error
     return failed
 
 
-def _write(form: Form, name: str, model: Model, sequences: Sequences) -> Exception | None:
+def _write(form: Form, model: Model, sequences: Sequences) -> Exception | None:
     mark = model.folder / f"{form.file}.done"
     if mark.exists() or form.write is None:
         return None
