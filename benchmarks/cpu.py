@@ -520,10 +520,20 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"| {done['dtype']} | {name} | left out: {why} | | | |" for name, why in done["left_out"].items()]
         if notes:
             lines.append(f"| {done['dtype']} | *pruning* | {notes} | | | |")
+        kernels = kernels_of(done)
+        if kernels:
+            lines.append(f"| {done['dtype']} | *kernels* | {kernels} | | | |")
         if done.get("versions", about["versions"]) != about["versions"]:
             lines.append(f"| {done['dtype']} | *with* | {installed(done['versions'])} | | | |")
         lines.append("")
     return "\n".join(lines)
+
+
+def kernels_of(done: Mapping[str, Any]) -> str:
+    """Which of this package's kernels ran, in the engine's words."""
+    said = next((done["explained"][name] for name in (UNPRUNED, PRUNED) if name in done["explained"]), "")
+    start = "kernels: "
+    return next((line.removeprefix(start) for line in said.splitlines() if line.startswith(start)), "")
 
 
 def installed(found: Mapping[str, Any]) -> str:

@@ -235,6 +235,7 @@ def test_every_kind_of_workload_runs_to_the_end(
     text = output.with_suffix(".md").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "--output OUTPUT" in text
     assert output.with_suffix(".png").stat().st_size
+    assert "| float32 | *kernels* | " in text
 
     monkeypatch.setattr(cpu, "run", lambda *arguments: pytest.fail("it was measured already"))
     assert figures("--resume")["runs"] == [done]
