@@ -53,8 +53,8 @@ wheel: .venv/installed  ## a manylinux wheel with the native kernels, in dist/
 BENCH = $(BIN)/python benchmarks/cpu.py --resume --threads 1 --passes 3 --no-memory
 bench: .venv/installed  ## every engine on the clock, this package's and others': results/cpu/MACHINE, in about twenty minutes
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BENCH) --workload roberta-base-bs1 --workload rerank-minilm --workload embed-minilm-sts
-	$(BENCH) --workload roberta-base-bs32 --dtypes float32 int8
+	$(BENCH) --workload roberta-base-bs1 --workload rerank-minilm
+	$(BENCH) --workload embed-minilm-sts --workload roberta-base-bs32 --dtypes int8
 
 gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then the benchmark; eight minutes, no network
 	@status=0; export PYTHONPATH=src; \
