@@ -49,9 +49,12 @@ wheel: .venv/installed  ## a manylinux wheel with the native kernels, in dist/
 	rm -rf build dist && $(BIN)/python -m build --wheel --outdir build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
-bench: .venv/installed  ## every engine on the clock, this package's and others', on random weights: about twenty minutes
+# One thread. What a killed run has measured stays; results/cpu/MACHINE/engines.json without a run is what measures it anew.
+BENCH = $(BIN)/python benchmarks/cpu.py --resume --threads 1 --passes 3 --no-memory
+bench: .venv/installed  ## every engine on the clock, this package's and others': results/cpu/MACHINE, in about twenty minutes
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/cpu.py --workload roberta-base-bs32 --workload roberta-base-bs1 --passes 3 --no-memory
+	$(BENCH) --workload roberta-base-bs1 --workload rerank-minilm
+	$(BENCH) --workload embed-minilm-sts --workload roberta-base-bs32 --dtypes int8
 
 gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then the benchmark; eight minutes, no network
 	@status=0; export PYTHONPATH=src; \

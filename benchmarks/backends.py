@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import has_vnni
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
@@ -120,12 +121,6 @@ def export_onnx(model: Model, texts: Sequence[Any], folder: Path) -> None:
             )
     finally:
         logging.disable(logging.NOTSET)
-
-
-def has_vnni() -> bool:
-    """Whether the processor multiplies 8-bit integers without overflow in between."""
-    path = Path("/proc/cpuinfo")
-    return path.exists() and "avx512_vnni" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def onnx_runtime(path: Path, threads: int) -> Engine:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 import transformers
 from measures import length_for, loss_interval, truncated
 from numpy.typing import NDArray
-from output import write
+from output import command, write
 
 import token_pruning as tp
 from token_pruning.engine.machine import cpu_name, has_amx
@@ -154,14 +153,6 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 def threads_line(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
-
-
-def command(hidden: Mapping[str, Path | None]) -> str:
-    """The command line that is running, with names in place of this machine's folders."""
-    names = {str(path): name for name, path in hidden.items() if path is not None}
-    script = Path(sys.argv[0])
-    words = [f"{script.parent.name}/{script.name}", *(names.get(word, word) for word in sys.argv[1:])]
-    return f"python {shlex.join(words)}"
 
 
 def table(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 from output import spread, write
-from random_weights import FINAL_KEEP, SHAPES, linear_thresholds, make_model
+from random_weights import FINAL_KEEP, linear_thresholds, make_model
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -357,7 +357,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, bool]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["base", "large"])
+    parser.add_argument("--shapes", nargs="+", choices=("tiny", "base", "large"), default=["base", "large"])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
                         default=["bfloat16", "float16"])  # fmt: skip
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 128])

@@ -1,8 +1,10 @@
 """What becomes of a benchmark's figures."""
 
 import json
+import shlex
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,3 +19,11 @@ def write(result: Any, text: str, output: Path) -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Of several passes."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def command(hidden: Mapping[str, Path | None]) -> str:
+    """The command line that is running, with names in place of this machine's folders."""
+    names = {str(path): name for name, path in hidden.items() if path is not None}
+    script = Path(sys.argv[0])
+    words = [f"{script.parent.name}/{script.name}", *(names.get(word, word) for word in sys.argv[1:])]
+    return f"python {shlex.join(words)}"

@@ -1,6 +1,6 @@
 """Where the engine's time goes, and how near each stage is to what one core can do.
 
-    python benchmarks/stages.py --output results/cpu/stages      (needs g++, and a processor with AMX)
+    python benchmarks/stages.py --output results/cpu/MACHINE/stages      (needs g++, and a processor with AMX)
 
 RoBERTa-base shape with random weights, one thread, unpruned, sequence classification (the last layer computes first
 tokens only). Rates are against the core's own peaks, which peak.cpp measures before and after: products on AMX tiles or

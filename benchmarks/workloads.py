@@ -1,24 +1,58 @@
 """What the CPU benchmark computes: models, the lengths of their inputs, and batches sorted by length."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from random_weights import FINAL_KEEP, linear_thresholds, make_model
+import transformers
+from random_weights import final_keep_for, linear_thresholds, make_model
 from torch import Tensor
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.lab.data import glue_task, load_glue_folder
+from token_pruning.lab.data import find_minilm, find_mpnet, glue_task, load_docstrings, load_glue_folder
 from token_pruning.lab.training.features import tokenize
 from token_pruning.lab.training.load import load_tokenizer
 
+TARGET_FLOPS = 0.58
+"""Of the pruned models whose thresholds are fitted here."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per sequence, drawn uniformly, or log-normally around ``mean`` where ``sigma`` is given."""
+
+    low: int
+    high: int
+    mean: float = 0.0
+    sigma: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.sigma:
+            return f"uniform from {self.low} to {self.high} tokens"
+        return f"log-normal (σ {self.sigma}), mean about {self.mean:g} tokens, from {self.low} to {self.high}"
+
+    def at(self, quantiles: Tensor) -> list[int]:
+        """The lengths below which these fractions of all are."""
+        if self.sigma:
+            found = self.mean * (self.sigma * torch.special.ndtri(quantiles) - self.sigma**2 / 2).exp()
+        else:
+            found = self.low + quantiles * (self.high - self.low)
+        return [int(length) for length in found.round().clamp(self.low, self.high)]
+
+
 LENGTHS = {
-    "GLUE-like": (8, 128, "log-normal (σ 0.4), mean about 50 tokens, from 8 to 128"),
-    "long": (340, 400, "uniform from 340 to 400 tokens"),
+    "GLUE-like": Lengths(8, 128, 50, 0.4),
+    "long": Lengths(340, 400),
+    "rerank": Lengths(100, 400),
+    "STS-B": Lengths(5, 53, 16.2, 0.43),
+    "passages": Lengths(160, 380),
 }
+REAL_WEIGHTS: dict[str, Callable[[], str | Path]] = {"all-MiniLM-L6-v2": find_minilm, "all-mpnet-base-v2": find_mpnet}
+TEXT = "text.npz"
 
 Features = Mapping[str, list[int]]
 Inputs = dict[str, Tensor]
@@ -29,20 +63,23 @@ class Workload:
     """A model and how its inputs come.
 
     Attributes:
-        batch_size: sequences per call.
-        shape: random weights: ``roberta-`` and a key of ``random_weights.SHAPES``.
-        lengths: random weights: a key of ``LENGTHS``.
-        batches: random weights: calls per pass.
-        pool: random weights: batches that are drawn and sorted by length, of which a pass takes ``batches``, the
+        batch_size: sequences per call of the engine; peers may cut the batch.
+        model: random weights: ``roberta-`` and a key of ``random_weights.SHAPES``, or another key of it; or a key of
+            ``REAL_WEIGHTS``, whose ids are those of real text, cut to the lengths.
+        lengths: a key of ``LENGTHS``.
+        batches: calls per pass.
+        pool: batches that are drawn and sorted by length, of which a pass takes ``batches``, the
             middle one of each of as many equal parts: they are then as full as those of a long list.
-        task: real weights: a GLUE task, whose development set is a pass.
+        gives: two logits, one score, or a vector, the mean of the tokens' last states.
+        task: trained classifiers: a GLUE task, whose development set is a pass; instead of ``model`` and lengths.
     """
 
     batch_size: int
-    shape: str = ""
+    model: str = ""
     lengths: str = "GLUE-like"
     batches: int = 1
     pool: int = 1
+    gives: Literal["logits", "score", "vector"] = "logits"
     task: str = ""
 
     @property
@@ -50,18 +87,36 @@ class Workload:
         """Weights and lengths, for a reader."""
         if self.task:
             return f"real weights, {self.task}'s development set"
-        return f"{self.shape} with random weights; lengths drawn anew for every pass, {LENGTHS[self.lengths][2]}"
+        weights = "its own weights, real text" if self.model in REAL_WEIGHTS else "random weights"
+        purpose = {"logits": "", "score": ", a cross-encoder", "vector": ", mean pooling"}[self.gives]
+        return f"{self.model} with {weights}{purpose}; lengths drawn anew for every pass, {LENGTHS[self.lengths]}"
+
+    @property
+    def reads(self) -> Literal["mean"] | None:
+        """What pruning has to know of a base model."""
+        return "mean" if self.gives == "vector" else None
 
 
 WORKLOADS = {
-    "roberta-base-bs32": Workload(32, "roberta-base", batches=8, pool=32),
+    "roberta-base-bs32": Workload(32, "roberta-base", batches=4, pool=32),
     "roberta-base-bs1": Workload(1, "roberta-base", batches=16, pool=16),
     "roberta-base-long": Workload(16, "roberta-base", "long"),
+    "rerank-minilm": Workload(50, "minilm-l6", "rerank", gives="score"),
+    "rerank-roberta-base": Workload(50, "roberta-base", "rerank", gives="score"),
+    "embed-minilm-sts": Workload(64, "all-MiniLM-L6-v2", "STS-B", batches=4, pool=8, gives="vector"),
+    "embed-minilm-passages": Workload(32, "all-MiniLM-L6-v2", "passages", gives="vector"),
+    "embed-mpnet-sts": Workload(64, "all-mpnet-base-v2", "STS-B", batches=2, pool=8, gives="vector"),
+    "embed-mpnet-passages": Workload(16, "all-mpnet-base-v2", "passages", gives="vector"),
+    "modernbert-base-bs32": Workload(32, "modernbert-base", batches=4, pool=32),
+    "modernbert-base-long": Workload(16, "modernbert-base", "long"),
     "minilm-mrpc-bs32": Workload(32, task="MRPC"),
     "minilm-mrpc-bs1": Workload(1, task="MRPC"),
     "minilm-sst2-bs32": Workload(32, task="SST2"),
     "minilm-sst2-bs1": Workload(1, task="SST2"),
     "roberta-large-bs8": Workload(8, "roberta-large", batches=2, pool=32),
+    "trial-classifier": Workload(4, "roberta-tiny", "STS-B", batches=2, pool=4),  # to try the scripts out
+    "trial-reranker": Workload(6, "roberta-tiny", "STS-B", gives="score"),
+    "trial-embedding": Workload(4, "roberta-tiny", "STS-B", gives="vector"),
 }
 
 
@@ -80,6 +135,7 @@ class Sequences:
             read = read_checkpoint(checkpoint)
             texts = load_glue_folder(glue_task(workload.task), data_dir, need_train=False).validation["validation"]
             self.features = list(tokenize(load_tokenizer(read), texts, load_model(read), 128))
+        self.text = dict(np.load(checkpoint / TEXT)) if workload.model in REAL_WEIGHTS else {}
         self.names = tuple(self.features[0]) if self.features else ("input_ids", "attention_mask")
 
     def draw(self, number: int) -> list[list[Features]]:
@@ -101,8 +157,9 @@ class Sequences:
         if self.workload.batch_size > 1 or self.features:
             yield from (batch for number in (-1, -2) for batch in self.draw(2**31 + number))
         else:
-            low, high, _ = LENGTHS[self.workload.lengths]
-            yield from ([feature] for feature in self._tokens(list(range(low, high + 1)), torch.Generator()))
+            lengths = LENGTHS[self.workload.lengths]
+            every = list(range(lengths.low, lengths.high + 1))
+            yield from ([feature] for feature in self._tokens(every, torch.Generator()))
 
     def pad(self, batch: list[Features], multiple: int = 1) -> Inputs:
         """``[batch, width]`` int64 tensors, the width a multiple of ``multiple``."""
@@ -114,28 +171,24 @@ class Sequences:
         }
 
     def _random(self, count: int, generator: torch.Generator) -> list[Features]:
-        uniform = torch.rand(count, generator=generator)
-        if self.workload.batch_size == 1:  # few: each of as many equal parts of the distribution gives one
-            uniform = (torch.arange(count) + uniform) / count
-        low, high, _ = LENGTHS[self.workload.lengths]
-        if self.workload.lengths == "long":
-            lengths = low + uniform * (high - low)
-        else:
-            lengths = 50 * (0.4 * torch.special.ndtri(uniform) - 0.08).exp()
-        return self._tokens(lengths.round().long().clamp(low, high).tolist(), generator)
+        quantiles = torch.rand(count, generator=generator)
+        if self.workload.batch_size == 1 or self.workload.pool == 1:  # few: each part of the distribution gives one
+            quantiles = (torch.arange(count) + quantiles) / count
+        return self._tokens(LENGTHS[self.workload.lengths].at(quantiles), generator)
 
     def _tokens(self, lengths: list[int], generator: torch.Generator) -> list[Features]:
-        return [
-            {
-                "input_ids": torch.randint(3, self.vocabulary, (length,), generator=generator).tolist(),
-                "attention_mask": [1] * length,
-            }
-            for length in lengths
-        ]
+        return [{"input_ids": self._ids(length, generator), "attention_mask": [1] * length} for length in lengths]
+
+    def _ids(self, length: int, generator: torch.Generator) -> list[int]:
+        if not self.text:
+            return torch.randint(3, self.vocabulary, (length,), generator=generator).tolist()
+        ids, (first, last) = self.text["ids"], self.text["ends"].tolist()
+        start = int(torch.randint(len(ids) - length, (1,), generator=generator))
+        return [first, *ids[start : start + length - 2].tolist(), last]
 
 
 def make_checkpoint(workload: Workload, folder: Path, checkpoints: Path | None, data_dir: Path | None) -> Path:
-    """The pruned checkpoint of a workload: the trained one, or random weights with thresholds fitted to them."""
+    """The pruned checkpoint of a workload: the trained one, or one with thresholds fitted to its weights."""
     if workload.task:
         if checkpoints is None:
             raise tp.CheckpointError("--checkpoints is missing; it must hold TASK/hard for every task")
@@ -143,15 +196,36 @@ def make_checkpoint(workload: Workload, folder: Path, checkpoints: Path | None, 
         if not path.is_dir():
             raise tp.CheckpointError(f"{path} does not exist; it must be a pruned checkpoint")
         return path
-    model = make_model(workload.shape.removeprefix("roberta-"))
     path = folder / "checkpoint"
-    model.save_pretrained(path)
+    if workload.model in REAL_WEIGHTS:
+        original = read_checkpoint(REAL_WEIGHTS[workload.model]())
+        torch.manual_seed(0)  # for the pooler, which is not there and which nobody reads
+        model = transformers.AutoModel.from_pretrained(original.path, local_files_only=True, trust_remote_code=False)
+        model.save_pretrained(path)
+        _write_text(load_tokenizer(original), path / TEXT)
+    else:
+        labels = 1 if workload.gives == "score" else 2
+        model = make_model(workload.model.removeprefix("roberta-"), labels)
+        (model.base_model if workload.gives == "vector" else model).save_pretrained(path)
+        model = load(path)
     sequences = Sequences(workload, path, data_dir)
     held_out = [feature for batch in sequences.draw(2**31 - 3) for feature in batch]
-    sample = sequences.pad(held_out[:: max(1, len(held_out) // 64)])
-    tp.prune(model, linear_thresholds(model, sample, FINAL_KEEP))
+    sample = held_out[:: max(1, len(held_out) // 64)]
+    lengths = [len(feature["input_ids"]) for feature in sample]
+    final_keep = final_keep_for(TARGET_FLOPS, model.config, lengths, first_only=workload.reads is None)
+    tp.prune(
+        model, linear_thresholds(model, sequences.pad(sample), final_keep, reads=workload.reads), reads=workload.reads
+    )
     model.save_pretrained(path)
     return path
+
+
+def _write_text(tokenizer: Any, path: Path) -> None:
+    """The ids of the standard library's docstrings in a row, and the ids that a text begins and ends with."""
+    texts = load_docstrings().train.first
+    ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    first, *_, last = tokenizer(texts[0])["input_ids"]
+    np.savez(path, ids=np.concatenate([np.array(each, np.int64) for each in ids]), ends=np.array([first, last]))
 
 
 def load(checkpoint: Path, *, pruned: bool = False, **kwargs: Any) -> Any:

@@ -1,14 +1,19 @@
-"""What the benchmarks of embeddings and rerankers compute with; their runs need data that is not here."""
+"""What the benchmarks compute with, and the CPU benchmark on tiny models; other runs need data that is not here."""
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
+
+import token_pruning as tp
+from token_pruning.families import shape_of
 
 pytest.importorskip("scipy")
 
@@ -111,3 +116,250 @@ def test_a_table_keeps_rows_that_were_not_measured_again(
     assert [each["what"] for each in tables[0]["rows"]] == ["timed together"]
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "| truncated | 0.50 |" in text and "/data" not in text
+
+
+# benchmarks/cpu.py
+
+
+@pytest.fixture
+def hardware(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return benchmark("hardware", monkeypatch)
+
+
+@pytest.fixture
+def workloads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return benchmark("workloads", monkeypatch)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, with everything in this process."""
+    script = benchmark("cpu", monkeypatch)
+    monkeypatch.setattr(script, "in_fresh_process", lambda function, *arguments, threads: function(*arguments))
+    return script
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "slug"),
+    [
+        ("AMD EPYC", "avx2 avx512f avx512_vnni avx512_bf16", "amd-epyc-avx512-vnni-bf16"),
+        ("AMD EPYC 7R13 48-Core Processor", "avx avx2", "amd-epyc-7r13-avx2"),
+        ("Intel(R) Xeon(R) Processor", "avx2 avx512f avx512_vnni amx_bf16 amx_int8", "intel-xeon-amx"),
+        ("Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz", "avx2 avx512f", "intel-xeon-platinum-8259cl-avx512"),
+        ("Intel(R) Core(TM) Ultra 7 155H", "avx2 avx_vnni", "intel-core-ultra-7-155h-avx2-vnni"),
+        ("aarch64", "fp asimd asimddp i8mm", "aarch64-neon-dotprod-i8mm"),
+        ("riscv64", "", "riscv64"),
+    ],
+)
+def test_a_machine_has_a_folder_of_its_own(hardware: Any, name: str, flags: str, slug: str) -> None:
+    assert hardware.slug(name, frozenset(flags.split())) == slug
+
+
+def test_figures_of_another_machine_are_left_alone(
+    cpu: Any, hardware: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engines.json"
+    hardware.refuse_others(hardware.this_machine(), path)
+    for other in ({"cpu": "Another", "amx": False}, {**hardware.this_machine(), "machine": "another"}):
+        path.write_text(json.dumps({"about": other, "runs": []}), encoding="utf-8")
+        for option in ("--add", "--resume", "--no-memory"):
+            monkeypatch.setattr("sys.argv", ["cpu.py", "--output", str(tmp_path / "engines"), option])
+            with pytest.raises(tp.TokenPruningError, match="measured on another machine"):
+                cpu.main()
+        assert json.loads(path.read_text(encoding="utf-8"))["about"] == other
+
+
+def test_drawn_lengths_are_those_asked_for(workloads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lengths in workloads.LENGTHS.values():
+        drawn = torch.tensor(lengths.at((torch.arange(4000) + 0.5) / 4000)).double()
+        assert lengths.low <= drawn.min() and drawn.max() <= lengths.high
+        if lengths.sigma:
+            assert drawn.mean() == pytest.approx(lengths.mean, rel=0.03)
+        else:
+            assert drawn.mean() == pytest.approx((lengths.low + lengths.high) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("first_only", [True, False])
+def test_a_line_of_thresholds_ends_where_it_costs_what_it_shall(
+    first_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_weights = benchmark("random_weights", monkeypatch)
+    config = transformers.BertConfig(num_hidden_layers=6)
+    lengths = [40, 100, 300]
+    end = random_weights.final_keep_for(0.7, config, lengths, first_only=first_only)
+    cost, entering = 0.0, 1.0
+    for layer in range(6):  # one by one, by hand
+        left = 1 - (1 - end) * layer / 5
+        last = first_only and layer == 5
+        for length in lengths:
+            keys = length * entering
+            asking, fed = (1.0, 1.0) if last else (keys, length * left)
+            joined = fed if first_only else asking
+            cost += (
+                2 * keys * 768 * 768 + (asking + joined) * 768 * 768 + 2 * asking * keys * 768 + 2 * fed * 768 * 3072
+            )
+        entering = left
+    whole = 6 * sum(4 * n * 768 * 768 + 2 * n * n * 768 + 2 * n * 768 * 3072 for n in lengths)
+    assert cost / whole == pytest.approx(0.7, abs=1e-3)
+    assert random_weights.final_keep_for(0.01, config, lengths, first_only=first_only) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("workload", ["trial-classifier", "trial-reranker", "trial-embedding"])
+def test_every_kind_of_workload_runs_to_the_end(
+    workload: str,
+    cpu: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "new" / "engines"
+
+    def figures(*more: str) -> Any:
+        monkeypatch.setattr(
+            "sys.argv",
+            ["/somewhere/benchmarks/cpu.py", "--workload", workload, "--threads", "1", "--passes", "2", "--peers",
+             "transformers", "--dtypes", "float32", "--no-memory", "--output", str(output), *more],
+        )  # fmt: skip
+        cpu.main()
+        capsys.readouterr()
+        return json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+
+    (done,) = figures()["runs"]
+    assert set(done["engines"]) == {"transformers", cpu.UNPRUNED, cpu.PRUNED} and not done["left_out"]
+    assert all(value < 1e-5 for value in done["difference"].values())
+    assert done["relative_flops"] < done["relative_flops_unpruned"] <= 1
+    assert done["best_dense"] == "transformers" and done["engines"]["transformers"]["to_best_dense"]["median"] == 1
+    for name, row in done["engines"].items():  # ratios are of passes, one by one
+        pairs = zip(done["seconds"]["transformers"], done["seconds"][name], strict=True)
+        assert row["to_best_dense"]["median"] == pytest.approx(np.median([theirs / own for theirs, own in pairs]))
+    text = output.with_suffix(".md").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and "--output OUTPUT" in text
+    assert output.with_suffix(".png").stat().st_size
+    assert "| float32 | *kernels* | " in text
+
+    monkeypatch.setattr(cpu, "run", lambda *arguments: pytest.fail("it was measured already"))
+    assert figures("--resume")["runs"] == [done]
+    monkeypatch.setattr(cpu, "run", lambda *arguments: {**done, "dtype": arguments[2], "passes": 5})
+    assert [run["passes"] for run in figures("--add")["runs"]] == [5]
+    assert [run["dtype"] for run in figures("--add", "--dtypes", "int8", "float32")["runs"]] == ["float32", "int8"]
+
+
+def test_a_dense_engine_gets_what_is_fastest_for_it(
+    cpu: Any, workloads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only counts what an imaginary engine says a call takes."""
+    monkeypatch.setitem(workloads.WORKLOADS, "trial", workloads.Workload(32, "roberta-tiny", batches=2, pool=4))
+    made = cpu.make_model("trial", tmp_path, None, None)
+    sequences = cpu.Sequences(workloads.WORKLOADS["trial"], made["model"].checkpoint, None)
+    now = 0.0
+
+    def call(inputs: Any) -> Any:
+        nonlocal now
+        batch, width = inputs["input_ids"].shape
+        now += {32: 3.0, 16: 2.0, 8: 1.0}.get(batch, 4.0) * batch * (1.0 if width % 16 == 0 else 1.2) * width
+
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: now)
+    setting = cpu.best_setting(call, sequences, 3)
+    assert (setting.form, setting.batch_size, setting.multiple) == (3, 8, 16)
+    batches = sequences.draw(0)
+    whole = [sequences.pad(batch) for batch in batches]
+    parts = list(cpu.cut(sequences, batches, replace(setting, multiple=1)))
+    assert [len(part["input_ids"]) for part in parts] == [8] * 8
+    assert sum(part["attention_mask"].sum() for part in parts) == sum(each["attention_mask"].sum() for each in whole)
+
+
+def test_the_table_says_where_a_pruned_model_is_slower(cpu: Any) -> None:
+    def run(dtype: str, ratio: float) -> dict[str, Any]:
+        def row(speed: float, ratio: float) -> dict[str, Any]:
+            spread = {"median": speed, "lowest": speed - 1, "highest": speed + 1}
+            return {"sequences_per_second": spread, "to_best_dense": {"median": ratio, "lowest": ratio, "highest": 2.0}}
+
+        return {
+            "workload": "trial-classifier", "dtype": dtype, "threads": 1, "best_dense": "OpenVINO, float32",
+            "relative_flops": 0.58, "engines": {"OpenVINO, float32": row(10, 1), cpu.PRUNED: row(10 * ratio, ratio)},
+        }  # fmt: skip
+
+    head, _, faster, slower = cpu.summary({"about": {"machine": "m"}, "runs": [run("bfloat16", 1.5), run("int8", 0.9)]})
+    assert "SLOWER" not in faster and "**1.50×** (1.50 – 2.00)" in faster
+    assert "**0.90×** (0.90 – 2.00), SLOWER than OpenVINO, float32" in slower
+    assert len({line.count("|") for line in (head, faster, slower)}) == 1
+
+
+def test_wider_dense_engines_take_part(cpu: Any) -> None:
+    def run(workload: str, dtype: str, **speeds: float) -> dict[str, Any]:
+        rows = {name: {"sequences_per_second": {"median": speed}} for name, speed in speeds.items()}
+        return {"workload": workload, "threads": 1, "dtype": dtype, "engines": rows}
+
+    runs = [
+        run("a", "float32", x=1, y=2, own=9),
+        run("a", "bfloat16", x=4),
+        run("a", "int8", y=8),
+        run("b", "float32", x=1),
+    ]
+    assert cpu.wider_best(runs, "a", 1, "int8", ["x", "y"]) == [("y", "float32"), ("x", "bfloat16")]
+    assert cpu.wider_best(runs, "a", 1, "float32", ["x", "y"]) == []
+    assert cpu.wider_best(runs, "a", 2, "int8", ["x", "y"]) == []
+
+
+def test_the_index_names_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = benchmark("index", monkeypatch)
+    for name, ratios in (("b-amx", [2.0, 3.0]), ("a-avx2", [1.5])):
+        (tmp_path / name).mkdir()
+        runs = [
+            {"dtype": "int8", "engines": {"engine, pruned": {"to_best_dense": {"median": ratio}}}} for ratio in ratios
+        ]
+        about = {"cpu": name.upper(), "processors": 2, "versions": {"token-pruning": "0.2.0"}}
+        (tmp_path / name / "engines.json").write_text(json.dumps({"about": about, "runs": runs}), encoding="utf-8")
+    (tmp_path / "b-amx" / "README.md").touch()
+    index.write_index(tmp_path)
+    *_, first, second = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
+    assert first == "| [a-avx2](a-avx2/engines.md) | A-AVX2 | 2 | 0.2.0 | 1 |  |  | 1.50× – 1.50× |"
+    assert second == "| [b-amx](b-amx/README.md) | B-AMX | 2 | 0.2.0 | 2 |  |  | 2.00× – 3.00× |"
+
+
+@pytest.mark.parametrize(
+    ("peer", "package"), [("ONNX Runtime", "onnxruntime"), ("OpenVINO", "nncf"), ("llama.cpp", "llama_cpp")]
+)
+@pytest.mark.parametrize("workload", ["trial-reranker", "trial-embedding"])
+def test_other_engines_compute_the_model(peer: str, package: str, workload: str, cpu: Any, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    made = cpu.make_model(workload, tmp_path, None, None)
+    for dtype, forms in cpu.PEERS[peer].forms.items():
+        places, why = cpu.prepare_peer(workload, peer, dtype, made["model"], None)
+        assert places == list(range(len(forms))), why
+        for form in forms:
+            found = cpu.PEERS[peer].build(made["model"], form, dtype, 1)(made["sample"])
+            # llama.cpp has GELU from a table; statically quantised random weights are far off
+            allowed = {"float32": 5e-3, "bfloat16": 5e-2, "int8": 0.6}[dtype]
+            assert cpu.distance(found, made["expected"][False]) < allowed, form.about
+
+
+def test_a_peer_that_is_not_installed_is_left_out(cpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.PEERS, "ONNX Runtime", replace(cpu.PEERS["ONNX Runtime"], packages=("no_such_package",)))
+    made = cpu.make_model("trial-classifier", tmp_path, None, None)
+    places, why = cpu.prepare_peer("trial-classifier", "ONNX Runtime", "float32", made["model"], None)
+    assert places == [] and why == {"ONNX Runtime": "ModuleNotFoundError: No module named 'no_such_package'"}
+
+
+def test_a_dense_engine_that_computes_something_else_is_left_out(
+    cpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = cpu.make_model("trial-classifier", tmp_path, None, None)
+    broken = replace(cpu.PEERS["transformers"], build=lambda *arguments: lambda inputs: made["expected"][False] * 1.1)
+    monkeypatch.setitem(cpu.PEERS, "transformers", broken)
+    peers = {("transformers", "float32"): [0]}
+    done = cpu.measure("trial-classifier", made, peers, "float32", 1, 1, None)
+    assert set(done["seconds"]) == {cpu.UNPRUNED, cpu.PRUNED}
+    assert "differ from the model's by 1.0e-01" in done["left_out"]["transformers"]
+
+
+def test_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    random_weights = benchmark("random_weights", monkeypatch)
+    sizes = {}
+    for name, (model_type, values) in random_weights.SHAPES.items():
+        shape = shape_of(transformers.AutoConfig.for_model(model_type, **values))
+        sizes[name] = (shape.num_layers, shape.hidden_size, shape.intermediate_size)
+    assert sizes == {
+        "tiny": (3, 64, 128), "base": (12, 768, 3072), "large": (24, 1024, 4096), "minilm-l6": (6, 384, 1536),
+        "modernbert-base": (22, 768, 1152),
+    }  # fmt: skip

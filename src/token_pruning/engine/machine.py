@@ -16,6 +16,11 @@ def cpu_name() -> str:
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, in Linux's words; empty where the system does not tell."""
+    return frozenset((_cpu_info("flags") or _cpu_info("Features")).split())
+
+
 def has_amx() -> bool:
     """Whether the processor has AMX bfloat16 matrix products."""
-    return "amx_bf16" in _cpu_info("flags").split()
+    return "amx_bf16" in cpu_flags()

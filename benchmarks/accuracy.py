@@ -1,7 +1,8 @@
 """The engine's metrics on GLUE development sets, by dtype, beside the model in float32.
 
-    python results/cpu/accuracy.py GLUE_FOLDER RUNS     (RUNS/TASK/dense and RUNS/TASK/hard, as run.sh of results/core)
-    python results/cpu/accuracy.py                      (only the table, from accuracy.json)
+    python benchmarks/accuracy.py GLUE RUNS      (RUNS/TASK/dense and RUNS/TASK/hard, as run.sh of results/core)
+
+It writes ``accuracy.json`` and ``accuracy.md`` to this machine's folder in ``results/cpu``.
 
 *Kept alike*: the part of all (layer, token) decisions on which the engine and the float32 model agree, over tokens that
 entered the layer in both.
@@ -14,16 +15,16 @@ from typing import Any
 
 import torch
 import transformers
+from hardware import RESULTS, refuse_others, this_machine
+from output import write
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
-from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.load import load_tokenizer
 
-HERE = Path(__file__).parent
 TASKS = ("RTE", "MRPC", "STSB", "SST2")
 STAGES = {"dense": "dense", "hard": "pruned (LTP)"}
 DTYPES = ("float32", "bfloat16", "int8")
@@ -95,25 +96,25 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    path = HERE / "accuracy.json"
-    if len(sys.argv) == 3:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        glue, runs = Path(sys.argv[1]), Path(sys.argv[2])
-        about = {
-            "cpu": cpu_name(),
-            "amx": has_amx(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        tasks = {name: measure(name, glue, runs) for name in TASKS}
-        path.write_text(json.dumps({"about": about, "tasks": tasks}, indent=2) + "\n", encoding="utf-8")
-    elif len(sys.argv) != 1:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    text = table(json.loads(path.read_text(encoding="utf-8")))
-    (HERE / "accuracy.md").write_text(text, encoding="utf-8")
-    print(text)
+    output = RESULTS / this_machine()["machine"] / "accuracy"
+    path = output.with_suffix(".json")
+    if path.exists():
+        refuse_others(json.loads(path.read_text(encoding="utf-8"))["about"], path)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    glue, runs = Path(sys.argv[1]), Path(sys.argv[2])
+    result = {
+        "about": {**this_machine(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "tasks": {name: measure(name, glue, runs) for name in TASKS},
+    }
+    write(result, table(result), output)
+    print(table(result))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except tp.TokenPruningError as error:
+        sys.exit(f"error: {error}")
