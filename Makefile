@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all test-avx2 lint audit docs sanitize fuzz wheel bench gpu clean
+.PHONY: demo test test-all test-avx2 arm lint audit docs sanitize fuzz wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -37,6 +37,9 @@ docs: .venv/installed  ## this package's pages and API as a site, in site/
 sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	tests/native/build.sh address,undefined
 	tests/native/build.sh thread --quick
+
+arm: .venv/installed  ## the native kernels as on 64-bit ARM processors, in an emulator; skipped where there is none
+	PYTHON=$(BIN)/python tests/native/arm.sh
 
 SECONDS ?= 600
 SEED ?= 0

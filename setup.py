@@ -5,6 +5,8 @@ installation goes on without the library, and the engine uses PyTorch.
 """
 
 import platform
+import struct
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,8 +20,10 @@ AVX512 = [
     *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 ]
-# Files with flags of their own.
-LEVELS = {
+# Before it gives out registers, GCC moves ARM's loads so far ahead that sums do not fit any more; clang ignores this.
+NEON = ["-fno-schedule-insns", "-Wno-ignored-optimization-argument"]
+# Files of one kind of processor, with flags of their own.
+X86 = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "kernels_avx_vnni.cpp": ["-mavx2", "-mfma", "-mavxvnni"],
     "kernels_avx512.cpp": AVX512,
@@ -27,7 +31,17 @@ LEVELS = {
     "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = {
+    "kernels_neon.cpp": NEON,
+    "kernels_dotprod.cpp": [*NEON, "-march=armv8.2-a+dotprod"],
+    "kernels_i8mm.cpp": [*NEON, "-march=armv8.2-a+dotprod+i8mm+bf16"],
+}
+# What is built for, which another machine's Python says where it cross-compiles; 64-bit only.
+PLATFORM = sysconfig.get_platform() if struct.calcsize("P") == 8 else ""
+MACROS, LEVELS = {
+    "linux-x86_64": ([("TP_X86", None)], X86),
+    "linux-aarch64": ([("TP_ARM", None)], ARM),
+}.get(PLATFORM, ([], {}))
 
 
 class BuildKernels(build_ext):
@@ -46,7 +60,7 @@ class BuildKernels(build_ext):
             for obj in self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                macros=[("TP_X86", None)] if X86 else [],
+                macros=MACROS,
                 extra_postargs=[*COMMON, *LEVELS.get(Path(source).name, [])],
                 depends=ext.depends,
             )
@@ -68,7 +82,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-sources = sorted(str(path) for path in NATIVE.glob("*.cpp") if X86 or path.name not in LEVELS)
+sources = sorted(str(path) for path in NATIVE.glob("*.cpp") if path.name in LEVELS or path.name not in {**X86, **ARM})
 library = Extension(
     "token_pruning.engine.libtoken_pruning",
     sources,

@@ -364,13 +364,11 @@ def workspace_formula(lengths: tuple[int, ...], model: Any, level: str, dtype: s
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     total, longest = sum(lengths), max(lengths)
     rows = -(-min(total, max(192, longest)) // 32) * 32
-    panel = {"portable": 8, "avx2": 16, "avx_vnni": 16}.get(level, 32)
+    panel = {"avx2": 16, "avx_vnni": 16, "avx512": 32, "avx512_vnni": 32, "avx512_bf16": 32}.get(level, 8)
     step, wide = 256, 4
     packed = rows * 4 * (-(-hidden // step) * step + -(-inner // step) * step)
-    if dtype == "int8":  # a block of 768 bytes holds them
-        packed = rows * 768 * 2
-    if level == "avx512_bf16":
-        packed = rows * 768 * 2
+    if dtype == "int8" or level in ("avx512_bf16", "i8mm"):  # a block holds them
+        packed = rows * (1536 if level == "i8mm" else 768) * 2
     of_thread = rows * (4 * hidden * (1 + wide) + 4 * hidden + 8 * heads) + packed
     if dtype == "int8":
         of_thread += rows * inner * wide

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Builds and runs check_kernels.cpp with sanitizers.   tests/native/build.sh [address,undefined | thread] [--quick | --cases N [--seed S]]
+# Builds and runs check_kernels.cpp with sanitizers.
+#   tests/native/build.sh [address,undefined | thread] [--quick | --shapes | --cases N [--seed S]]
+# For another processor: CXX=aarch64-linux-gnu-g++ RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 set -euo pipefail
 cd "$(dirname "$0")"
 sanitizers=${1:-address,undefined}
@@ -9,11 +11,12 @@ out=${BUILD:-$(mktemp -d)}  # BUILD=folder keeps what was built
 [ -n "${BUILD:-}" ] || trap 'rm -rf "$out"' EXIT
 compile="${CXX:-g++} -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=$sanitizers -fno-sanitize-recover=all"
 avx512="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512 -w"
-x86=$(uname -m | grep -qx x86_64 && echo 1 || true)
+x86= arm=
+case $(${CXX:-g++} -dumpmachine) in x86_64*) x86=1 ;; aarch64*) arm=1 ;; esac
 jobs=()
 build() {  # name, flags…
   local source=$1; shift
-  $compile ${x86:+-DTP_X86} "$@" -c "$source" -o "$out/$(basename "$source" .cpp).o" &
+  $compile ${x86:+-DTP_X86} ${arm:+-DTP_ARM} "$@" -c "$source" -o "$out/$(basename "$source" .cpp).o" &
   jobs+=($!)
 }
 for source in $native/*.cpp check_kernels.cpp; do
@@ -25,9 +28,12 @@ for source in $native/*.cpp check_kernels.cpp; do
     kernels_avx512_bf16.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512vnni -mavx512bf16 ;;
     cpu_level.cpp) build "$source" -DTP_TEST_AVX_VNNI ;;
     kernels_amx.cpp) [ -z "$x86" ] || build "$source" $avx512 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 ;;
+    kernels_neon.cpp) [ -z "$arm" ] || build "$source" ;;
+    kernels_dotprod.cpp) [ -z "$arm" ] || build "$source" -march=armv8.2-a+dotprod ;;
+    kernels_i8mm.cpp) [ -z "$arm" ] || build "$source" -march=armv8.2-a+dotprod+i8mm+bf16 ;;
     *) build "$source" ;;
   esac
 done
 for job in "${jobs[@]}"; do wait "$job"; done
 $compile "$out"/*.o -o "$out/check" -pthread
-"$out/check" "$@"
+${RUN:-} "$out/check" "$@"

@@ -1,6 +1,8 @@
 // Every kernel level against plain loops in double precision, on buffers of exactly the size they are said to have.
 // `make sanitize` builds it with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer.
-//   check [--quick] [--cases N] [--seed S]     N forward passes of random encoders besides; with --cases nothing else
+//   check [--quick | --shapes | --cases N [--seed S]]
+// --shapes: products and attention of all sizes, nothing else; --cases: N forward passes of random encoders, nothing
+// else
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -99,6 +101,8 @@ static const Kernels* (*const MAKERS[LEVELS])(Dtype) = {
     portable_kernels,
 #if defined(TP_X86)
     avx2_kernels,     avx_vnni_kernels, avx512_kernels, avx512_vnni_kernels, avx512_bf16_kernels, amx_kernels,
+#elif defined(TP_ARM)
+    nullptr,          nullptr, nullptr, nullptr, nullptr, nullptr, neon_kernels, dotprod_kernels, i8mm_kernels,
 #endif
 };
 
@@ -250,6 +254,139 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     const double allowed = level.attends_in_half() ? 3e-2 : 1e-4;
     check(worst <= allowed, name + ": context " + std::to_string(worst));
     check(worst_sum <= allowed, name + ": received " + std::to_string(worst_sum));
+}
+
+// Rows of a product, as store_float has them: every row in one block of all.
+static std::vector<float> multiplied(const Kernels& k, const Linear& linear, const float* x, int rows) {
+    const int in = linear.in, out = linear.out;
+    Exact packed(k.packed_rows_bytes(rows, in)), scratch(k.product_scratch(rows, in, out)), scale(rows * sizeof(float)),
+        to((size_t)rows * out * sizeof(float));
+    k.enter();
+    k.pack_rows(x, false, in, nullptr, 0, rows, rows, in, packed.data, (float*)scale.data);
+    k.multiply({&linear, packed.data, (float*)scale.data, rows, 0, panels(k, linear), Epilogue::store_float,
+                Activation::gelu, to.data, (size_t)out, nullptr, nullptr, scratch.data});
+    k.leave();
+    return {(float*)to.data, (float*)to.data + (size_t)rows * out};
+}
+
+static bool same_bits(const float* a, const float* b, size_t count) { return std::memcmp(a, b, count * 4) == 0; }
+
+// A product of any sizes, and what must hold beside it: a row is the same alone; int8 sums are exact; a NaN or infinity
+// in a row or a weight stays in its row or column, and numbers near the largest and smallest stay finite.
+static void check_tails(const Candidate& level, int rows, int in, int out) {
+    const Kernels& k = *level.kernels;
+    if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
+    const std::string name = level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
+                             std::to_string(out) + " of any sizes";
+    const bool int8 = level.dtype == Dtype::int8;
+    auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in);
+    if (int8)  // rows of whole numbers, whose scale is 1
+        for (size_t i = 0; i < x.size(); i++)
+            x[i] = i % in == 0 ? 127 : std::max(-127.0f, std::min(127.0f, std::rint(40 * x[i])));
+    Slabs slabs(0);
+    auto pack = [&](const std::vector<float>& weight) {
+        return pack_linear(k, slabs, weight.data(), nullptr, nullptr, in, out);
+    };
+    const Linear linear = pack(w);
+    std::vector<float> numbers(w.size()), bias(out), scale(out, 1.0f);
+    unpack_linear(k, linear, numbers.data(), bias.data(), scale.data());
+    const std::vector<float> found = multiplied(k, linear, x.data(), rows);
+    double worst = 0;
+    bool exact = true;
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < out; n++) {
+            double sum = 0, size = 0;
+            for (int i = 0; i < in; i++) {
+                const double term = (double)x[(size_t)r * in + i] * numbers[(size_t)n * in + i];
+                sum += term, size += std::fabs(term);
+            }
+            const float value = found[(size_t)r * out + n];
+            if (int8) exact &= value == (float)sum * scale[n];
+            const double difference = std::fabs(value - sum) / (size + 1e-30);
+            if (!int8) worst = difference <= worst ? worst : difference;  // NaN is worse than all
+        }
+    check(exact, name + ": sums are not exact");
+    check(worst <= (level.dtype == Dtype::float32 ? 1e-6 : 5e-3), name + ": " + std::to_string(worst));
+    const int some = (int)(generator() % (unsigned)rows), column = (int)(generator() % (unsigned)out);
+    const float* row = x.data() + (size_t)some * in;
+    check(same_bits(multiplied(k, linear, row, 1).data(), found.data() + (size_t)some * out, out),
+          name + ": a row is not what it is alone");
+    for (float odd : {std::nanf(""), INFINITY, -INFINITY}) {
+        auto broken = x, weight = w;
+        broken[(size_t)some * in + generator() % (unsigned)in] = odd;
+        const std::vector<float> by_row = multiplied(k, linear, broken.data(), rows);
+        weight[(size_t)column * in + generator() % (unsigned)in] = odd;
+        const std::vector<float> by_column = multiplied(k, pack(weight), x.data(), rows);
+        bool good = true;
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < out; n++) {
+                const size_t i = (size_t)r * out + n;
+                good &= r == some ? !std::isfinite(by_row[i]) : same_bits(&by_row[i], &found[i], 1);
+                good &= n == column ? !std::isfinite(by_column[i]) : same_bits(&by_column[i], &found[i], 1);
+            }
+        check(good, name + ": what " + std::to_string(odd) + " in a row or a column gives");
+    }
+    for (float size : {1e-37f, 1e30f}) {
+        auto extreme = x, weight = w;
+        for (float& v : extreme) v *= size;
+        for (float& v : weight) v /= size;
+        bool good = true;
+        for (float v : multiplied(k, pack(weight), extreme.data(), rows)) good &= std::isfinite(v);
+        check(good, name + ": not finite with rows of about " + std::to_string(size));
+    }
+}
+
+// Rows as they are packed, seen through an identity matrix: no further from what they were than rounding takes them.
+static void check_rounding(const Candidate& level, int size) {
+    const Kernels& k = *level.kernels;
+    if (!k.fits(size, size, 32) || (k.half && size % 32)) return;
+    const int rows = 3;
+    const std::vector<float> x = random_numbers((size_t)rows * size);
+    std::vector<float> identity((size_t)size * size);
+    for (int i = 0; i < size; i++) identity[(size_t)i * size + i] = 1;
+    Slabs slabs(0);
+    const std::vector<float> found =
+        multiplied(k, pack_linear(k, slabs, identity.data(), nullptr, nullptr, size, size), x.data(), rows);
+    bool good = true;
+    for (int r = 0; r < rows; r++) {
+        float most = 0;
+        for (int i = 0; i < size; i++) most = std::max(most, std::fabs(x[r * size + i]));
+        for (int i = r * size; i < (r + 1) * size; i++) {
+            const float allowed = level.dtype == Dtype::float32    ? 0
+                                  : level.dtype == Dtype::bfloat16 ? std::fabs(x[i]) / 255
+                                                                   : 0.501f * most / 127;
+            good &= std::fabs(found[i] - x[i]) <= allowed;
+        }
+    }
+    check(good, level.name() + " rounds rows of " + std::to_string(size));
+}
+
+// The largest sums of int8 that may come: all products are the same, and as large as can be.
+static void check_largest_sums(const Candidate& level) {
+    const Kernels& k = *level.kernels;
+    const int in = 1 << 17, out = 3;
+    if (level.dtype != Dtype::int8 || !k.fits(in, in, 32)) return;
+    for (float sign : {1.0f, -1.0f}) {
+        const std::vector<float> x(in, 127.0f), w((size_t)out * in, sign);
+        Slabs slabs(0);
+        const Linear linear = pack_linear(k, slabs, w.data(), nullptr, nullptr, in, out);
+        for (float v : multiplied(k, linear, x.data(), 1))
+            check(std::fabs(v / (sign * 127.0f * in) - 1) < 1e-6, level.name() + " with the largest sums");
+    }
+    check(!k.fits(in + 1, in, 32), level.name() + " fits what could overflow");
+}
+
+// Every size from 1 to 65, of everything that has a tail, and a few that make several blocks.
+static void check_shapes(const Candidate& level) {
+    for (int n = 1; n <= 65; n++) {
+        check_product(level, n, 64, 32), check_product(level, 5, n, 21), check_product(level, 3, 19, n);
+        check_tails(level, n, 37, 11), check_tails(level, 7, n, 13), check_tails(level, 2, 64, n);
+        check_rounding(level, n);
+        check_attention(level, n, n, 20), check_attention(level, 9, 11, n), check_attention(level, 33, n, 32);
+    }
+    for (int size : {96, 160, 256, 800}) check_rounding(level, size);
+    for (int in : {767, 768, 769, 1535, 1537, 3080}) check_tails(level, 13, in, 9), check_tails(level, 1, in, 2);
+    check_largest_sums(level);
 }
 
 // How a pass decides. Decisions of the caller are random, but always the same for the same layer and token.
@@ -895,33 +1032,39 @@ static void check_team() {
 }
 
 int main(int count, char** arguments) {
-    bool quick = false;
+    bool quick = false, shapes = false;
     long cases = 0;
     unsigned seed = 7;
     for (int i = 1; i < count; i++) {
         const std::string name = arguments[i];
         if (name == "--quick")
             quick = true;
+        else if (name == "--shapes")
+            shapes = true;
         else if (name == "--cases" && i + 1 < count)
             cases = std::atol(arguments[++i]);
         else if (name == "--seed" && i + 1 < count)
             seed = (unsigned)std::atol(arguments[++i]);
         else
-            return std::fprintf(stderr, "check [--quick] [--cases N] [--seed S], not %s\n", arguments[i]), 2;
+            return std::fprintf(stderr, "check [--quick | --shapes | --cases N [--seed S]], not %s\n", arguments[i]), 2;
     }
+    const std::vector<Candidate> all = levels();
+    std::string names;  // float32, bfloat16, int8; a level may have some of them
+    for (const Candidate& level : all) names += (names.empty() ? "" : ", ") + level.name();
     if (cases) {
-        const std::vector<Candidate> all = levels();
         for (long i = 0; i < cases; i++) {
             generator.seed(seed * 1000003u + (unsigned)i);
             random_case(all, "case " + std::to_string(i));
         }
-        std::printf("%ld cases, seed %u: %ld numbers compared, %d checks, %d failures\n", cases, seed, compared, checks,
-                    failures);
+        std::printf("%s: %ld cases, seed %u, %ld numbers compared, %d checks, %d failures\n", names.c_str(), cases,
+                    seed, compared, checks, failures);
         return failures != 0;
     }
     const Model model;
     check_team();
-    for (const Candidate& level : levels()) {
+    for (const Candidate& level : all) {
+        if (!quick) check_shapes(level);
+        if (shapes) continue;
         if (!quick) {
             for (int in : {1, 7, 50, 64, 192})
                 for (int out : {1, 32, 33, 64}) check_unpacking(level, in, out);
@@ -957,6 +1100,6 @@ int main(int count, char** arguments) {
             check_many_callers(level, wide);
         }
     }
-    std::printf("%d checks, %ld times without memory, %d failures\n", checks, refusals, failures);
+    std::printf("%s: %d checks, %ld times without memory, %d failures\n", names.c_str(), checks, refusals, failures);
     return failures != 0;
 }

@@ -17,7 +17,10 @@ from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
-LEVELS = ("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+LEVELS = (
+    *("portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"),
+    *("neon", "dotprod", "i8mm"),
+)
 """Kernel levels, best last, as in native/cpu_level.h."""
 
 DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}

@@ -55,6 +55,13 @@ const Kernels* kernels_at(int level, Dtype dtype) {
             return avx_vnni_kernels(dtype);
         case AVX2:
             return avx2_kernels(dtype);
+#elif defined(TP_ARM)
+        case I8MM:
+            return i8mm_kernels(dtype);
+        case DOTPROD:
+            return dotprod_kernels(dtype);
+        case NEON:
+            return neon_kernels(dtype);
 #endif
         case PORTABLE:
             return portable_kernels(dtype);

@@ -7,6 +7,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace tp {
 
@@ -39,6 +43,12 @@ static unsigned detect() {
     const int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     if ((d & amx) == amx && syscall(SYS_arch_prctl, request_permission, tile_data) == 0) levels |= 1u << AMX;
 #endif
+#elif defined(__aarch64__)
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2), matrices = 1 << 13, half = 1 << 14;
+    levels |= 1u << NEON;  // every one has it
+    if (!(first & HWCAP_ASIMDDP)) return levels;
+    levels |= 1u << DOTPROD;
+    if ((second & matrices) && (second & half)) levels |= 1u << I8MM;  // both are of ARMv8.6
 #endif
     return levels;
 }

@@ -122,5 +122,8 @@ const Kernels* avx512_kernels(Dtype);
 const Kernels* avx512_vnni_kernels(Dtype);
 const Kernels* avx512_bf16_kernels(Dtype);
 const Kernels* amx_kernels(Dtype);
+const Kernels* neon_kernels(Dtype);
+const Kernels* dotprod_kernels(Dtype);
+const Kernels* i8mm_kernels(Dtype);
 
 }  // namespace tp

@@ -1,26 +1,36 @@
 // Matrix products by instructions that multiply groups of narrow numbers and add them to 32-bit sums: four int8 to
 // whole numbers, or two bfloat16 to float32. Everything else, and attention in float32, is that of kernels_vector.h.
+// ARM's matrix instructions multiply groups of twice the size, of two rows and two columns at a time.
 //
 // An instruction set is a type T:
-//     Number, group   what is multiplied, and how many of them make 32 bits
+//     Number, group   what is multiplied, and how many of them make 32 bits, or 64 where rows are multiplied in pairs
 //     Sum             W sums: VecInt or Vec
 //     rows            rows whose sums fit the registers, with two vectors of columns
 //     limit, offset   int8: the largest whole number of a weight; what is added to those of a row, ±127, when it is
 //     packed add(s, a, b)    s + Σ a·b, group by group; a are numbers of a row, b of the weight
+//     add_lane<L>(s, a, b)   NEON: the same with the group in lane L of a, for all of b
+// In pairs, add() takes two groups each and gives the four sums of two rows, one after the other.
 //
 // Sums of int8 are exact: `limit` is such that add() never saturates, and 32 bits hold the sums of `fits`. A row's
 // offset is taken back by what the sums begin with, -offset · Σ weights of the column, which is packed before a panel.
 //
 // The weight is cut into panels of NR = 2·W columns, stored [panel][NR first sums, then in / group][NR][group]. Rows
 // are packed in blocks of at most DOT_DEPTH groups of input columns, stored [block][rows][DOT_DEPTH][group], so that a
-// row's groups lie at compile-time offsets. A panel's block (24 KiB with AVX-512) stays in the first-level cache while
-// all rows pass by from the second; meanwhile the next is prefetched.
+// row's groups lie at compile-time offsets; in pairs, [block][rows / 2][DOT_DEPTH][2][group]. A panel's block (24 KiB
+// with AVX-512) stays in the first-level cache while all rows pass by from the second; meanwhile the next is
+// prefetched.
 #include "kernels_vector.h"
 
 namespace tp {
 namespace TP_LEVEL {
 
 constexpr int DOT_DEPTH = 192;  // groups; a multiple of W, so that no vector of packed numbers lies in two blocks
+
+// Bytes of a group, and how many rows are multiplied at a time.
+template <class T>
+static constexpr int group_bytes = T::group * (int)sizeof(typename T::Number);
+template <class T>
+static constexpr int together = group_bytes<T> / 4;
 
 template <class T>
 static inline int groups_of(int in) {
@@ -52,11 +62,18 @@ static inline VecInt all(int32_t x) {
 #endif
 }
 
+// Where a row's group of input columns is packed.
+template <class T>
+static inline size_t packed_place(int group, int row, int rows, int depth) {
+    const size_t before = group / depth * round_up(rows, together<T>) + row / together<T> * together<T>;
+    return (before * DOT_DEPTH + group % depth * together<T> + row % together<T>)*group_bytes<T>;
+}
+
 // to[ROWS][NR] = from + rows[ROWS][depth groups] · panel[depth groups][NR]; rows of `from` are `from_stride` apart.
 // Group (r, k) of the rows lies at r · ROW_STRIDE + k · COLUMN_STRIDE.
 struct DotArguments {
-    const int32_t* rows;
-    const int32_t* panel;
+    const void* rows;
+    const void* panel;
     int depth;
     const int32_t* from;
     size_t from_stride;
@@ -73,12 +90,32 @@ static void dot_micro(const DotArguments& m) {
         c[r][0] = (typename T::Sum)load(m.from + r * m.from_stride);
         c[r][1] = (typename T::Sum)load(m.from + r * m.from_stride + W);
     }
-    const int32_t *rows = m.rows, *panel = m.panel;
+    const int32_t *rows = (const int32_t*)m.rows, *panel = (const int32_t*)m.panel;
     const char* prefetch = m.prefetch;
     for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
         for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
         prefetch += 64 * m.lines;
-        for (int k = smaller(PREFETCH_STEP, m.depth - from); k > 0; k--) {
+        int k = smaller(PREFETCH_STEP, m.depth - from);
+#if defined(TP_NEON)
+        for (; COLUMN_STRIDE == 1 && k >= 4; k -= 4) {
+            VecInt b[4][2];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, panel += NR) b[i][0] = load(panel), b[i][1] = load(panel + W);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) {
+                const VecInt a = load(rows + r * ROW_STRIDE);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    c[r][half] = T::template add_lane<0>(c[r][half], a, b[0][half]);
+                    c[r][half] = T::template add_lane<1>(c[r][half], a, b[1][half]);
+                    c[r][half] = T::template add_lane<2>(c[r][half], a, b[2][half]);
+                    c[r][half] = T::template add_lane<3>(c[r][half], a, b[3][half]);
+                }
+            }
+            rows += 4;
+        }
+#endif
+        for (; k > 0; k--) {
             const VecInt b0 = load(panel), b1 = load(panel + W);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
@@ -97,11 +134,73 @@ static void dot_micro(const DotArguments& m) {
     }
 }
 
-template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int COUNT = T::rows, int... ROWS>
+#if defined(TP_NEON)
+// Two rows' halves of four sums, and back.
+template <class Sum>
+static inline Sum lower(Sum a, Sum b) {
+    return (Sum)vzip1q_s64((int64x2_t)a, (int64x2_t)b);
+}
+template <class Sum>
+static inline Sum upper(Sum a, Sum b) {
+    return (Sum)vzip2q_s64((int64x2_t)a, (int64x2_t)b);
+}
+
+// The same for PAIRS of rows.
+template <class T, int PAIRS>
+static void pair_micro(const DotArguments& m) {
+    typedef typename T::Sum Sum;
+    Sum c[PAIRS][NR / 2];  // of two rows and two columns
+#pragma GCC unroll 16
+    for (int p = 0; p < PAIRS; p++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int32_t* from = m.from + 2 * p * m.from_stride + half * W;
+            const Sum first = (Sum)load(from), second = (Sum)load(from + m.from_stride);
+            c[p][2 * half] = lower(first, second), c[p][2 * half + 1] = upper(first, second);
+        }
+    const int32_t *rows = (const int32_t*)m.rows, *panel = (const int32_t*)m.panel;
+    const char* prefetch = m.prefetch;
+    for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
+        for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
+        prefetch += 64 * m.lines;
+        for (int k = smaller(PREFETCH_STEP, m.depth - from); k > 0; k--) {
+            const VecInt b[] = {load(panel), load(panel + W), load(panel + 2 * W), load(panel + 3 * W)};
+#pragma GCC unroll 16
+            for (int p = 0; p < PAIRS; p++) {
+                const VecInt a = load(rows + p * DOT_DEPTH * W);
+#pragma GCC unroll 4
+                for (int i = 0; i < NR / 2; i++) c[p][i] = T::add(c[p][i], a, b[i]);
+            }
+            panel += 4 * W;
+            rows += W;
+        }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < PAIRS; p++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            int32_t* to = m.to + 2 * p * NR + half * W;
+            store(to, lower(c[p][2 * half], c[p][2 * half + 1]));
+            store(to + NR, upper(c[p][2 * half], c[p][2 * half + 1]));
+        }
+}
+#endif
+
+template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int ROWS>
+static constexpr void (*dot_micro_for())(const DotArguments&) {
+#if defined(TP_NEON)
+    if constexpr (together<T> == 2)
+        return pair_micro<T, ROWS>;
+    else
+#endif
+        return dot_micro<T, ROW_STRIDE, COLUMN_STRIDE, ROWS>;
+}
+// For so many rows, or pairs of them.
+template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int COUNT = T::rows / together<T>, int... ROWS>
 struct DotTable : DotTable<T, ROW_STRIDE, COLUMN_STRIDE, COUNT - 1, COUNT, ROWS...> {};
 template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int... ROWS>
 struct DotTable<T, ROW_STRIDE, COLUMN_STRIDE, 0, ROWS...> {
-    static constexpr void (*table[])(const DotArguments&) = {dot_micro<T, ROW_STRIDE, COLUMN_STRIDE, ROWS>...};
+    static constexpr void (*table[])(const DotArguments&) = {dot_micro_for<T, ROW_STRIDE, COLUMN_STRIDE, ROWS>()...};
 };
 
 template <class T>
@@ -112,11 +211,14 @@ static bool dot_fits(int hidden, int inner, int) {
     return !is_int8<T> || (hidden <= 1 << 17 && inner <= 1 << 17);  // 127 · 127 · 2¹⁷ < 2³¹
 }
 
-static inline size_t panel_bytes(int groups) { return (size_t)(1 + groups) * NR * sizeof(int32_t); }
+template <class T>
+static inline size_t panel_bytes(int groups) {
+    return (sizeof(int32_t) + (size_t)groups * group_bytes<T>)*NR;
+}
 
 template <class T>
 static size_t dot_weight_bytes(int in, int out) {
-    return (out + NR - 1) / NR * panel_bytes(groups_of<T>(in));
+    return (out + NR - 1) / NR * panel_bytes<T>(groups_of<T>(in));
 }
 
 template <class T>
@@ -129,7 +231,7 @@ static void dot_pack_weight(const float* weight, const float* given, int in, int
             rows[n - panel] = weight_row(weight + (size_t)n * in, in, T::limit, given ? given + n : nullptr);
             scale[n] = rows[n - panel].scale;
         }
-        int32_t* first = (int32_t*)((char*)packed + panel / NR * panel_bytes(groups));
+        int32_t* first = (int32_t*)((char*)packed + panel / NR * panel_bytes<T>(groups));
         for (int i = 0; i < NR; i++) first[i] = 0;
         Number* to = (Number*)(first + NR);
         for (int g = 0; g < groups; g++)
@@ -155,7 +257,7 @@ static void dot_unpack_weight(const void* packed, int in, int out, float* weight
     const int groups = groups_of<T>(in);
     for (int panel = 0; panel < out; panel += NR) {
         const Number* from =
-            (const Number*)((const int32_t*)((const char*)packed + panel / NR * panel_bytes(groups)) + NR);
+            (const Number*)((const int32_t*)((const char*)packed + panel / NR * panel_bytes<T>(groups)) + NR);
         for (int g = 0; g < groups; g++)
             for (int n = panel; n < panel + NR; n++)
                 for (int k = g * T::group; k < (g + 1) * T::group; k++, from++)
@@ -166,7 +268,7 @@ static void dot_unpack_weight(const void* packed, int in, int out, float* weight
 template <class T>
 static size_t dot_packed_rows_bytes(int rows, int in) {
     const int groups = groups_of<T>(in), depth = dot_depth(groups);
-    return (size_t)((groups + depth - 1) / depth) * rows * DOT_DEPTH * sizeof(int32_t);
+    return (groups + depth - 1) / depth * round_up(rows, together<T>) * DOT_DEPTH * group_bytes<T>;
 }
 
 // Adding it rounds a number below 2²² to a whole one, in the lowest bits.
@@ -187,6 +289,15 @@ static inline void to_bytes(const float* x, int count, float factor, float offse
             v[part] = _mm256_and_si256((__m256i)(load(x + i + 8 * part) * factor + shift), _mm256_set1_epi32(255));
         const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3]));
         _mm256_storeu_si256((__m256i*)(to + i), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+#endif
+#if defined(TP_NEON)
+    for (; i + 16 <= count; i += 16) {
+        uint16x8_t words[2];  // the lower halves of whole numbers
+        for (int part = 0; part < 2; part++)
+            words[part] = vuzp1q_u16((uint16x8_t)(load(x + i + 8 * part) * factor + shift),
+                                     (uint16x8_t)(load(x + i + 8 * part + 4) * factor + shift));
+        vst1q_u8(to + i, vuzp1q_u8((uint8x16_t)words[0], (uint8x16_t)words[1]));
     }
 #endif
     for (; i < count; i++) to[i] = (uint8_t)bits(x[i] * factor + shift);
@@ -226,16 +337,25 @@ static void dot_pack_rows(const void* source, bool, size_t stride, const int* in
             const RowScale row = row_scale(x, in);
             row_scales[r] = row.scale, factor = row.inverse;
         }
-        for (int k = 0, block = 0; k < in; k += columns, block++)
-            to_numbers<T>(x + k, smaller(columns, in - k), factor,
-                          (int32_t*)packed + ((size_t)block * rows + r) * DOT_DEPTH);
+        for (int k = 0; k < in; k += columns) {
+            const int count = smaller(columns, in - k), group = k / T::group;
+            char* to = (char*)packed + packed_place<T>(group, r, rows, columns / T::group);
+            if constexpr (together<T> == 1) {
+                to_numbers<T>(x + k, count, factor, to);
+            } else {  // every second group
+                alignas(16) char numbers[DOT_DEPTH * group_bytes<T>];
+                to_numbers<T>(x + k, count, factor, numbers);
+                for (int i = 0; i < groups_of<T>(count) * group_bytes<T>; i += group_bytes<T>)
+                    memcpy(to + together<T> * i, numbers + i, group_bytes<T>);
+            }
+        }
     }
 }
 
 // Sums that wait between blocks.
 template <class T>
 static size_t dot_scratch(int rows, int in, int) {
-    return groups_of<T>(in) > DOT_DEPTH ? (size_t)rows * NR * sizeof(int32_t) : 0;
+    return groups_of<T>(in) > DOT_DEPTH ? round_up(rows, together<T>) * NR * sizeof(int32_t) : 0;
 }
 
 // What happens to W sums of a row.
@@ -247,8 +367,9 @@ static inline void dot_finish(const Product& p, const int32_t* sums, int row, in
     v += load(w.bias + column);
     if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
     if constexpr (E == Epilogue::activate_pack) {
-        const int groups = groups_of<T>(w.out), depth = dot_depth(groups), group = column / T::group;
-        int32_t* to = (int32_t*)p.out + ((size_t)(group / depth) * p.rows + row) * DOT_DEPTH + group % depth;
+        static_assert(together<T> == 1 || T::group == W);
+        const int depth = dot_depth(groups_of<T>(w.out));
+        char* to = (char*)p.out + packed_place<T>(column / T::group, row, p.rows, depth);
         float values[W];
         store(values, v);
         to_numbers<T>(values, smaller(W, w.out - column), 1.0f, to);
@@ -275,26 +396,27 @@ template <class T, Epilogue E>
 static void dot_multiply_with(const Product& p) {
     const Linear& w = *p.linear;
     const int groups = groups_of<T>(w.in), depth = dot_depth(groups);
-    const int step = even_step(p.rows, T::rows), steps = (p.rows + step - 1) / step;
+    const int step = (int)round_up(even_step(p.rows, T::rows), together<T>), steps = (p.rows + step - 1) / step;
     int32_t* waiting = (int32_t*)p.scratch;
     alignas(64) int32_t finished[T::rows * NR];
     for (int panel = p.first_panel; panel < p.last_panel; panel++) {
-        const int32_t* first = (const int32_t*)((const char*)w.weight + panel * panel_bytes(groups));
+        const int32_t* first = (const int32_t*)((const char*)w.weight + panel * panel_bytes<T>(groups));
         for (int k = 0; k < groups; k += depth) {
             const int count = smaller(depth, groups - k);
             const bool last = k + count == groups;
-            const int32_t *block = first + (size_t)(1 + k) * NR, *next = block + (size_t)count * NR;
-            const int32_t* a = (const int32_t*)p.packed_rows + (size_t)(k / depth) * p.rows * DOT_DEPTH;
+            const char* block = (const char*)(first + NR) + (size_t)k * NR * group_bytes<T>;
+            const char* next = block + (size_t)count * NR * group_bytes<T>;
+            const char* a = (const char*)p.packed_rows + packed_place<T>(k, 0, p.rows, depth);
             // The next block of weights, spread over this one's steps.
             const int slots = (count + PREFETCH_STEP - 1) / PREFETCH_STEP;
-            const int ahead = last && panel + 1 == p.last_panel ? 0 : (count + 1) * NR * (int)sizeof(int32_t) / 64;
+            const int ahead = last && panel + 1 == p.last_panel ? 0 : (int)panel_bytes<T>(count) / 64;
             const int lines = (ahead + steps * slots - 1) / (steps * slots);
             for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
                 const int rows = smaller(step, p.rows - r);
                 if (last) prefetch_rows<E>(p, r, rows, panel * NR);
-                DotTable<T, DOT_DEPTH, 1>::table[rows - 1](
-                    {a + (size_t)r * DOT_DEPTH, block, count, k ? waiting + (size_t)r * NR : first, k ? (size_t)NR : 0,
-                     last ? finished : waiting + (size_t)r * NR, (const char*)next + (size_t)fetched * 64,
+                DotTable<T, DOT_DEPTH, 1>::table[(rows - 1) / together<T>](
+                    {a + (size_t)r * DOT_DEPTH * group_bytes<T>, block, count, k ? waiting + (size_t)r * NR : first,
+                     k ? (size_t)NR : 0, last ? finished : waiting + (size_t)r * NR, next + (size_t)fetched * 64,
                      fetched < ahead ? lines : 0});
                 for (int i = 0; last && i < rows; i++)
                     for (int half = 0; half < NR && panel * NR + half < w.out; half += W)

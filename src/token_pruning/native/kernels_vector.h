@@ -18,7 +18,11 @@ namespace tp {
 namespace TP_LEVEL {
 
 constexpr int NR = 2 * W;
+#if defined(TP_NEON)
+constexpr int MR = 8;
+#else
 constexpr int MR = W == 16 ? 12 : 6;
+#endif
 constexpr int DEPTH = 256;
 constexpr int PREFETCH_STEP = 16;  // columns between two prefetches
 
@@ -42,6 +46,14 @@ struct MicroArguments {
     int lines;
 };
 
+#if defined(TP_NEON)
+// sums + v · the number in one lane of `by`.
+template <int LANE>
+static inline Vec add_lane(Vec sums, Vec v, Vec by) {
+    return (Vec)vfmaq_laneq_f32((float32x4_t)sums, (float32x4_t)v, (float32x4_t)by, LANE);
+}
+#endif
+
 template <int ROWS, int ROW_STRIDE, int COLUMN_STRIDE>
 static void micro(const MicroArguments& m) {
     Vec c[ROWS][2];
@@ -56,7 +68,27 @@ static void micro(const MicroArguments& m) {
     for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
         for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
         prefetch += 64 * m.lines;
-        for (int k = smaller(PREFETCH_STEP, m.depth - from); k > 0; k--) {
+        int k = smaller(PREFETCH_STEP, m.depth - from);
+#if defined(TP_NEON)
+        for (; COLUMN_STRIDE == 1 && k >= 4; k -= 4) {
+            Vec b[4][2];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, panel += panel_stride) b[i][0] = load(panel), b[i][1] = load(panel + W);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) {
+                const Vec a = load(rows + r * ROW_STRIDE);
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    c[r][half] = add_lane<0>(c[r][half], b[0][half], a);
+                    c[r][half] = add_lane<1>(c[r][half], b[1][half], a);
+                    c[r][half] = add_lane<2>(c[r][half], b[2][half], a);
+                    c[r][half] = add_lane<3>(c[r][half], b[3][half], a);
+                }
+            }
+            rows += 4;
+        }
+#endif
+        for (; k > 0; k--) {
             Vec b0 = load(panel), b1 = load(panel + W);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; r++) {
@@ -83,6 +115,9 @@ struct MicroTable {
 #if defined(__AVX512F__)
 template <int ROW_STRIDE, int COLUMN_STRIDE>
 using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11>;
+#elif defined(TP_NEON)
+template <int ROW_STRIDE, int COLUMN_STRIDE>
+using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5, 6, 7>;
 #else
 template <int ROW_STRIDE, int COLUMN_STRIDE>
 using Micros = MicroTable<ROW_STRIDE, COLUMN_STRIDE, 0, 1, 2, 3, 4, 5>;
@@ -234,9 +269,15 @@ static void multiply(const Product& p) {
 // The lower, or upper, halves of two vectors in turn: a₀ b₀ a₁ b₁ …
 template <int OFFSET>
 static inline Vec interleave(Vec a, Vec b) {
+#if defined(__clang__)  // which makes one instruction of it
+    Vec both;
+    for (int i = 0; i < W; i++) both[i] = (i % 2 ? b : a)[i / 2 + OFFSET];
+    return both;
+#else
     VecInt mask;
     for (int i = 0; i < W; i++) mask[i] = i / 2 + OFFSET + i % 2 * W;
     return __builtin_shuffle(a, b, mask);
+#endif
 }
 
 // to[column][NR] = factor · from[row][column] for `rows` ≤ NR rows; the others are zero.

@@ -12,6 +12,9 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#if defined(TP_NEON)
+#include <arm_neon.h>
+#endif
 
 #include "kernels.h"
 
