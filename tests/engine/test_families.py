@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import token_pruning as tp
-from tests.engine.test_engine import NATIVE
+from tests.engine.test_engine import own_levels
 from tests.families.shared import assert_same, batch_of, model_of, valid
 from tests.tiny import LONGEST, assert_close, decision_margin, outputs, pruned, ragged_batch, same_survivors
 from token_pruning.engine.library import KERNELS_VARIABLE
@@ -108,13 +108,12 @@ def compare(model: Any, pruner: tp.Pruner, batch: dict[str, Tensor], what: str, 
     return engine
 
 
-@pytest.mark.parametrize("level", NATIVE)
+@pytest.mark.parametrize("level", own_levels("float32"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_level_gives_what_the_loop_gives(family: str, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
     engine = compare(shared(family), PRUNERS["topk"], pairs(family), family, threads=2)
-    assert f"kernels: {level}" in engine.explain() or level == "amx"
-    assert "PyTorch" not in engine.explain()
+    assert f"kernels: {level}, " in engine.explain()
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -180,8 +179,9 @@ def test_ragged_batches(
             assert torch.equal(alone[0][mask[row]], states[row][mask[row]]), row
 
 
-@pytest.mark.parametrize("level", NATIVE)
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "level"), [(dtype, level) for dtype in ("bfloat16", "int8") for level in own_levels(dtype)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_near_the_model(family: str, dtype: Any, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
@@ -191,7 +191,7 @@ def test_half_precision_is_near_the_model(family: str, dtype: Any, level: str, m
     with torch.no_grad():
         reference = model(**batch).last_hidden_state
     engine = tp.compile(model, dtype, threads=1)
-    assert "PyTorch" not in engine.explain()
+    assert f"kernels: {level}, " in engine.explain() or level == "amx"  # whose tiles the heads here do not all fit
     mask = batch["attention_mask"].bool()
     difference = (engine(**batch).last_hidden_state - reference)[mask]
     spread = reference[mask].std()
@@ -231,7 +231,7 @@ def test_a_nan_in_any_weight_reaches_the_result(family: str) -> None:
         weight.copy_(was)
 
 
-@pytest.mark.parametrize("level", NATIVE)
+@pytest.mark.parametrize("level", own_levels("float32"))
 @pytest.mark.parametrize("family", ["mpnet", "modernbert", "eurobert"])
 def test_a_nan_stays_in_its_sequence(family: str, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)

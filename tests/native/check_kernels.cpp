@@ -424,8 +424,16 @@ struct Model {
     std::vector<float> word, position, type, gamma, beta, inner_gamma, inner_beta;  // the last two: the embeddings'
     std::vector<std::vector<float>> weights, biases;
     std::vector<std::pair<int, int>> sizes;  // in, out
+    // What only some families have.
+    std::vector<Step> steps;
+    std::vector<Rotation> rotations;
+    std::vector<float> bias, last_gamma, last_beta;  // bias [heads, 2 · far + 1]
+    int far = 0;
+    bool embeds_positions = true, normalizes_embeddings = true;
     Model() { fill(); }
     Model(Shape shape, int size) : shape(shape), positions(260), size(size) { fill(); }
+    // Where in the text a sequence's token stands: some are missing.
+    static int place(int token) { return token + token / 3; }
     bool projects() const { return size != shape.hidden; }
     void fill() {
         word = random_numbers(words * size), position = random_numbers(positions * size);
@@ -438,9 +446,40 @@ struct Model {
         };
         add(size, shape.hidden);
         for (int l = 0; l < shape.layers; l++) {
-            for (int i = 0; i < 4; i++) add(shape.hidden, shape.hidden);
+            add(shape.hidden, shape.query_size());
+            for (int i = 0; i < 2; i++) add(shape.hidden, shape.key_size());
+            add(shape.query_size(), shape.hidden);
             add(shape.hidden, shape.inner), add(shape.inner, shape.hidden);
+            if (shape.gated) add(shape.hidden, shape.inner);
+            steps.push_back({l});
         }
+    }
+    int linears() const { return shape.gated ? 7 : 6; }  // of a layer
+
+    // A model with some of what only some families have.
+    template <class Pick>
+    static Model any(Shape shape, int size, Pick pick) {
+        auto one_in = [&](int n) { return pick(1, n) == 1; };
+        const int groups = shape.heads % 2 == 0 && one_in(2) ? 2 : one_in(2) ? shape.heads : 1;
+        shape.key_heads = shape.heads / groups;
+        if (one_in(3)) shape.head_size *= 2, shape.scale = 0.3f;
+        shape.norm_first = one_in(2), shape.rms_norm = one_in(3), shape.gated = one_in(2);
+        Model model(shape, size);
+        for (Step& step : model.steps) {
+            if (one_in(3)) step.weights = pick(0, shape.layers - 1);
+            if (one_in(2)) step.window = pick(0, 12);
+        }
+        for (int r = 0; shape.head_size % 2 == 0 && r < 2; r++) {
+            model.rotations.push_back({{}, one_in(2) ? 1.0f : 1.2f});
+            for (int i = 0; i < shape.head_size / 2; i++)
+                model.rotations[r].frequencies.push_back((float)pick(1, 1000) / 1000);
+        }
+        for (Step& step : model.steps)
+            if (!model.rotations.empty()) step.rotation = pick(-1, 1);
+        if (one_in(2)) model.far = pick(0, 9), model.bias = random_numbers(shape.heads * (2 * model.far + 1));
+        if (one_in(2)) model.last_gamma = random_numbers(shape.hidden), model.last_beta = random_numbers(shape.hidden);
+        model.embeds_positions = one_in(2), model.normalizes_embeddings = one_in(2);
+        return model;
     }
 
     std::unique_ptr<Encoder> build(const Kernels& k) const {
@@ -456,14 +495,18 @@ struct Model {
             return place;
         };
         Embeddings& e = encoder->embeddings;
-        e.word = table(word), e.position = table(position), e.type = table(type);
-        e.size = size, e.words = words, e.positions = positions, e.types = 2;
-        e.norm = {inner_gamma, inner_beta};
+        e.word = table(word), e.type = table(type);
+        if (embeds_positions) e.position = table(position), e.positions = positions;
+        e.size = size, e.words = words, e.types = 2;
+        if (normalizes_embeddings) e.norm = {inner_gamma, inner_beta};
+        encoder->steps = steps, encoder->rotations = rotations, encoder->last_norm = {last_gamma, last_beta};
+        if (!bias.empty()) encoder->set_bias(bias.data(), far);
         if (projects()) e.projection = linear(0);
         for (int l = 0, i = 1; l < shape.layers; l++) {
             Layer& layer = encoder->layers[l];
             for (Linear* to : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.up, &layer.down})
                 *to = linear(i++);
+            if (shape.gated) layer.gate = linear(i++);
             layer.attention_norm = layer.output_norm = {gamma, beta};
         }
         return encoder;
@@ -480,7 +523,7 @@ struct Model {
     }
     Row norm(Row x, const std::vector<float>& by, const std::vector<float>& plus) const {
         double mean = 0, variance = 0;
-        for (double v : x) mean += v / x.size();
+        for (double v : x) mean += shape.rms_norm ? 0 : v / x.size();
         for (double v : x) variance += (v - mean) * (v - mean) / x.size();
         for (size_t i = 0; i < x.size(); i++)
             x[i] = (x[i] - mean) / std::sqrt(variance + shape.epsilon) * by[i] + plus[i];
@@ -501,60 +544,76 @@ struct Model {
                      std::vector<int>& survived, std::vector<Row>& decided) const {
         double weights[2] = {0, 0};
         int hosts[2] = {-1, -1};  // the tokens whose rows carry the summaries
-        const int heads = shape.heads, part = shape.hidden / heads;
+        const int heads = shape.heads, part = shape.head_size;
         double margin = 1;
         std::vector<Row> x;
         std::vector<int> alive;
         for (size_t t = 0; t < ids.size(); t++) {
             Row row(size);
-            for (int i = 0; i < size; i++) row[i] = (double)word[ids[t] * size + i] + type[i] + position[t * size + i];
-            row = norm(row, inner_gamma, inner_beta);
+            for (int i = 0; i < size; i++)
+                row[i] = (double)word[ids[t] * size + i] + type[i] + (embeds_positions ? position[t * size + i] : 0);
+            if (normalizes_embeddings) row = norm(row, inner_gamma, inner_beta);
             x.push_back(projects() ? apply(0, row) : row), alive.push_back((int)t);
         }
         out.assign(ids.size(), {}), survived.assign(ids.size(), 0);
         decided.assign(shape.layers, Row(ids.size(), std::nan("")));
         for (int l = 0; l < shape.layers; l++) {
-            const int base = 1 + 6 * l, n = (int)x.size();
-            std::vector<Row> q, k, v, context(n, Row(shape.hidden));
-            for (const Row& row : x)
-                q.push_back(apply(base, row)), k.push_back(apply(base + 1, row)), v.push_back(apply(base + 2, row));
+            const Step& step = steps[l];
+            const int base = 1 + linears() * step.weights, n = (int)x.size();
+            std::vector<Row> q, k, v, context(n, Row(shape.query_size()));
+            for (const Row& row : x) {
+                const Row entering = shape.norm_first ? norm(row) : row;
+                q.push_back(apply(base, entering)), k.push_back(apply(base + 1, entering));
+                v.push_back(apply(base + 2, entering));
+            }
             auto token_of = [&](int row) { return alive[row] < 0 ? hosts[-1 - alive[row]] : alive[row]; };
             std::vector<int> asking;
             for (int i = 0; by.asks && i < n; i++)
                 if (by.asks[token_of(i)]) asking.push_back(i);
             if (asking.empty())
                 for (int i = 0; i < n; i++) asking.push_back(i);
+            for (int i = 0; i < n; i++)
+                if (step.rotation >= 0) turn(q[i], token_of(i), step.rotation), turn(k[i], token_of(i), step.rotation);
             Row received(n);
             for (int h = 0; h < heads; h++)
                 for (int i = 0; i < n; i++) {
                     Row p(n);
                     double top = -1e300, total = 0;
+                    const int shared = h / (heads / shape.key_heads) * part;
                     for (int j = 0; j < n; j++) {
-                        for (int d = h * part; d < (h + 1) * part; d++)
-                            p[j] += q[i][d] * k[j][d] / std::sqrt((double)part);
+                        for (int d = 0; d < part; d++) p[j] += q[i][h * part + d] * k[j][shared + d] * shape.scale;
+                        const int distance = place(token_of(i)) - place(token_of(j));
+                        if (!bias.empty()) p[j] += bias[h * (2 * far + 1) + far + std::clamp(distance, -far, far)];
+                        if (step.window >= 0 && std::abs(distance) > step.window) p[j] = -1e30;
                         top = std::max(top, p[j]);
                     }
                     for (double& e : p) total += e = std::exp(e - top);
                     const bool asks = std::count(asking.begin(), asking.end(), i);
                     for (int j = 0; j < n; j++) {
                         if (asks) received[j] += p[j] / total / heads * n / asking.size();
-                        for (int d = h * part; d < (h + 1) * part; d++) context[i][d] += p[j] / total * v[j][d];
+                        for (int d = 0; d < part; d++) context[i][h * part + d] += p[j] / total * v[j][shared + d];
                     }
                 }
             std::vector<Row> next, merged(2, Row(shape.hidden));
             std::vector<int> left;
             double gathered[2] = {0, 0};
             auto finish = [&](const Row& attended, int token) {
-                Row inner = apply(base + 4, attended);
-                for (double& e : inner) e = activate(e);
+                const Row entering = shape.norm_first ? norm(attended) : attended;
+                Row inner = apply(base + 4, entering);
+                if (shape.gated) {
+                    const Row gate = apply(base + 6, entering);
+                    for (int d = 0; d < shape.inner; d++) inner[d] *= activate(gate[d]);
+                } else {
+                    for (double& e : inner) e = activate(e);
+                }
                 Row after = apply(base + 5, inner);
                 for (int d = 0; d < shape.hidden; d++) after[d] += attended[d];
-                next.push_back(norm(after)), left.push_back(token);
+                next.push_back(shape.norm_first ? after : norm(after)), left.push_back(token);
             };
             for (int i = 0; i < n; i++) {
                 Row attended = apply(base + 3, context[i]);
                 for (int d = 0; d < shape.hidden; d++) attended[d] += x[i][d];
-                attended = norm(attended);
+                if (!shape.norm_first) attended = norm(attended);
                 const bool summary = alive[i] < 0, by_probe = by.probed && by.probed[l];
                 double score = received[i];
                 if (by_probe) {
@@ -571,10 +630,10 @@ struct Model {
                 const bool may_leave = i && !summary && !(by.stays && by.stays[alive[i]]);
                 if (may_leave) margin = std::min(margin, std::fabs(distance));
                 const bool dropped = may_leave && distance < 0;
-                if (dropped) out[alive[i]] = attended;
+                if (dropped) out[alive[i]] = last(attended);
                 if (by.summarize && (summary || dropped)) {
                     const int which = summary ? -1 - alive[i] : by.by_segment ? alive[i] >= (int)ids.size() / 2 : 0;
-                    const double weight = summary ? weights[which] : received[i];
+                    const double weight = summary ? weights[which] : std::max(received[i], 1e-6);
                     if (hosts[which] < 0) hosts[which] = alive[i];
                     for (int d = 0; d < shape.hidden; d++) merged[which][d] += weight * attended[d];
                     gathered[which] += weight;
@@ -591,8 +650,20 @@ struct Model {
             x = next, alive = left;
         }
         for (size_t i = 0; i < x.size(); i++)
-            if (alive[i] >= 0) out[alive[i]] = x[i];
+            if (alive[i] >= 0) out[alive[i]] = last(x[i]);
         return margin;
+    }
+    Row last(const Row& x) const { return last_gamma.empty() ? x : norm(x, last_gamma, last_beta); }
+    // Turns every head of a token's queries, or keys.
+    void turn(Row& x, int token, int which) const {
+        const Rotation& rotation = rotations[which];
+        const int half = shape.head_size / 2;
+        for (size_t at = 0; at < x.size(); at += shape.head_size)
+            for (int i = 0; i < half; i++) {
+                const double angle = (double)token * rotation.frequencies[i], a = x[at + i], b = x[at + half + i];
+                x[at + i] = (a * std::cos(angle) - b * std::sin(angle)) * rotation.factor;
+                x[at + half + i] = (b * std::cos(angle) + a * std::sin(angle)) * rotation.factor;
+            }
     }
 };
 
@@ -726,6 +797,7 @@ static void check_refusals(const Candidate& level, const Model& model) {
     };
     expect("", [&](Request& r) { r.asks = together.data(), r.probes = probes.data(), r.probed = probed.data(); });
     expect("the asking tokens of a sequence must be next to each other", [&](Request& r) { r.asks = apart.data(); });
+    expect("places must rise within a sequence", [&](Request& r) { r.places = zeros.data(); });
     expect("probes and probed go together", [&](Request& r) { r.probes = probes.data(); });
     expect("probes and probed go together", [&](Request& r) { r.probed = probed.data(); });
     expect("summaries and probes exclude each other",
@@ -773,20 +845,23 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const int head = one_in(200) ? pick(257, 300) : head_sizes[pick(0, 5)], heads = pick(1, 3);
     const int copies = head * heads < 8 ? 8 : 1;  // so that LayerNorm has something to go by
     const int layers = pick(1, 3), inner = pick(1, 96);
-    const Shape shape = post_norm(layers, head * heads * copies, heads * copies, inner, (Activation)pick(0, 3));
-    const Model model(shape, one_in(2) ? shape.hidden : pick(8, 64));
+    const Shape basic = post_norm(layers, head * heads * copies, heads * copies, inner, (Activation)pick(0, 3));
+    const int size = one_in(2) ? basic.hidden : pick(8, 64);
+    const Model model = one_in(3) ? Model(basic, size) : Model::any(basic, size, pick);
+    const Shape& shape = model.shape;
     if (!level.kernels->fits(shape.hidden, shape.inner, shape.head_size) ||
+        !level.kernels->fits(shape.query_size(), shape.inner, shape.head_size) ||
         !level.kernels->fits(model.size, model.size, 32))
         return;
     const auto encoder = model.build(*level.kernels);
-    std::vector<int32_t> ids, positions, types, cu_seqlens(1, 0);
+    std::vector<int32_t> ids, positions, types, places, cu_seqlens(1, 0);
     std::vector<uint8_t> segments;
     const int longest = one_in(50) ? 250 : one_in(5) ? 60 : 16;
     for (int s = longest > 60 ? 1 : pick(1, 5); s > 0; s--) {
         const int length = pick(1, longest);
         for (int i = 0; i < length; i++)
             ids.push_back(pick(0, model.words - 2)), positions.push_back(i), types.push_back(0),
-                segments.push_back(i >= length / 2);
+                places.push_back(Model::place(i)), segments.push_back(i >= length / 2);
         cu_seqlens.push_back((int)ids.size());
     }
     const int tokens = (int)ids.size(), sequences = (int)cu_seqlens.size() - 1, hidden = shape.hidden;
@@ -835,6 +910,7 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
         Request request{};
         request.sequences = sequences, request.cu_seqlens = offsets.data();
         request.ids = ids.data() + begin, request.positions = positions.data() + begin, request.threads = threads;
+        request.places = places.data() + begin;
         request.types = one_in(2) ? types.data() + begin : nullptr, request.thresholds = by.thresholds;
         request.prunes = prunes.data(), request.divisor = by.divisor;
         request.stays = by.stays, request.asks = by.asks, request.probes = by.probes, request.probed = by.probed;
@@ -855,11 +931,12 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     };
     const int threads = pick(1, 3);
     const Result found = forward(*encoder, threads, 0, sequences);
-    const std::string what = name + " " + level.name() + ", hidden " + std::to_string(hidden) + ", inner " +
-                             std::to_string(shape.inner) + ", tokens " + std::to_string(tokens) + ", method " +
-                             std::to_string(method) + (summarize ? " with summaries" : "") +
-                             (probe ? " with probes" : "") + (decisions.stays ? ", some stay" : "") +
-                             (decisions.asks ? ", some ask" : "");
+    const std::string what =
+        name + " " + level.name() + ", hidden " + std::to_string(hidden) + ", inner " + std::to_string(shape.inner) +
+        (shape.norm_first ? ", norm first" : "") + (shape.rms_norm ? ", RMS" : "") + (shape.gated ? ", gated" : "") +
+        (model.bias.empty() ? "" : ", bias") + ", tokens " + std::to_string(tokens) + ", method " +
+        std::to_string(method) + (summarize ? " with summaries" : "") + (probe ? " with probes" : "") +
+        (decisions.stays ? ", some stay" : "") + (decisions.asks ? ", some ask" : "");
     if (one_in(4)) {  // the same to the last bit with more threads, and of a sequence alone
         const Result again = forward(*encoder, threads % 3 + 1, 0, sequences);
         check(bits_of(again, 0, again.out.size()) == bits_of(found, 0, found.out.size()) &&
@@ -910,13 +987,15 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     Model broken = model;
     for (int i = 0; i < model.size; i++) broken.word[(size_t)(model.words - 1) * model.size + i] = std::nanf("");
     const int victim = pick(0, sequences - 1);
+    bool windowed = false;  // then a row depends on those that it sees alone
+    for (const Step& step : model.steps) windowed |= step.window >= 0;
     ids[pick(cu_seqlens[victim], cu_seqlens[victim + 1] - 1)] = model.words - 1;
     const Result poisoned = forward(*broken.build(*level.kernels), pick(1, 3), 0, sequences);
     for (int s = 0; s < sequences; s++) {
         const size_t from = (size_t)(first_only ? s : cu_seqlens[s]) * hidden;
         const size_t to = (size_t)(first_only ? s + 1 : cu_seqlens[s + 1]) * hidden;
         bool good = s == victim || bits_of(poisoned, from, to - from) == bits_of(found, from, to - from);
-        for (size_t i = from; s == victim && i < to; i++) good &= std::isnan(poisoned.out[i]);
+        for (size_t i = from; s == victim && !windowed && i < to; i++) good &= std::isnan(poisoned.out[i]);
         check(good, what + ": a NaN was lost, or went to another sequence");
     }
 }
