@@ -194,6 +194,61 @@ struct Terms {
     int window = -1, far = 9;
 };
 
+// Whole numbers, of which every sum is exact in float32: each result must be right to the last bit. For int8 they are
+// as large as they can be, so that an instruction that saturates, or an offset that is not taken back, is found out.
+enum Pattern { SAME, OPPOSITE, ALTERNATING, RANDOM, PATTERNS };
+
+static void check_exact(const Candidate& level, int rows, int in, int out, Pattern pattern) {
+    const Kernels& k = *level.kernels;
+    if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
+    const std::string name = level.name() + " whole numbers " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
+                             std::to_string(out) + ", pattern " + std::to_string(pattern);
+    const float most = level.dtype == Dtype::int8 ? 127 : 7;
+    auto number = [&](size_t i, bool of_weight) {
+        if (pattern == SAME) return most;
+        if (pattern == OPPOSITE) return of_weight ? -most : most;
+        if (pattern == ALTERNATING) return i % 2 ? -most : most;
+        return (float)((int)(generator() % 3) - 1) * (generator() % 4 ? most : 3);
+    };
+    std::vector<float> x((size_t)rows * in), w((size_t)out * in), given(out, 0.5f), weight(w.size()), bias(out),
+        scale(out);
+    for (size_t i = 0; i < x.size(); i++) x[i] = i % in == 0 ? most : number(i % in, false);
+    for (size_t i = 0; i < w.size(); i++) w[i] = i % in == 0 ? -most : number(i % in + i / in, true);
+    Slabs slabs(0);
+    const Linear linear = pack_linear(k, slabs, w.data(), nullptr, k.quantized ? given.data() : nullptr, in, out);
+    unpack_linear(k, linear, weight.data(), bias.data(), scale.data());
+    bool near = true;
+    for (size_t i = 0; i < w.size(); i++) {
+        const float is = weight[i] * (k.quantized ? scale[i / in] : 1), was = w[i] * (k.quantized ? 0.5f : 1);
+        near &= std::fabs(is - was) <= (k.quantized ? 0.51f * scale[i / in] : 0);
+        near &= !k.quantized || std::fabs(weight[i]) <= 127;
+    }
+    check(near, name + ": the weights");
+    const int spoilt = rows > 1 ? (int)(generator() % (unsigned)rows) : -1;  // a row that is not finite
+    if (spoilt >= 0) x[(size_t)spoilt * in + generator() % (unsigned)in] = rows % 2 ? std::nanf("") : -INFINITY;
+    Exact packed(k.packed_rows_bytes(rows, in)), scratch(k.product_scratch(rows, in, out)), row_scale(rows * 4),
+        found((size_t)rows * out * 4);
+    k.enter();
+    k.pack_rows(x.data(), false, in, nullptr, 0, rows, rows, in, packed.data, (float*)row_scale.data);
+    k.multiply({&linear, packed.data, (float*)row_scale.data, rows, 0, panels(k, linear), Epilogue::store_float,
+                Activation::gelu, found.data, (size_t)out, nullptr, nullptr, scratch.data});
+    k.leave();
+    bool exact = true, lost = false;
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < out; n++) {
+            const float value = ((float*)found.data)[(size_t)r * out + n];
+            if (r == spoilt) {
+                lost |= std::isfinite(value) && level.dtype == Dtype::int8;
+                continue;
+            }
+            long sum = 0;
+            for (int i = 0; i < in; i++) sum += (long)x[(size_t)r * in + i] * (long)weight[(size_t)n * in + i];
+            exact &= value == (float)sum * (k.quantized ? scale[n] : 1);
+        }
+    check(exact, name + ": a sum");
+    check(!lost, name + ": what is not finite was lost");
+}
+
 static void check_attention(const Candidate& level, int keys, int queries, int head_size, Terms terms = {}) {
     const Kernels& k = *level.kernels;
     if (!k.fits(64, 64, head_size)) return;
@@ -1147,6 +1202,14 @@ int main(int count, char** arguments) {
         if (!quick) {
             for (int in : {1, 7, 50, 64, 192})
                 for (int out : {1, 32, 33, 64}) check_unpacking(level, in, out);
+            for (int size = 1; size <= 65; size++) {  // every tail of every dimension
+                const Pattern pattern = (Pattern)(size % PATTERNS);
+                check_exact(level, size, 64, 32, pattern), check_exact(level, size, 37, 33, RANDOM);
+                check_exact(level, 13, size, 19, pattern), check_exact(level, 5, size, 32, RANDOM);
+                check_exact(level, 7, 30, size, pattern), check_exact(level, 14, 66, size, RANDOM);
+            }
+            for (int in : {191, 192, 384, 765, 767, 768, 769, 771, 772, 1024})
+                for (Pattern pattern : {SAME, OPPOSITE, ALTERNATING, RANDOM}) check_exact(level, 25, in, 64, pattern);
             for (int rows : {1, 2, 15, 16, 17, 31, 32, 33, 50, 64, 65})
                 for (int in : {64, 192}) check_product(level, rows, in, 64);
             for (int rows : {1, 33, 70}) check_product(level, rows, 1600, 96), check_product(level, rows, 300, 33);

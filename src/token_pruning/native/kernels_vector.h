@@ -129,7 +129,8 @@ static inline int even_step(int rows, int most = MR) {
     return (rows + steps - 1) / steps;
 }
 
-// Levels with nothing but products of kernels_dot.h use none of these four.
+// Levels with nothing but products of kernels_dot.h use none of these four, nor those with an attention of their own
+// that of this file.
 [[maybe_unused]] static bool fits(int, int, int) { return true; }
 
 template <class Weight>
@@ -304,7 +305,7 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
 
 // Scratch: keys [head / DEPTH][keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR
 // queries transposed, their scores [keys][NR], MR rows of context, received attention [keys][W].
-static size_t attention_scratch(int keys, int head_size) {
+[[maybe_unused]] static size_t attention_scratch(int keys, int head_size) {
     const size_t wide_head = round_up(head_size, NR);
     return ((size_t)keys * (round_up(head_size, DEPTH) + wide_head + NR + W) + (size_t)head_size * NR + MR * NR) *
            sizeof(float);
@@ -426,7 +427,7 @@ static void attend_with(const Attention& a) {
     for (int j = 0; a.received && j < n; j++) a.received[j] = sum(load(received + j * W));
 }
 
-static void attend(const Attention& a) {
+[[maybe_unused]] static void attend(const Attention& a) {
     if (a.terms.any())
         attend_with<true>(a);
     else
