@@ -28,7 +28,8 @@ SETTINGS = {
     "ONNX Runtime": "opset 17, eager attention, dynamic axes, BERT's operators fused by onnxruntime.transformers where "
     "that is faster, all graph optimisations; int8: dynamic quantisation as sentence-transformers does it for the "
     "processor, weights per channel",
-    "OpenVINO": "SDPA attention, dynamic shapes, PERFORMANCE_HINT LATENCY, INFERENCE_PRECISION_HINT f32, no pinning; "
+    "OpenVINO": "SDPA attention, dynamic shapes, PERFORMANCE_HINT LATENCY, INFERENCE_PRECISION_HINT f32 or bf16, no "
+    "pinning; "
     f"int8: weights and activations quantised by NNCF on {QUANTIZATION_TEXTS} of the texts to calibrate on, preset "
     "PERFORMANCE with SmoothQuant",
 }
@@ -174,15 +175,15 @@ def export_openvino(model: Model, texts: Sequence[Any], folder: Path) -> None:
     openvino.save_model(quantized, folder / "int8.xml", compress_to_fp16=False)
 
 
-def openvino_engine(path: Path, threads: int) -> Engine:
-    """An engine of a file."""
+def openvino_engine(path: Path, threads: int, precision: str = "f32") -> Engine:
+    """An engine of a file; ``precision`` is that of the products that the file leaves in float32."""
     import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
