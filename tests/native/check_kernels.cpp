@@ -437,7 +437,7 @@ static void check_shapes(const Candidate& level) {
         check_product(level, n, 64, 32), check_product(level, 5, n, 21), check_product(level, 3, 19, n);
         check_tails(level, n, 37, 11), check_tails(level, 7, n, 13), check_tails(level, 2, 64, n);
         check_rounding(level, n);
-        check_attention(level, n, n, 20), check_attention(level, 9, 11, n), check_attention(level, 33, n, 32);
+        check_attention(level, n, n, 20), check_attention(level, 11, 9, n), check_attention(level, 65, n, 32);
     }
     for (int size : {96, 160, 256, 800}) check_rounding(level, size);
     for (int in : {767, 768, 769, 1535, 1537, 3080}) check_tails(level, 13, in, 9), check_tails(level, 1, in, 2);
