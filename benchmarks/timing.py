@@ -25,6 +25,7 @@ from measures import length_for
 from output import spread
 
 import token_pruning as tp
+from token_pruning.engine.machine import cpu_flags
 
 METHODS = ("onnxruntime", "openvino", "unpruned", "pruned", "truncated")
 DTYPES = ("float32", "bfloat16", "int8")  # the most precise first
@@ -121,7 +122,7 @@ class Bench:
     def _candidates(self) -> list[list[Row]]:
         """The forms of every row to choose from: files and batch sizes."""
         wanted, threads, dtypes = self._arguments.methods, self._arguments.threads, self._arguments.dtypes
-        if "bfloat16" in dtypes and "dtype: bfloat16" not in tp.compile(self._make())[0].model.engine.explain():
+        if not {"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags():
             dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]  # it is no faster on this processor
         forms: list[tuple[str, str, list[Model], dict[str, Any]]] = [(TUNED, "float32", [self._make()], {})]
         if "onnxruntime" in wanted:
