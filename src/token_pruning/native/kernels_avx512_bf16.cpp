@@ -24,15 +24,6 @@ struct Pairs {
     }
 };
 
-struct Quadruples {
-    typedef int8_t Number;
-    typedef VecInt Sum;
-    static constexpr int group = 4, rows = 12, limit = 127, offset = 128;
-    static VecInt add(VecInt sums, VecInt a, VecInt b) {
-        return (VecInt)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-    }
-};
-
 constexpr float LOG2_E = 1.44269504f;  // probabilities are powers of two
 constexpr int HEAD = 64;               // groups of a head in a block of keys
 
@@ -198,7 +189,7 @@ const Kernels* avx512_bf16_kernels(Dtype dtype) {
     using namespace avx512_bf16;
     static const Kernels bfloat16 = dot_table<Pairs>("avx512_bf16", "bfloat16 products and attention by AVX-512 BF16",
                                                      half_attention_scratch, half_attend);
-    static const Kernels int8 = dot_table<Quadruples>(
+    static const Kernels int8 = dot_table<WideQuadruples>(
         "avx512_bf16", "int8 products by AVX-512 VNNI, attention by AVX-512 BF16", half_attention_scratch, half_attend);
     return dtype == Dtype::bfloat16 ? &bfloat16 : dtype == Dtype::int8 ? &int8 : nullptr;
 }

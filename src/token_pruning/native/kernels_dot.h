@@ -24,6 +24,18 @@
 namespace tp {
 namespace TP_LEVEL {
 
+#if defined(__AVX512VNNI__)
+// int8, for every level that has 512-bit VNNI.
+struct WideQuadruples {
+    typedef int8_t Number;
+    typedef VecInt Sum;
+    static constexpr int group = 4, rows = 12, limit = 127, offset = 128;
+    static VecInt add(VecInt sums, VecInt a, VecInt b) {
+        return (VecInt)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+    }
+};
+#endif
+
 constexpr int DOT_DEPTH = 192;  // groups; a multiple of W, so that no vector of packed numbers lies in two blocks
 
 // Bytes of a group, and how many rows are multiplied at a time.
