@@ -68,7 +68,10 @@ def test_influence_is_how_far_the_output_moves(family: str, head: str, reads: An
         [seen] = list(_influence(model, batch, seed=4))
         shape = what_is_read(model, batch, lambda factors: None).shape
         generator = torch.Generator().manual_seed(4)
+        torch.randperm(1, generator=generator)  # the order of the batches
         directions = [torch.randn(shape, generator=generator) for _ in range(observation._PROJECTIONS)]
+        if shape[1] <= observation._PROJECTIONS:  # every number of the output by itself
+            directions = [torch.eye(shape[1])[number].expand(shape) for number in range(shape[1])]
         for start in range(LAYERS):
             moved = []
             for token, place in enumerate(places):
@@ -87,6 +90,16 @@ def test_influence_is_how_far_the_output_moves(family: str, head: str, reads: An
             found = seen.worth(start)
             assert_close(found, expected, 0.02 * float(expected.max()), f"from layer {start + 1} on")
     assert torch.equal(seen.ids, batch["input_ids"][batch["attention_mask"].bool()])
+
+
+def test_influence_is_of_texts_of_all_lengths() -> None:
+    batch = ragged_batch([*[8] * 225, *[60] * 30])
+    with observed("bert", "encoder", "mean") as model, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observation, "_BATCH_TOKENS", 400)
+        patch.setattr(observation, "_INFLUENCE_GRADIENTS", 4 * 1500)
+        tokens = [len(seen.ids) for seen in _influence(model, batch, seed=0)]
+    assert 1500 <= sum(tokens) < 1500 + 200
+    assert {count % 60 == 0 for count in tokens} == {True, False}  # three long ones, or up to 25 short ones
 
 
 def test_the_same_seed_gives_the_same_directions() -> None:

@@ -213,7 +213,7 @@ def test_a_ranker_whose_head_pools(home: Path, tmp_path: Path) -> None:
 
 def test_forward_and_other_ways_in(home: Path) -> None:
     model = tp.prune(embedder(home), PRUNER)
-    fast = tp.compile(model)
+    fast = tp.compile(model, dtype="float32")
     with torch.no_grad():
         features = fast(fast.preprocess(TEXTS[:5]))
     assert furthest(features["sentence_embedding"], model.encode(TEXTS[:5])) < 1e-4
@@ -339,7 +339,7 @@ def test_nothing_one_text_and_ten_thousand(home: Path, capsys: pytest.CaptureFix
 
 def test_copies_casts_and_moves(home: Path, tmp_path: Path) -> None:
     model = tp.prune(embedder(home), PRUNER)
-    fast = tp.compile(model)
+    fast = tp.compile(model, dtype="float32")
     before = fast.encode(TEXTS)
     copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast.half(), fast.to("cpu", torch.float16)]
     for other in copies:
@@ -403,7 +403,8 @@ def test_cross_encoders(home: Path, name: str, tmp_path: Path) -> None:
 def test_ranking(home: Path) -> None:
     model = tp.prune(ranker(home), PRUNER)
     passages = [passage for _, passage in PAIRS]
-    expected, found = (one.rank(PAIRS[0][0], passages, return_documents=True) for one in (model, tp.compile(model)))
+    models = model, tp.compile(model, dtype="float32")
+    expected, found = (one.rank(PAIRS[0][0], passages, return_documents=True) for one in models)
     scores = [{result["corpus_id"]: result["score"] for result in results} for results in (expected, found)]
     assert all(math.isclose(scores[0][i], scores[1][i], abs_tol=1e-4) for i in range(len(passages)))
     assert [result["score"] for result in found] == sorted((result["score"] for result in found), reverse=True)

@@ -26,7 +26,7 @@ Target = Literal["attention", "influence"]
 
 _PENALTY = 1e-3
 _PROJECTIONS = 4
-_INFLUENCE_TOKENS = 12_000  # gradients cost as much as some ten passes over them
+_INFLUENCE_GRADIENTS = 48_000  # of tokens; together they cost as much as some ten passes over a fourth of them
 _BATCH_TOKENS = 4096
 _EMBEDDING_PENALTY = 0.3  # entries are few for so many weights
 _PRIOR_TOKENS = 5.0  # as many tokens of each vocabulary entry are taken to be what its embedding says
@@ -207,21 +207,23 @@ def _influence(model: Any, batch: Batch, seed: int) -> Iterator[_Seen]:
     loops: list[_TakingPart] = []
     attachment.loop = partial(_TakingPart, seen=loops)
     generator = torch.Generator("cpu").manual_seed(seed)
-    budget = _INFLUENCE_TOKENS
+    budget = _INFLUENCE_GRADIENTS
     try:
         with torch.inference_mode(False), torch.enable_grad(), _usable_by_autograd(attachment.model):
-            for inputs in _batches(model, batch, _BATCH_TOKENS // 2):
+            batches = list(_batches(model, batch, _BATCH_TOKENS // 2))
+            for number in torch.randperm(len(batches), generator=generator).tolist():  # short texts and long ones
                 if budget <= 0:
                     return
-                budget -= int(inputs["attention_mask"].sum())
+                inputs = batches[number]
                 output = model(**inputs)
                 [loop] = loops
                 loops.clear()
                 layout = loop.tokens.layout
                 vectors = _read(output, loop, reads)
                 squares = [torch.zeros_like(factor) for factor in loop.factors]
-                for _ in range(_PROJECTIONS):
-                    direction = torch.randn(vectors.shape, generator=generator).to(vectors)
+                directions = _directions(vectors, generator)
+                budget -= len(directions) * int(inputs["attention_mask"].sum())
+                for direction in directions:
                     gradients = torch.autograd.grad(
                         (vectors * direction).sum(), loop.factors, retain_graph=True, materialize_grads=True
                     )
@@ -236,6 +238,14 @@ def _influence(model: Any, batch: Batch, seed: int) -> Iterator[_Seen]:
                 yield _Seen(loop.tokens.ids, loop.joined, worths)
     finally:
         attachment.loop = before
+
+
+def _directions(vectors: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Each number of the output in turn where these are few, else random projections; as ``vectors`` each."""
+    texts, size = vectors.shape
+    if size <= _PROJECTIONS:
+        return [unit.expand(texts, size) for unit in torch.eye(size).to(vectors)]
+    return [torch.randn(texts, size, generator=generator).to(vectors) for _ in range(_PROJECTIONS)]
 
 
 @contextmanager
