@@ -17,13 +17,11 @@ from token_pruning.engine.encoder import Encoder, TorchEncoder
 from token_pruning.engine.library import (
     ACTIVATIONS,
     KERNELS_VARIABLE,
-    LEVELS,
     level_limit,
     load_library,
     memory_errors,
 )
-from token_pruning.engine.machine import has_amx
-from token_pruning.engine.native import NativeEncoder
+from token_pruning.engine.native import NativeEncoder, why_bfloat16
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
@@ -62,9 +60,10 @@ def compile(
         model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it. Or a
             ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. All families but
             DeBERTa run on native kernels, that one on PyTorch.
-        dtype: what products are computed in. ``"auto"`` is bfloat16 where the processor has AMX, else float32.
-            ``"int8"`` has one scale per output channel of a weight and one per token of its input, taken as it comes:
-            no calibration data. Softmax, LayerNorm, residuals and importance are float32 whatever the dtype.
+        dtype: what products are computed in. ``"auto"`` is bfloat16 where that is faster, with AMX or by AVX-512 BF16
+            if a probe of some 3 ms says so; else float32. ``"int8"`` has one scale per output channel of a weight and
+            one per token of its input, taken as it comes: no calibration data. Softmax, LayerNorm, residuals and
+            importance are float32 whatever the dtype.
         threads: threads of one call (default: ``torch.get_num_threads()``); it takes no more than the cores that the
             process may use when it is made. Calls from several Python threads run side by side; while one call has the
             helper threads, each other call runs on its caller's thread alone. PyTorch's path, where that is used,
@@ -110,11 +109,11 @@ def _make_encoder(
         reason = "the native library was not built"
     elif limit is None:
         reason = f"of {KERNELS_VARIABLE}=torch"
-    fast_bfloat16 = has_amx() and (limit is None or LEVELS[limit] == "amx")
-    chosen = ("bfloat16" if fast_bfloat16 else "float32") if dtype == "auto" else dtype
-    why = ""
+    chosen, why = dtype, ""
     if dtype == "auto":
-        why = " (auto: the processor has AMX)" if fast_bfloat16 else " (auto: bfloat16 with AMX only)"
+        faster = why_bfloat16(library, limit, on_pytorch=bool(reason))
+        chosen = "bfloat16" if faster else "float32"
+        why = f" (auto: {faster or 'bfloat16 is no faster here'})"
     lines = [f"dtype: {chosen}{why}", f"threads: {threads}"]
     native = native_encoder(family, embeddings, chosen, threads)
     if native is not None:
