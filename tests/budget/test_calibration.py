@@ -283,8 +283,8 @@ def test_another_method_for_a_while() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give either target_flops or max_drop"),
-        ({"target_flops": 0.5, "max_drop": 1.0}, "give either target_flops or max_drop"),
+        ({}, "give target_flops, target_ms or max_drop"),
+        ({"target_flops": 0.5, "max_drop": 1.0}, "labels is missing"),
         ({"target_flops": 1.5}, "target_flops is 1.5; it must be a finite number > 0 and <= 1"),
         ({"target_flops": "half"}, "target_flops is 'half'"),
         ({"max_drop": 1.0}, "labels is missing"),
@@ -388,11 +388,21 @@ def test_the_command_keeps_the_metric(
     assert "loss at most" in capsys.readouterr().out
 
 
+def test_the_command_meets_a_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--prune-layers", "1", "--engine-batch-size", "2", "--engine-threads", "1", "--engine-dtype", "float32")
+    assert calibrated(folder, *TASK, "--target-ms", "1e6", *few) == 0
+    assert "ms in the engine, unpruned" in capsys.readouterr().out
+    report = json.loads((folder / "OUT" / "calibration.json").read_text(encoding="utf-8"))
+    assert 0 < report["pruned_ms"] < 1e6 and report["dense_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*TASK,), "give either --target-flops or --max-drop"),
-        ((*TASK, "--target-flops", "0.5", "--max-drop", "1"), "give either --target-flops or --max-drop"),
+        ((*TASK,), "give --target-flops, --target-ms or --max-drop"),
+        ((*TASK, "--target-flops", "0.5", "--target-ms", "1"), "give --target-flops or --target-ms, not both"),
+        ((*TASK, "--target-flops", "0.5", "--engine-threads", "1"), "--engine-threads needs --target-ms"),
+        ((*TASK, "--target-ms", "1", "--engine-dtype", "half"), "--engine-dtype is 'half'"),
         ((*TASK, "--target-flops", "0.01"), "the lowest that can be reached"),
         ((*TASK, "--target-flops", "0.5", "--examples", "20"), "--examples is 20; it must be a whole number >= 32"),
         ((*TASK, "--target-flops", "0.5", "--examples", "0"), "--examples is 0"),

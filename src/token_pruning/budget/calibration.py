@@ -4,14 +4,16 @@ Which schedule loses least differs between models and tasks, so it is chosen by 
 examples that thresholds were not fitted to.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from token_pruning.budget.clock import Clock, within_milliseconds
 from token_pruning.budget.comparison import Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
 from token_pruning.budget.examples import Examples, as_batch
@@ -25,10 +27,10 @@ from token_pruning.budget.fitting import (
     using,
 )
 from token_pruning.budget.schedules import Schedule, schedules
-from token_pruning.checks import number
+from token_pruning.checks import number, positive_integer
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads, shape_of
-from token_pruning.pruners import FixedThreshold, VocabularyGate
+from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.prune import hugging_face_model, is_pruned, prunable, prune, reads_of
@@ -51,6 +53,8 @@ class Calibration:
         metric_dense: with ``max_drop``: the dense model's metric on the held-out examples, in points.
         metric_pruned: with ``max_drop``: the pruned model's.
         drop_bound: with ``max_drop``: the estimated loss plus one standard error, in points.
+        dense_ms: with ``target_ms``: milliseconds of a batch of the examples in the engine, nothing pruned.
+        pruned_ms: with ``target_ms``: the same, pruned.
     """
 
     pruner: FixedThreshold
@@ -59,6 +63,8 @@ class Calibration:
     metric_dense: float | None = None
     metric_pruned: float | None = None
     drop_bound: float | None = None
+    dense_ms: float | None = None
+    pruned_ms: float | None = None
 
 
 def calibrate(
@@ -66,6 +72,9 @@ def calibrate(
     examples: Examples,
     target_flops: float | None = None,
     *,
+    target_ms: float | None = None,
+    batch_size: int = 1,
+    engine: Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     metric: Metric | None = None,
     summary_tokens: SummaryTokens = "none",
@@ -89,8 +98,15 @@ def calibrate(
             tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
         target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
-        max_drop: instead: how much the metric may fall, in points (percent). Budgets are tried from the dearest to the
-            cheapest, while the estimated loss plus one standard error stays inside the bound.
+        target_ms: instead: what a batch may take in the engine on this machine, in milliseconds, the mean over batches
+            of the examples. The budget is the dearest that meets it; where the dense model does, nothing leaves.
+            Tokenizing is not counted, nor what sentence-transformers does around the model.
+        batch_size: with ``target_ms``: texts in a batch.
+        engine: with ``target_ms``: arguments of :func:`token_pruning.compile`, such as ``{"dtype": "int8", "threads":
+            1}``.
+        max_drop: how much the metric may fall, in points (percent). By itself: budgets are tried from the dearest to
+            the cheapest, while the estimated loss plus one standard error stays inside the bound. With a budget, it is
+            an error if that loses more.
         metric: from logits ``[n, labels]`` and labels ``[n]`` to a fraction; accuracy, or Pearson's correlation for a
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
@@ -109,13 +125,12 @@ def calibrate(
         What was found. The model is pruned with it, by absolute thresholds in scoring mode ``"relative"``.
 
     Raises:
-        ConfigError: for fewer than 32 examples, a budget below what can be reached (the message says what can), both or
-            neither of ``target_flops`` and ``max_drop``, missing labels, layers or schedules that do not fit the model
-            or the budget, labels that are all the same, a metric that is not a number, or a model that is pruned
-            already.
+        ConfigError: for fewer than 32 examples, a budget below what can be reached (the message says what can), none of
+            ``target_flops``, ``target_ms`` and ``max_drop``, both budgets, a budget that loses more than ``max_drop``
+            (the message says how much), missing labels, layers or schedules that do not fit the model or the budget,
+            labels that are all the same, a metric that is not a number, or a model that is pruned already.
     """
-    if (target_flops is None) == (max_drop is None):
-        raise ConfigError("give either target_flops or max_drop")
+    _check_budget(target_flops, target_ms, max_drop)
     inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
@@ -141,20 +156,43 @@ def calibrate(
         list(search or schedules(layers, None if prune_layers is None else allowed)),
         allowed,
         layers,
-        only_received=asked_for or max_drop is not None,
+        only_received=asked_for or (target_flops is None and target_ms is None),
         gates=vocabulary is not False,
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
+        metric = metric or _default_metric
         if target_flops is not None:
             check_target(runs, comparison.part(comparison.fitting), target_flops, allowed[0])
             candidates = comparison.search(target_flops)
             result = Calibration(candidates[0].pruner, candidates[0], candidates)
+        elif target_ms is not None:
+            clock = Clock(runs, batch, _batch_size(batch_size, len(batch["input_ids"])), engine or {}, seed)
+            candidates, taken = within_milliseconds(comparison, clock, target_ms)
+            found = Calibration(candidates[0].pruner, candidates[0], candidates)
+            result = replace(found, dense_ms=clock.dense_ms, pruned_ms=taken)
         else:
             assert max_drop is not None
-            result = _cheapest(comparison, max_drop, metric or _default_metric)
+            result = _cheapest(comparison, max_drop, metric)
+        if max_drop is not None and result.drop_bound is None:
+            result = _checked_loss(comparison, result, max_drop, metric)
     prune(model, result.pruner, reads=reads)
     return result
+
+
+def _check_budget(target_flops: float | None, target_ms: float | None, max_drop: float | None) -> None:
+    if target_flops is not None and target_ms is not None:
+        raise ConfigError("give target_flops or target_ms, not both")
+    if target_flops is None and target_ms is None and max_drop is None:
+        raise ConfigError("give target_flops, target_ms or max_drop")
+    if target_ms is not None:
+        number("target_ms", target_ms, above=0)
+
+
+def _batch_size(batch_size: int, examples: int) -> int:
+    if positive_integer("batch_size", batch_size) > examples:
+        raise ConfigError(f"batch_size is {batch_size}; there are {examples} examples to make batches of")
+    return batch_size
 
 
 def _checked_batch(examples: Examples, padding: int, max_drop: float | None) -> dict[str, Tensor]:
@@ -198,34 +236,75 @@ def _check_schedules(search: Sequence[Schedule], layers: int, allowed: tuple[int
             raise ConfigError(f"schedule {schedule.name!r} has weights in layers that prune_layers does not name")
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What pruning costs in points of a metric on the held-out examples."""
+
+    comparison: Comparison
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        labels = self._labels
+        if bool((labels == labels[0]).all()):
+            raise ConfigError(
+                f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
+                "of different labels to estimate a loss"
+            )
+
+    @property
+    def _labels(self) -> Tensor:
+        return self.comparison.batch["labels"][self.comparison.held_out]
+
+    @functools.cached_property
+    def dense(self) -> float:
+        """The dense model's points."""
+        return 100 * self.metric(self.comparison.dense, self._labels)
+
+    def of(self, pruner: Pruner) -> tuple[float, float]:
+        """The pruned model's points, and the loss plus one standard error."""
+        comparison, labels = self.comparison, self._labels
+        with using(comparison.model, pruner):
+            outputs = outputs_in_parts(comparison.model, comparison.part(comparison.held_out))
+        pruned = 100 * self.metric(outputs, labels)
+        return pruned, self.dense - pruned + 100 * _standard_error(self.metric, comparison.dense, outputs, labels)
+
+
+def _checked_loss(comparison: Comparison, result: Calibration, max_drop: float, metric: Metric) -> Calibration:
+    """With what it loses, which must be inside the bound."""
+    loss = _Loss(comparison, metric)
+    pruned, bound = loss.of(result.pruner)
+    if not bound <= max_drop:
+        cost = f"relative FLOPs {result.chosen.relative_flops:.3f}"
+        if result.pruned_ms is not None:
+            cost += f", {result.pruned_ms:.3g} ms a batch,"
+        raise ConfigError(
+            f"max_drop is {max_drop:g}; at {cost} the metric falls from {loss.dense:.2f} to {pruned:.2f} on "
+            f"{len(comparison.held_out)} held-out examples, by at most {bound:.2f} points with one standard error: "
+            "both cannot be had"
+        )
+    return replace(result, metric_dense=loss.dense, metric_pruned=pruned, drop_bound=bound)
+
+
 def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibration:
     """The cheapest budget whose estimated loss stays inside the bound."""
-    model, allowed = comparison.model, comparison.plan.allowed
-    fitting, held_out = (comparison.part(rows) for rows in (comparison.fitting, comparison.held_out))
-    labels = held_out["labels"]
-    if bool((labels == labels[0]).all()):
-        raise ConfigError(
-            f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
-            "of different labels to estimate a loss"
-        )
-    dense = 100 * metric(comparison.dense, labels)
+    model, fitting = comparison.model, comparison.part(comparison.fitting)
+    loss = _Loss(comparison, metric)
     highest = highest_flops(model, fitting)
-    lowest = lowest_flops(model, fitting, allowed[0])
+    lowest = lowest_flops(model, fitting, comparison.plan.allowed[0])
     best: Calibration | None = None
     seen: list[Fit] = []
     for step in range(math.ceil((highest - lowest) / _METRIC_STEP) + 1):
         target = max(lowest, highest - step * _METRIC_STEP)
         fits = comparison.by_attention(target)
         seen += fits
-        with using(model, fits[0].pruner):
-            outputs = outputs_in_parts(model, held_out)
-        pruned = 100 * metric(outputs, labels)
-        bound = dense - pruned + 100 * _standard_error(metric, comparison.dense, outputs, labels)
+        pruned, bound = loss.of(fits[0].pruner)
         if not bound <= max_drop:  # nor where the metric is not a number
             break
-        best = Calibration(fits[0].pruner, fits[0], [], dense, pruned, bound)
+        best = Calibration(fits[0].pruner, fits[0], [], loss.dense, pruned, bound)
     if best is None:  # the dearest budget drops nothing, and so loses nothing
-        raise ConfigError(f"the metric of the dense model on {len(labels)} held-out examples is not a number")
+        raise ConfigError(
+            f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
+        )
     return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 

@@ -28,7 +28,7 @@ from token_pruning.budget.fitting import (
 )
 from token_pruning.budget.observation import Observed, observe
 from token_pruning.budget.ridge import Ridge
-from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules
+from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules, step
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.engine.compiled import native_encoder
@@ -166,6 +166,14 @@ class Comparison:
             return None
         rule = f"{'the gate given, ' if threshold else ''}attention received {schedule.name}"
         return self._judged(replace(fit, rule=rule, outputs=None), self.held_out, self.dense)
+
+    def quick(self, target: float) -> Fit | None:
+        """Some fit to a budget, attention received in an early layer, not judged; None where that cannot reach it."""
+        layers = self.plan.layers
+        for layer in dict.fromkeys(min(wanted, layers) for wanted in (2, 1)):
+            if (fit := self._fit(self.template, step(layer, layers), target, self.held_out, _COMPARABLE)) is not None:
+                return fit
+        return None
 
     # Everything: who decides, where, and what departed tokens count as.
 

@@ -69,8 +69,8 @@ def add_calibrate(commands: Any) -> None:
         description="Choose which tokens leave on a few hundred examples, by how little the model's outputs change, "
         "and save the pruned model. MODEL is the folder of a classifier, a tagger or an encoder, or of a "
         "SentenceTransformer or a CrossEncoder. --target-flops needs no labels: the texts of any file (--texts), or "
-        "the training examples of a task. --max-drop finds the cheapest pruning of a classifier whose estimated loss "
-        "on a task stays inside the bound.",
+        "the training examples of a task. --target-ms finds the budget that takes so long on this machine. --max-drop "
+        "alone finds the cheapest pruning of a classifier whose estimated loss on a task stays inside the bound.",
     )
     add_alias(parser, "MODEL", TrainOptions, "restore", help="folder of the model, or its name on the hub")
     add_options(parser, DataOptions)

@@ -129,7 +129,8 @@ def _some(texts: TextExamples, options: CalibrateOptions) -> TextExamples:
 
 def _only_received(options: CalibrateOptions) -> bool:
     """Whether nothing but attention received is compared; a gate must be given then."""
-    return options.max_drop is not None or options.summary_tokens != "none" or options.prune_layers is not None
+    no_budget = options.base.target_flops is None and options.target_ms is None
+    return no_budget or options.summary_tokens != "none" or options.prune_layers is not None
 
 
 def _calibrate(options: CalibrateOptions, subject: _Subject, run_dir: RunDir, resume: bool) -> None:
@@ -138,6 +139,9 @@ def _calibrate(options: CalibrateOptions, subject: _Subject, run_dir: RunDir, re
         model,
         subject.examples[: options.examples],
         base.target_flops,
+        target_ms=options.target_ms,
+        batch_size=options.engine_batch_size or 1,
+        engine={"threads": options.engine_threads, "dtype": options.engine_dtype or "auto"},
         max_drop=options.max_drop,
         metric=None if data is None else _metric(data),
         summary_tokens=options.summary_tokens,
@@ -186,6 +190,8 @@ def format_calibration(result: Calibration) -> str:
             f"  held-out metric {result.metric_pruned:.2f}, dense {result.metric_dense:.2f}; loss at most "
             f"{result.drop_bound:.2f} points (one standard error)"
         )
+    if result.dense_ms is not None and result.pruned_ms is not None:
+        lines.append(f"  a batch takes {result.pruned_ms:.3g} ms in the engine, unpruned {result.dense_ms:.3g}")
     others = [f"{fit.rule} {fit.divergence:.4f}" for fit in result.candidates if fit is not chosen][:5]
     rest = f"; next: {'; '.join(others)}" if others else ""
     return "\n".join([*lines, f"  compared {len(result.candidates)}{rest}"])

@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.checks import choice, number, positive_integer, whole_number
+from token_pruning.engine.compiled import EngineDtype
 from token_pruning.errors import ConfigError
 from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of, output_folder
 from token_pruning.pruners import check_keys
@@ -19,6 +20,7 @@ _TRAINING = "training"
 _BUDGET = "budget (masking modes soft, mixed and hard)"
 _SOFT = "soft stage (masking modes soft and mixed)"
 _TEACHER = "distillation (any masking mode)"
+_DTYPES = get_args(EngineDtype)
 _above_0 = partial(number, above=0)
 _not_negative = partial(number, low=0)
 _fraction = partial(number, above=0, high=1)
@@ -244,7 +246,7 @@ class CalibrateOptions:
         max_tokens: see :class:`token_pruning.Pruner`.
 
     Raises:
-        ConfigError: for a value that is not allowed, or both or neither of a budget and ``max_drop``.
+        ConfigError: for a value that is not allowed, both budgets, or neither of them and no ``max_drop``.
     """
 
     base: TrainOptions
@@ -255,6 +257,20 @@ class CalibrateOptions:
     input: Path | None = option(
         None, help="unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker "
         "query and passage, with several rows for each query", metavar="FILE",
+    )  # fmt: skip
+    target_ms: float | None = option(
+        None, help="instead: milliseconds that one text, or as many as --engine-batch-size, may take in the engine on "
+        "this machine", metavar="MS", check=_above_0,
+    )  # fmt: skip
+    engine_batch_size: int | None = option(
+        None, help="with --target-ms: texts in a call (default 1)", check=positive_integer
+    )
+    engine_threads: int | None = option(
+        None, help="with --target-ms: threads of a call (default: as many as PyTorch takes)", check=positive_integer
+    )
+    engine_dtype: str | None = option(
+        None, help=f"with --target-ms: {', '.join(_DTYPES)} (default {_DTYPES[0]})",
+        check=lambda flag, value: choice(flag, value, _DTYPES),
     )  # fmt: skip
     max_drop: float | None = option(
         None, help="how much the metric may fall, such as 1.0", metavar="POINTS", check=_above_0
@@ -274,17 +290,24 @@ class CalibrateOptions:
         check_keys(keys)
         if self.chunks and self.max_tokens is None:
             raise ConfigError("--chunks needs --max-tokens, the size of a window")
-        if (self.base.target_flops is None) == (self.max_drop is None):
-            raise ConfigError("give either --target-flops or --max-drop")
+        if self.base.target_flops is not None and self.target_ms is not None:
+            raise ConfigError("give --target-flops or --target-ms, not both")
+        if (self.base.target_flops, self.target_ms, self.max_drop) == (None, None, None):
+            raise ConfigError("give --target-flops, --target-ms or --max-drop")
+        if self.target_ms is None:
+            for name in ("engine_batch_size", "engine_threads", "engine_dtype"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{flag_of(CalibrateOptions, name)} needs --target-ms")
         if self.max_drop is not None and self.input is not None:
             raise ConfigError(f"--max-drop needs labelled examples; {self.input} has none")
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for one calibration to replace an unfinished one."""
         own = {
-            "max_drop": self.max_drop, "examples": self.examples, "summary_tokens": self.summary_tokens,
-            "prune_layers": self.prune_layers, "vocabulary": self.vocabulary, "max_tokens": self.max_tokens,
-            "chunks": self.chunks,
+            "max_drop": self.max_drop, "target_ms": self.target_ms, "engine_batch_size": self.engine_batch_size,
+            "engine_threads": self.engine_threads, "engine_dtype": self.engine_dtype, "examples": self.examples,
+            "summary_tokens": self.summary_tokens, "prune_layers": self.prune_layers, "vocabulary": self.vocabulary,
+            "max_tokens": self.max_tokens, "chunks": self.chunks,
             "texts": None if self.input is None else str(self.input),
         }  # fmt: skip
         return {**self.base.identity(), **own}
