@@ -90,7 +90,8 @@ def compile(
         raise UnsupportedModelError(f"{type(inner).__name__} takes {inner.main_input_name}; an engine takes input_ids")
     if reads is not None and is_pruned(inner):
         raise ConfigError(f"reads is {reads!r}; for a pruned model it is prune() that says so")
-    engine, adapter = Engine(inner, dtype, threads, reads_of(model, reads)), adapter_of(model)
+    engine = _engine_class(type(inner).__name__)(inner, dtype, threads, reads_of(model, reads))
+    adapter = adapter_of(model)
     return engine if adapter is None else adapter.compiled(model, engine)
 
 
@@ -178,13 +179,21 @@ class Pooled(NamedTuple):
 
 
 class Engine:
-    """A compiled model; see :func:`compile`.
+    """A compiled model; see :func:`compile`. It stands in for the model in a ``transformers.pipeline`` too.
+
+    Its class has the name of the model's class, by which pipelines tell what they can run.
 
     Attributes:
         config: the model's configuration.
+        device: the CPU.
+        dtype: float32, of all that comes out.
         token_pruner: the pruning method and its thresholds, as they were when the model was compiled.
         reads: which last hidden states are used.
     """
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+    input_modalities = "text"  # a pipeline's repr has it
 
     def __init__(self, model: PreTrainedModel, dtype: EngineDtype, threads: int, reads: Reads) -> None:
         """Take a copy of everything needed."""
@@ -271,6 +280,28 @@ class Engine:
         if answers_with_spans(self._head):
             return with_span_loss(self._head, self.config, given)
         return self._head(**given)
+
+    forward = __call__
+
+    def to(self, device: Any) -> "Engine":
+        """The engine itself: a pipeline asks for its own device.
+
+        Args:
+            device: the CPU.
+
+        Raises:
+            ConfigError: for another device.
+        """
+        if torch.device(device).type != "cpu":
+            raise ConfigError(f"device is {str(device)!r}; an engine runs on the CPU: pipeline(…, device='cpu')")
+        return self
+
+    def can_generate(self) -> bool:
+        """False: pipelines ask."""
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_engine, (type(self).__name__,), self.__dict__
 
     @memory_errors()
     @torch.inference_mode()
@@ -392,6 +423,18 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({type(self._head).__name__}):\n{self.explain()}"
+
+
+@functools.cache
+def _engine_class(name: str) -> type[Engine]:
+    """Engines of the models of one class."""
+    return type(name, (Engine,), {})
+
+
+def _empty_engine(name: str) -> Engine:
+    """What a pickle is read into: it cannot find a class that was made when it was needed."""
+    made = _engine_class(name)
+    return made.__new__(made)
 
 
 class _CompiledBase(nn.Module):
