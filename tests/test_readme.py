@@ -21,9 +21,10 @@ from token_pruning.lab.cli import main, paper_main
 
 SHOWN = (*PAGES, "CONTRIBUTING.md")
 EXTENDING = ("docs/add-a-method.md", "docs/add-a-family.md")  # run by test_extension.py
+RECIPES = ("docs/ecosystem.md",)  # run by integrations/test_recipes.py
 
 
-@pytest.mark.parametrize("page", [page for page in SHOWN if page not in EXTENDING and blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in SHOWN if page not in EXTENDING + RECIPES and blocks(page, "python")])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("my-model"), initializer_range=0.3)
