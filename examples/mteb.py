@@ -1,26 +1,25 @@
-"""MTEB on an embedding model at 0.55 of its arithmetic, beside the dense model: an STS task from your own file. Offline.
+"""MTEB on an embedding model at 0.55 of its arithmetic, beside the dense model: an STS task from a file. Offline.
 
 python examples/mteb.py MODEL --pairs FILE   # FILE: text, text and score from 0 to 5 a line, between tabs; no header
 python examples/mteb.py                      # all-MiniLM-L6-v2, and docstrings of which some words were swapped
-
-Any other task of MTEB takes the same objects: mteb.evaluate(fast, mteb.get_tasks(tasks=["STS12"])).
 """
 
 import argparse
+import itertools
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+import token_pruning as tp
+from token_pruning.lab.data.docstrings import load_docstrings
+from token_pruning.lab.data.minilm import find_minilm
+
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]  # this is mteb.py
-
 import mteb  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
-
-import token_pruning as tp  # noqa: E402
-from token_pruning.lab.data.docstrings import load_docstrings  # noqa: E402
-from token_pruning.lab.data.minilm import find_minilm  # noqa: E402
 
 
 class LocalSTS(mteb.abstasks.AbsTaskSTS):
@@ -39,9 +38,8 @@ class LocalSTS(mteb.abstasks.AbsTaskSTS):
         self.pairs = pairs
 
     def load_data(self, *args: Any, **kwargs: Any) -> None:
-        columns = zip(*self.pairs, strict=True)
-        names = ("sentence1", "sentence2", "score")
-        self.dataset = {"test": Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)))}
+        first, second, score = map(list, zip(*self.pairs, strict=True))
+        self.dataset = {"test": Dataset.from_dict({"sentence1": first, "sentence2": second, "score": score})}
         self.data_loaded = True
 
 
@@ -53,7 +51,7 @@ def read_pairs(file: Path) -> list[tuple[str, str, float]]:
 def make_pairs(texts: list[str]) -> list[tuple[str, str, float]]:
     """Each text with a copy that has some of its words from another text; the score is the share of its own."""
     rng, made = random.Random(0), []
-    for text, other in zip(texts, texts[1:], strict=False):
+    for text, other in itertools.pairwise(texts):
         share, strange = rng.random(), other.split()
         second = [word if rng.random() < share else rng.choice(strange) for word in text.split()]
         made.append((text, " ".join(second), 5 * share))
@@ -62,7 +60,7 @@ def make_pairs(texts: list[str]) -> list[tuple[str, str, float]]:
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", nargs="?", help="folder or hub name of a SentenceTransformer")
-parser.add_argument("--pairs", type=Path, help="the task")
+parser.add_argument("--pairs", type=Path, help="the task, as above")
 parser.add_argument("--texts", type=int, default=500, help="docstrings to calibrate with, and to make pairs of")
 arguments = parser.parse_args()
 docstrings = [text for text in load_docstrings().train.first if text.split()]

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import token_pruning as tp
+from tests.workspace import write_checkpoint
 from token_pruning.families import shape_of
 
 pytest.importorskip("scipy")
@@ -363,3 +364,35 @@ def test_shapes_are_those_of_the_models(monkeypatch: pytest.MonkeyPatch) -> None
         "tiny": (3, 64, 128), "base": (12, 768, 3072), "large": (24, 1024, 4096), "minilm-l6": (6, 384, 1536),
         "modernbert-base": (22, 768, 1152),
     }  # fmt: skip
+
+
+def test_pipelines_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipelines, output = benchmark("pipelines", monkeypatch), tmp_path / "new" / "pipelines"
+    model = write_checkpoint(tmp_path / "model", initializer_range=0.3)
+    pruner = tp.FixedThreshold(thresholds=[0.6, 0.8, 0.9, 0.9], scoring_mode="relative")
+    monkeypatch.setattr(tp, "calibrate", lambda model, examples, target_flops: tp.prune(model, pruner))  # takes a while
+    sizes = "--texts 3 --calibration 1 --shortest 8 --longest 40 --passes 2 --threads 1 --dtypes float32"
+    words = ["/somewhere/benchmarks/pipelines.py", "--model", str(model), *sizes.split(), "--output", str(output)]
+    monkeypatch.setattr("sys.argv", words)
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    try:
+        pipelines.main()
+    finally:
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity(verbosity)
+    capsys.readouterr()
+    tables = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [table["title"].split(", 1 thread")[0] for table in tables] == [
+        f"{task}, batch size {size}" for task in pipelines.HEADS for size in (1, 16)
+    ]
+    for table in tables:
+        dense, *others = table["rows"]
+        assert [row["what"] for row in others] == ["pruned model, float32", "engine, pruned, float32"]
+        assert dense["to_dense"] == dense["relative_flops"] == 1
+        for row in others:
+            assert row["relative_flops"] < 0.8 and row["difference"] < 1e-4 and row["same_labels"] == 1
+            ratios = [theirs / own for theirs, own in zip(dense["passes"], row["passes"], strict=True)]
+            assert row["to_dense"] == pytest.approx(np.median(ratios))
+    assert "| engine, pruned, float32 |" in output.with_suffix(".md").read_text(encoding="utf-8")

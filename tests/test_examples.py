@@ -13,15 +13,19 @@ COMMANDS = {
     "rerank.py reranker": "0.",
     "embed.py encoder --texts 80": "cosine to its vectors",
     "own_pruner.py": "the engine's logits differ",
+    "mteb.py encoder --texts 40": "Spearman × 100",
 }
 
 
 @pytest.mark.usefixtures("nothing_stays_registered")
+@pytest.mark.filterwarnings("ignore:.*(fill_missing|get_sentence_embedding_dimension)")  # mteb's
 @pytest.mark.parametrize("command", COMMANDS)
 def test_example_runs(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, *_ = words = command.split()
+    if script == "mteb.py":
+        pytest.importorskip("mteb")
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "encoder", head="encoder")
     write_checkpoint(tmp_path / "reranker", labels=1)

@@ -1,7 +1,6 @@
 """What docs/ecosystem.md shows is what works, with the libraries that are installed."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
