@@ -1,6 +1,7 @@
 """What the benchmarks compute with, and the CPU benchmark on tiny models; other runs need data that is not here."""
 
 import json
+import random
 from argparse import Namespace
 from dataclasses import replace
 from importlib import import_module
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 import token_pruning as tp
-from tests.workspace import write_checkpoint
+from tests.workspace import WORDS, write_checkpoint
 from token_pruning.families import shape_of
 
 pytest.importorskip("scipy")
@@ -372,7 +373,9 @@ def test_pipelines_take_turns(
     pipelines, output = benchmark("pipelines", monkeypatch), tmp_path / "new" / "pipelines"
     model = write_checkpoint(tmp_path / "model", initializer_range=0.3)
     pruner = tp.FixedThreshold(thresholds=[0.6, 0.8, 0.9, 0.9], scoring_mode="relative")
-    monkeypatch.setattr(tp, "calibrate", lambda model, examples, target_flops: tp.prune(model, pruner))  # takes a while
+    docstrings = Namespace(train=Namespace(first=[" ".join(random.Random(0).choices(WORDS, k=400))]))
+    monkeypatch.setattr(pipelines, "load_docstrings", lambda: docstrings)  # this and calibrating take a while
+    monkeypatch.setattr(tp, "calibrate", lambda model, examples, target_flops: tp.prune(model, pruner))
     sizes = "--texts 3 --calibration 1 --shortest 8 --longest 40 --passes 2 --threads 1 --dtypes float32"
     words = ["/somewhere/benchmarks/pipelines.py", "--model", str(model), *sizes.split(), "--output", str(output)]
     monkeypatch.setattr("sys.argv", words)

@@ -142,6 +142,19 @@ def test_evaluate(names: Names, tmp_path: Path) -> None:
     assert run(second, names)["scores"]["accuracy"] == pytest.approx(pruned)
 
 
+@pytest.mark.filterwarnings("ignore:.*(fill_missing|get_sentence_embedding_dimension)")  # mteb's
+@pytest.mark.parametrize("name", ["embedder", "reranker"])
+def test_mteb(name: str, names: Names) -> None:
+    """Retrieval and similarity are tasks like any other; examples/mteb.py has one."""
+    mteb = pytest.importorskip("mteb")
+    task = pytest.importorskip("mteb.mocks.mock_tasks").MockRerankingTask
+    scores = [
+        mteb.evaluate(model, task(), cache=None, co2_tracker=False, show_progress_bar=False)[0].get_score()
+        for model in (names[name], tp.from_pretrained(name))
+    ]
+    assert scores[0] == pytest.approx(scores[1])
+
+
 @pytest.mark.filterwarnings("ignore:`langchain-community` is being sunset:DeprecationWarning")
 def test_langchain(names: Names) -> None:
     embeddings, reranker, alone = RECIPES["LangChain"]

@@ -46,6 +46,7 @@ class EngineModel(nn.Module):
         config: the model's configuration.
         device: the CPU.
         dtype: float32, of all that comes out.
+        name_or_path: where the model came from, as Hugging Face models say it.
     """
 
     device = torch.device("cpu")
@@ -54,6 +55,7 @@ class EngineModel(nn.Module):
     def __init__(self, engine: Engine, source: Any) -> None:
         super().__init__()
         self.engine, self.config, self.source = engine, engine.config, _Source(source)
+        self.name_or_path = source.name_or_path
 
     def forward(self, **inputs: Any) -> Any:
         """The engine's padded call."""
