@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,7 +98,9 @@ def test_a_model_is_pruned_and_unpruned_inside_a_pipeline() -> None:
     pipe = hf.pipeline("text-classification", model=dense, tokenizer=tokenizer(), device="cpu")
     before = pipe(TEXTS)
     tp.prune(dense, PRUNER)
-    engine = hf.pipeline("text-classification", model=tp.compile(dense, dtype="float32"), tokenizer=tokenizer())
+    engine = hf.pipeline(
+        "text-classification", model=tp.compile(dense, dtype="float32"), tokenizer=tokenizer(), device="cpu"
+    )
     assert_close(numbers(pipe(TEXTS)), numbers(engine(TEXTS)))
     assert pipe(TEXTS) != before
     tp.unprune(dense)
@@ -118,11 +121,19 @@ def test_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_an_engine_shows_what_it_is() -> None:
     engine = tp.compile(model("bert", "text-classification"))
-    pipe = hf.pipeline("text-classification", model=engine, tokenizer=tokenizer())
+    pipe = hf.pipeline("text-classification", model=engine, tokenizer=tokenizer(), device="cpu")
     assert "'model': 'BertForSequenceClassification'" in repr(pipe) and "'dtype': 'float32'" in repr(pipe)
     for other in (engine, copy.copy(engine), copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
         assert isinstance(other, tp.Engine) and type(other) is type(engine)
     assert type(tp.compile(model("bert", "feature-extraction"))) is not type(engine)
+
+
+def test_an_engine_has_nothing_to_save(tmp_path: Path) -> None:
+    engine = tp.compile(model("bert", "text-classification"))
+    pipe = hf.pipeline("text-classification", model=engine, tokenizer=tokenizer(), device="cpu")
+    with pytest.raises(AttributeError, match="an engine has no attribute 'save_pretrained'"):
+        pipe.save_pretrained(tmp_path)
+    assert not hasattr(engine, "hf_device_map")
 
 
 def test_an_engine_stays_on_the_cpu() -> None:
@@ -137,7 +148,7 @@ def test_a_pipeline_of_a_dataset() -> None:
     from transformers.pipelines.pt_utils import KeyDataset
 
     engine = tp.compile(model("bert", "text-classification"))
-    pipe = hf.pipeline("text-classification", model=engine, tokenizer=tokenizer())
+    pipe = hf.pipeline("text-classification", model=engine, tokenizer=tokenizer(), device="cpu")
     data = datasets.Dataset.from_dict({"text": TEXTS})
     found = list(pipe(KeyDataset(data, "text"), batch_size=7))
     assert found == pipe(TEXTS) == list(pipe(text for text in TEXTS))

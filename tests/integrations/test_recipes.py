@@ -97,7 +97,7 @@ def test_pipeline(names: Names) -> None:
 
 def test_question_answering(names: Names) -> None:
     with pytest.raises(KeyError, match="The task question-answering has been removed from transformers"):
-        hf.pipeline("question-answering", model=names["model"], tokenizer=names["tokenizer"])
+        hf.pipeline("question-answering", model=names["model"], tokenizer=names["tokenizer"], device="cpu")
     (code,) = RECIPES["Question answering"]
     tokenizer = names["tokenizer"]
     for question, context in zip(TEXTS[:5], TEXTS[12:17], strict=True):
@@ -129,7 +129,7 @@ def test_evaluate(names: Names, tmp_path: Path) -> None:
 
     tp.prune(names["model"], PRUNER)
     engine = tp.compile(names["model"], dtype="float32")
-    classify = hf.pipeline("text-classification", model=engine, tokenizer=names["tokenizer"])
+    classify = hf.pipeline("text-classification", model=engine, tokenizer=names["tokenizer"], device="cpu")
     names |= {
         "data": datasets.Dataset.from_dict({"text": TEXTS, "label": [len(text) % 3 for text in TEXTS]}),
         "metric": Accuracy(cache_dir=str(tmp_path)),

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -299,6 +299,11 @@ class Engine:
     def can_generate(self) -> bool:
         """False: pipelines ask."""
         return False
+
+    if not TYPE_CHECKING:  # mypy knows what there is
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"an engine has no attribute {name!r}")  # Python would say that the model has none
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_engine, (type(self).__name__,), self.__dict__
