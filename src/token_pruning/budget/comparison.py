@@ -28,7 +28,7 @@ from token_pruning.budget.fitting import (
 )
 from token_pruning.budget.observation import Observed, observe
 from token_pruning.budget.ridge import Ridge
-from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules, step
+from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules, spread_rules, step
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.engine.compiled import native_encoder
@@ -208,7 +208,7 @@ class Comparison:
     def cuts(self) -> tuple[int, ...]:
         """Early layers that get probes and maps."""
         layers = self.plan.layers
-        last = min(layers, max(3, layers // 2))
+        last = min(layers, max(4, layers // 2))
         return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= last}))
 
     def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
@@ -237,13 +237,15 @@ class Comparison:
             best = compare(received_rules(self.plan.schedules), "attention received, queries too")
         if best is None:
             raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
-        compare(further_rules(best, layers, cuts, departed), "after which layers")
+        best = compare(further_rules(best, layers, cuts, departed), "after which layers")
+        assert best is not None
+        compare(spread_rules(best, layers, cuts), "after several layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
             allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
-                compare(moved, "after several layers")
+                compare(moved, "more here, less there")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         return [fit for _, fit in ranked], [rule for rule, _ in ranked[:_FINALISTS]]
 
