@@ -101,7 +101,7 @@ class Attachment:
 
         Raises:
             UnsupportedModelError: for hooks that would be skipped, another base model or number of layers, and for
-                tracing and transforms of the model.
+                transforms of the model.
         """
         if self.model.base_model is not self.base:
             raise UnsupportedModelError(
@@ -112,11 +112,6 @@ class Attachment:
         for name, module in self.replaced:
             if why := hooks_of(module):
                 refuse(name, module, why)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise UnsupportedModelError(
-                "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
-                "Export the dense model, or use token_pruning.compile"
-            )
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and (self.packed or transform.key() == torch._C._functorch.TransformType.Vmap):
             raise UnsupportedModelError(
@@ -139,7 +134,20 @@ class Attachment:
 
         Returns:
             The base model's output class.
+
+        Raises:
+            UnsupportedModelError: for tracing of the model, beside what the call is checked for.
         """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
+                "Export the dense model, or use token_pruning.compile"
+            )
+        return self._run(options, by_head)
+
+    @torch.compiler.disable(reason="which tokens leave depends on the input")
+    def _run(self, options: dict[str, Any], by_head: bool) -> Any:
+        """The forward; under torch.compile as it is, for every count of tokens would be another graph."""
         self._check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)
