@@ -55,10 +55,10 @@ class Attachment:
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
         self.loop: Callable[..., Any] = PackedLoop if self.packed else PaddedLoop
-        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
-        self.token_pruner.train(model.training)
-        self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
-        self.token_pruner.attachment = self
+        token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
+        token_pruner.train(model.training)
+        token_pruner.check_fit(self.shape.hidden_size, self.reads)
+        token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
         # Models built from one config object share it; what is written below must not reach the others.
@@ -67,20 +67,28 @@ class Attachment:
         write_keys(config, pruner)
         if reads is not None:
             config.reads = reads
-        model.add_module(MODULE_NAME, self.token_pruner)
+        model.add_module(MODULE_NAME, token_pruner)
         self.forwards: list[_Forward] = [_BaseForward(self)]
         if head_reads_first:
             self.forwards.append(_HeadForward(self))
         elif answers_with_spans(model):
             self.forwards.append(_SpanForward(self))
 
+    @property
+    def token_pruner(self) -> TokenPruner:
+        """The module on the model, or the one in PEFT's wrapper around it."""
+        module: Any = self.model._modules[MODULE_NAME]
+        current: TokenPruner = module.current
+        return current
+
     def detach(self) -> None:
         """Undo everything, but not what others have changed in the config meanwhile: a resized vocabulary, labels."""
         for forward in self.forwards:
             forward.remove()
+        own_keys = self.token_pruner.pruner.config().keys()
         delattr(self.model, MODULE_NAME)
         config, before = self.model.config, vars(self.config_before)
-        for key in method_keys() | self.token_pruner.pruner.config().keys() | {"reads"}:
+        for key in method_keys() | own_keys | {"reads"}:
             vars(config).pop(key, None)
             if key in before:
                 vars(config)[key] = before[key]
@@ -93,7 +101,6 @@ class Attachment:
 
     def exchange(self, token_pruner: TokenPruner) -> None:
         """Prune by another method from now on; the config is left as it is."""
-        self.token_pruner = token_pruner
         self.model._modules[MODULE_NAME] = token_pruner
 
     def _check_call(self) -> None:
