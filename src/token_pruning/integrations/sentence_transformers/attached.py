@@ -1,7 +1,7 @@
 """What stands in for methods of a Transformer module while its model is pruned.
 
-Plain objects in the module's ``__dict__``, so that copies and pickles of the model carry them along; and for a method of
-its class, a subclass.
+Plain objects in the module's ``__dict__``, so that copies and pickles of the model carry them along. What its class is
+asked for needs a subclass.
 """
 
 from pathlib import Path
