@@ -152,7 +152,7 @@ class Attachment:
             )
         return self._run(options, by_head)
 
-    @torch.compiler.disable(reason="which tokens leave depends on the input")
+    @torch.compiler.disable(reason="which tokens leave depends on the input")  # type: ignore[untyped-decorator, no-untyped-call]
     def _run(self, options: dict[str, Any], by_head: bool) -> Any:
         """The forward; under torch.compile as it is, for every count of tokens would be another graph."""
         self._check_call()

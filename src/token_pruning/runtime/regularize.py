@@ -23,7 +23,8 @@ def regularize(trainer: TrainerT, weight: float) -> TrainerT:
 
     The loss becomes task + ``weight`` · Σ_l (Σ_i m_i / N), the mean over the texts of a batch. Evaluations, and steps
     after :func:`freeze_thresholds`, have the task's loss alone. Each batch's loss counts as a mean, as it is for all
-    heads but language models': transformers' Trainer would otherwise sum it over the steps of gradient accumulation.
+    heads but language models': transformers' Trainer would otherwise sum it over the steps of gradient accumulation, as
+    it does with a ``compute_loss_func``. Called again it takes another weight.
 
     Args:
         trainer: a ``Trainer`` of transformers, or a ``SentenceTransformerTrainer`` or ``CrossEncoderTrainer``, whose
@@ -40,6 +41,7 @@ def regularize(trainer: TrainerT, weight: float) -> TrainerT:
     """
     number("weight", weight, low=0)
     own = getattr(trainer, "compute_loss", None)
+    own = getattr(own, "without_regularizer", own)
     model = getattr(trainer, "model", None)
     if own is None or model is None:
         raise ConfigError(f"a {type(trainer).__name__} is given; it must be a trainer with a model and compute_loss")
@@ -62,5 +64,6 @@ def regularize(trainer: TrainerT, weight: float) -> TrainerT:
 
     changed: Any = trainer
     changed.compute_loss = compute_loss
+    changed.compute_loss.without_regularizer = own
     changed.model_accepts_loss_kwargs = False
     return trainer

@@ -81,7 +81,7 @@ class TokenPruner(nn.Module):
             memo.setdefault(id(self.attachment), self.attachment)
         copied: TokenPruner = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__dict__, memo))
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
         return copied
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
