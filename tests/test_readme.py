@@ -24,6 +24,7 @@ EXTENDING = ("docs/add-a-method.md", "docs/add-a-family.md")  # run by test_exte
 RECIPES = ("docs/ecosystem.md",)  # run by integrations/test_recipes.py
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")  # the Trainer's default, without a GPU
 @pytest.mark.parametrize("page", [page for page in SHOWN if page not in EXTENDING + RECIPES and blocks(page, "python")])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,7 @@ from token_pruning.pruners import (
 from token_pruning.pruners.importance import convert_scores
 from token_pruning.runtime.flops import Flops, count_flops
 from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
+from token_pruning.runtime.regularize import regularize
 from token_pruning.runtime.trace import Trace
 
 __version__ = "0.2.0"
@@ -70,6 +71,7 @@ __all__ = [
     "from_pretrained",
     "prune",
     "record",
+    "regularize",
     "set_thresholds",
     "unprune",
     "vocabulary_gate",

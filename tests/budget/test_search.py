@@ -13,7 +13,7 @@ from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import comparison
 from token_pruning.budget.comparison import _divided
 from token_pruning.budget.fitting import Fit, using
-from token_pruning.budget.rules import first_rules, further_rules, received_rules
+from token_pruning.budget.rules import first_rules, further_rules, received_rules, spread_rules
 from token_pruning.budget.schedules import schedules
 from token_pruning.runtime.prune import attachment_of
 
@@ -145,6 +145,22 @@ def test_a_ranking_is_divided_query_by_query() -> None:
     assert sorted(torch.cat(alone).tolist()) == list(range(40)) and len(alone[0]) == 20
 
 
+def test_probes_are_also_tried_after_several_layers() -> None:
+    best = first_rules(5, False, ["map"])[0]
+    rules = spread_rules(best, 5, (1, 2, 3, 4))
+    assert {rule.schedule.name for rule in rules} == {
+        "after 1 and 2", "after 2 and 3", "after 3 and 4", "after 1 and 2 and 3", "after 2 and 3 and 4"
+    }  # fmt: skip
+    assert {(rule.target, rule.gate) for rule in rules} == {
+        (target, gate) for target in ("attention", "influence") for gate in (0.0, 0.25)
+    }
+    for rule in rules:
+        assert rule.probes and rule.departed == "map" and sum(rule.schedule.weights) == pytest.approx(1)
+    assert rules[0].schedule.weights == (0.5, 0.5, 0.0, 0.0, 0.0)
+    _, found = calibrated("classifier", texts(64, 0))
+    assert any("probe of influence after 1 and 2" in fit.rule for fit in found.candidates)
+
+
 def test_every_part_of_a_search_has_whole_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     own = comparison.Comparison.part
@@ -168,6 +184,7 @@ def test_a_query_is_protected_by_whatever_is_tried_for_rankings() -> None:
     assert all("first_segment" in rule.protect for rule in rules)
     assert {rule.received_from for rule in rules} == {"all", "first_segment"}
     more = further_rules(rules[0], layers, (1, 2), departed)  # type: ignore[arg-type]
+    more += spread_rules(rules[0], layers, (1, 2))
     assert more and all("first_segment" in rule.protect for rule in more)
     model, found = calibrated("reranker", pairs(24, 0))
     assert all("first_segment" in fit.pruner.protect for fit in found.candidates)

@@ -16,7 +16,7 @@ from token_pruning.lab.cli import paper_main
 SCRIPT = Path(__file__).parents[2] / "run.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = [
-    "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
     "--dynamo_backend=no", "--main_process_port=0",
 ]  # fmt: skip
 MODE = (

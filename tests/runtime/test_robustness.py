@@ -248,10 +248,12 @@ def loss_and_gradients(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, di
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, trace
 
 
-@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize(("execution", "reentrant"), [("packed", False), ("packed", True), ("masked", False)])
 @pytest.mark.parametrize("stage", ["soft", "hard"])
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_checkpointing_gives_the_same_loss_and_gradients(family: str, stage: str, execution: str) -> None:
+def test_checkpointing_gives_the_same_loss_and_gradients(
+    family: str, stage: str, execution: Any, reentrant: bool
+) -> None:
     pruner: tp.Pruner = METHODS["fixed"]
     if stage == "soft":
         pruner = tp.LearnedThreshold(final_token_threshold=0.06, max_seq_length=16, temperature=0.02)
@@ -259,7 +261,7 @@ def test_checkpointing_gives_the_same_loss_and_gradients(family: str, stage: str
     loss, gradients, trace = loss_and_gradients(model, BATCH)
     assert ("token_pruner.thresholds" in gradients) == (stage == "soft")
     assert (trace.ffn_lengths.sum() < trace.attention_lengths[0].sum() * LAYERS).item() == (stage == "hard")
-    checkpoint(model, reentrant=False)
+    checkpoint(model, reentrant=reentrant)
     again, recomputed, again_trace = loss_and_gradients(model, BATCH)
     assert_close(again, loss, 1e-6)
     assert again_trace.attention_lengths.shape == (LAYERS, 4)  # recomputation is not recorded
@@ -269,11 +271,12 @@ def test_checkpointing_gives_the_same_loss_and_gradients(family: str, stage: str
         assert_close(recomputed[name], gradient, 1e-5, name)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_recomputation_does_not_decide_again(family: str) -> None:
+def test_recomputation_does_not_decide_again(family: str, reentrant: bool) -> None:
     model = tp.prune(tiny_model(family, "token"), METHODS["fixed"]).train()
     _, expected, _ = loss_and_gradients(model, BATCH)
-    checkpoint(model, reentrant=False)
+    checkpoint(model, reentrant=reentrant)
     torch.manual_seed(0)
     model.zero_grad(set_to_none=True)
     labels = torch.randint(0, 3, BATCH["input_ids"].shape, generator=torch.Generator().manual_seed(1))
@@ -285,28 +288,15 @@ def test_recomputation_does_not_decide_again(family: str) -> None:
             assert_close(parameter.grad, expected[name], 1e-5, name)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_reentrant_checkpointing_is_refused_in_the_soft_stage(family: str) -> None:
-    model = tp.prune(tiny_model(family, "token"), METHODS["learned"]).train()
+@pytest.mark.parametrize(
+    ("pruner", "execution"),
+    [(METHODS["fixed"], "masked"), (tp.TopK(token_keep_rate=0.3, summary_tokens="shared"), "packed")],
+)
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_gradients(pruner: tp.Pruner, execution: Any) -> None:
+    model = tp.prune(tiny_model("bert", "token"), pruner, execution=execution).train()
     checkpoint(model, reentrant=True)
     with pytest.raises(tp.ConfigError, match=r're-entrant.*"use_reentrant": False'):
         loss_and_gradients(model, BATCH)
-
-
-@pytest.mark.parametrize("execution", ["packed", "masked"])
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_reentrant_checkpointing_in_hard_training_is_refused_or_right(family: str, execution: str) -> None:
-    model = tp.prune(tiny_model(family, "token"), METHODS["fixed"], execution=execution).train()
-    loss, gradients, _ = loss_and_gradients(model, BATCH)
-    checkpoint(model, reentrant=True)
-    try:
-        again, recomputed, _ = loss_and_gradients(model, BATCH)
-    except tp.ConfigError as error:
-        assert "re-entrant" in str(error)
-        return
-    assert_close(again, loss, 1e-6)
-    for name, gradient in gradients.items():
-        assert_close(recomputed[name], gradient, 1e-5, name)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -112,8 +112,8 @@ def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequen
 def spread_rules(best: Rule, layers: int, cuts: Sequence[int]) -> list[Rule]:
     """The best rule so far with probes of either target that spread what leaves over two or three cuts.
 
-    A later probe corrects an earlier one: with half of the cut after layer 2 and half after layer 3, a reranker's scores
-    at .45 of the FLOPs moved by a third of what they did with all of it after layer 2.
+    A later probe corrects an earlier one: with half of the cut after layer 2 and half after layer 3, a reranker's
+    scores at .45 of the FLOPs moved by a third of what they did with all of it after layer 2.
 
     Args:
         best: the rule.

@@ -55,10 +55,10 @@ class Attachment:
             refuse("", model, "has a forward that another library has put in place of its own")
         self.packed = execution == "packed"
         self.loop: Callable[..., Any] = PackedLoop if self.packed else PaddedLoop
-        self.token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
-        self.token_pruner.train(model.training)
-        self.token_pruner.check_fit(self.shape.hidden_size, self.reads)
-        self.token_pruner.attachment = self
+        token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
+        token_pruner.train(model.training)
+        token_pruner.check_fit(self.shape.hidden_size, self.reads)
+        token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
         # Models built from one config object share it; what is written below must not reach the others.
@@ -67,20 +67,28 @@ class Attachment:
         write_keys(config, pruner)
         if reads is not None:
             config.reads = reads
-        model.add_module(MODULE_NAME, self.token_pruner)
+        model.add_module(MODULE_NAME, token_pruner)
         self.forwards: list[_Forward] = [_BaseForward(self)]
         if head_reads_first:
             self.forwards.append(_HeadForward(self))
         elif answers_with_spans(model):
             self.forwards.append(_SpanForward(self))
 
+    @property
+    def token_pruner(self) -> TokenPruner:
+        """The module on the model, or the one in PEFT's wrapper around it."""
+        module: Any = self.model._modules[MODULE_NAME]
+        current: TokenPruner = module.current
+        return current
+
     def detach(self) -> None:
         """Undo everything, but not what others have changed in the config meanwhile: a resized vocabulary, labels."""
         for forward in self.forwards:
             forward.remove()
+        own_keys = self.token_pruner.pruner.config().keys()
         delattr(self.model, MODULE_NAME)
         config, before = self.model.config, vars(self.config_before)
-        for key in method_keys() | self.token_pruner.pruner.config().keys() | {"reads"}:
+        for key in method_keys() | own_keys | {"reads"}:
             vars(config).pop(key, None)
             if key in before:
                 vars(config)[key] = before[key]
@@ -93,7 +101,6 @@ class Attachment:
 
     def exchange(self, token_pruner: TokenPruner) -> None:
         """Prune by another method from now on; the config is left as it is."""
-        self.token_pruner = token_pruner
         self.model._modules[MODULE_NAME] = token_pruner
 
     def _check_call(self) -> None:
@@ -101,7 +108,7 @@ class Attachment:
 
         Raises:
             UnsupportedModelError: for hooks that would be skipped, another base model or number of layers, and for
-                tracing and transforms of the model.
+                transforms of the model.
         """
         if self.model.base_model is not self.base:
             raise UnsupportedModelError(
@@ -112,11 +119,6 @@ class Attachment:
         for name, module in self.replaced:
             if why := hooks_of(module):
                 refuse(name, module, why)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            raise UnsupportedModelError(
-                "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
-                "Export the dense model, or use token_pruning.compile"
-            )
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and (self.packed or transform.key() == torch._C._functorch.TransformType.Vmap):
             raise UnsupportedModelError(
@@ -139,7 +141,20 @@ class Attachment:
 
         Returns:
             The base model's output class.
+
+        Raises:
+            UnsupportedModelError: for tracing of the model, beside what the call is checked for.
         """
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
+                "Export the dense model, or use token_pruning.compile"
+            )
+        return self._run(options, by_head)
+
+    @torch.compiler.disable(reason="which tokens leave depends on the input")  # type: ignore[untyped-decorator, no-untyped-call]
+    def _run(self, options: dict[str, Any], by_head: bool) -> Any:
+        """The forward; under torch.compile as it is, for every count of tokens would be another graph."""
         self._check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)

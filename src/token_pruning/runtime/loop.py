@@ -46,6 +46,8 @@ class PackedLoop:
 
         States only where they count for something.
         """
+        self.beside: dict[int, Tensor] = {}
+        """Per layer just run, what else than its rows a gradient comes back to: the soft mask, or departed states."""
 
     def run(self) -> LastStates:
         """All layers.
@@ -183,7 +185,8 @@ class PackedLoop:
         if stay is None:
             return joined
         if self.keeps_departed and record.dropped_rows is not None:
-            self.departed[number] = (record.entering.indices[record.dropped_rows], joined[record.dropped_rows])
+            self.beside[number] = joined[record.dropped_rows]
+            self.departed[number] = (record.entering.indices[record.dropped_rows], self.beside[number])
         if record.merge is not None:
             joined = record.merge.apply(joined)
         return self._with_filler(joined[stay])
@@ -193,7 +196,10 @@ class PackedLoop:
 
     def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
         """What enters the next layer, from what the feed-forward gives; in the soft stage times the soft mask."""
-        if record.soft_mask is None or self.decisions.first_only(number):  # first tokens are never masked
+        if record.soft_mask is None:
+            return after
+        self.beside[number] = record.soft_mask
+        if self.decisions.first_only(number):  # first tokens are never masked
             return after
         factor = pad(record.soft_mask, (0, after.shape[0] - record.entering.total), value=1.0)
         return after * factor[:, None].to(after.dtype)
@@ -247,16 +253,28 @@ class PackedLoop:
             return self.step(number, layer, rows)
         with_grad = torch.is_grad_enabled()
 
-        def step(rows: Tensor) -> Tensor:
-            if with_grad and not torch.is_grad_enabled():
+        def step(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            if with_grad and not torch.is_grad_enabled() and not self.reentrant:
                 raise ConfigError(
-                    "a pruned model cannot train through re-entrant gradient checkpointing; "
-                    'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                    "the masked reference and summary tokens cannot train through re-entrant gradient checkpointing; "
+                    'use activation_checkpointing_kwargs={"use_reentrant": False}'
                 )
-            return self.step(number, layer, rows)
+            return self.step(number, layer, rows), self.beside.pop(number, None)
 
-        after: Tensor = layer._gradient_checkpointing_func(step, rows)
+        after: Tensor
+        after, beside = layer._gradient_checkpointing_func(step, rows)
+        # What a layer leaves beside its rows has to come out of the checkpoint too, or no gradient would reach it.
+        record = self.decisions.record.layers[number]
+        if record.soft_mask is not None:
+            record.soft_mask = beside
+        elif beside is not None:
+            self.departed[number] = (self.departed[number][0], beside)
         return after
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether re-entrant checkpointing, which cuts the graph between layers, loses nothing but the rows' part."""
+        return self.decisions.record.pruner.summary_tokens == "none"
 
 
 class PaddedLoop(PackedLoop):
@@ -287,6 +305,11 @@ class PaddedLoop(PackedLoop):
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
         return self._position_grid()
+
+    @property
+    def reentrant(self) -> bool:
+        """No gradient would reach the hidden states."""
+        return False
 
     def asking(self, number: int) -> Tensor | None:
         """All."""
@@ -339,6 +362,7 @@ class PaddedLoop(PackedLoop):
     def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
         """Tokens that are gone keep their last state."""
         if record.soft_mask is not None:
+            self.beside[number] = record.soft_mask
             factor = torch.ones(after.shape[0], dtype=torch.float32, device=after.device)
             factor = factor.index_copy(0, record.entering.indices, record.soft_mask)
             after = after * factor[:, None].to(after.dtype)

@@ -1,5 +1,6 @@
 """What pruning adds to a model: the method, and the tensors it decides by."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,20 @@ class TokenPruner(nn.Module):
                 self.thresholds = nn.Parameter(values)
                 return
         self.register_buffer("thresholds", values, persistent=pruner.stores_thresholds)
+
+    @property
+    def current(self) -> "TokenPruner":
+        """Itself; of a wrapper such as PEFT's for ``modules_to_save``, the one that counts just now."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TokenPruner":
+        """A copy; one that is made alone, as PEFT does, belongs to the same model."""
+        if self.attachment is not None and id(self.attachment.model) not in memo:
+            memo.setdefault(id(self.attachment), self.attachment)
+        copied: TokenPruner = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from sentence_transformers import CrossEncoder
 from token_pruning.engine import Engine
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads
-from token_pruning.integrations.sentence_transformers.attached import SavedBeside, WholeTexts
+from token_pruning.integrations.sentence_transformers.attached import SavedBeside, WholeTexts, not_reloading, reloading
 from token_pruning.integrations.sentence_transformers.batches import tokenized
 from token_pruning.integrations.sentence_transformers.compiled import EngineModel, compiled
 from token_pruning.integrations.sentence_transformers.loading import load, load_dense
@@ -37,6 +37,7 @@ class SentenceTransformersAdapter:
     def attach(self, model: Any, pruner: Pruner) -> None:
         transformer = transformer_of(model)
         transformer.save = SavedBeside(transformer)
+        reloading(transformer)
         if pruner.max_tokens is not None:
             transformer.preprocess = WholeTexts(transformer)
 
@@ -44,6 +45,7 @@ class SentenceTransformersAdapter:
         transformer = transformer_of(model)
         for name in ("save", "preprocess"):
             transformer.__dict__.pop(name, None)
+        not_reloading(transformer)
 
     def compiled(self, model: Any, engine: Engine) -> Any:
         return compiled(model, engine)

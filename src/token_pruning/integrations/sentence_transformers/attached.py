@@ -1,12 +1,14 @@
 """What stands in for methods of a Transformer module while its model is pruned.
 
-Plain objects in the module's ``__dict__``, so that copies and pickles of the model carry them along.
+Plain objects in the module's ``__dict__``, so that copies and pickles of the model carry them along. What its class is
+asked for needs a subclass.
 """
 
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from token_pruning.runtime.attachment import MODULE_NAME
 from token_pruning.runtime.prune import attachment_of, is_pruned
@@ -60,3 +62,43 @@ class SavedBeside:
         new = file.with_suffix(".new")  # a name that no reader takes for weights
         save_file(tensors, new, {"format": "pt"})
         new.replace(file)
+
+
+def reloading(module: Any) -> None:
+    """Give a Transformer a class, under the name of its own, that also reads the pruner's tensors of a folder.
+
+    A trainer reads its checkpoints by the classes of the modules that it trains, and copies the state.
+    """
+    own: Any = type(module)
+
+    class Reloading(own):  # type: ignore[misc]
+        stock = own
+
+        @classmethod
+        def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> Any:
+            loaded: Any = own.load(model_name_or_path, subfolder=subfolder, **kwargs)
+            file = Path(model_name_or_path, subfolder, TENSORS_FILE)
+            if file.is_file():
+                tensors = nn.Module()
+                for name, tensor in load_file(file).items():
+                    tensors.register_buffer(name.removeprefix(f"{MODULE_NAME}."), tensor)
+                loaded.model.add_module(MODULE_NAME, tensors)
+            return loaded
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _rebuilt, (own,), self.__dict__
+
+    Reloading.__name__, Reloading.__qualname__, Reloading.__module__ = own.__name__, own.__qualname__, own.__module__
+    module.__class__ = Reloading
+
+
+def not_reloading(module: Any) -> None:
+    """Undo :func:`reloading`."""
+    module.__class__ = getattr(type(module), "stock", type(module))
+
+
+def _rebuilt(own: Any) -> Any:
+    """A Transformer that has no state yet, from a pickle or for a copy."""
+    module = own.__new__(own)
+    reloading(module)
+    return module

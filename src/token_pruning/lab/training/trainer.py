@@ -17,14 +17,9 @@ from token_pruning.lab.training.evaluate import EvaluateSplits
 from token_pruning.lab.training.run_dir import RunDir
 from token_pruning.pruners import Unpruned
 from token_pruning.runtime.prune import attachment_of, freeze_thresholds, is_pruned, record
-from token_pruning.runtime.trace import Trace
+from token_pruning.runtime.regularize import regularizer
 
 KEPT_CHECKPOINTS = 3
-
-
-def regularizer(trace: Trace) -> Tensor:
-    """``Σ_l (Σ_i m_i / N)``, the mean over the batch (arXiv 2107.00910, equation 8): a float32 scalar."""
-    return trace.soft_rates.sum(0).mean()
 
 
 def _drops_tokens(model: Any) -> bool:
