@@ -369,8 +369,9 @@ def main() -> None:
     except ValidationError as error:
         first = error.errors()[0]
         parser.error(f"--{str(first['loc'][0]).replace('_', '-')} is {first['input']!r}: {first['msg']}")
-    if not settings.embedder and not settings.reranker:
-        parser.error("give --embedder, --reranker or both")
+    folders = [folder for folder in (settings.embedder, settings.reranker) if folder]
+    if not folders or not all(map(os.path.isdir, folders)):
+        parser.error(f"--embedder and --reranker are folders, one at least; given: {', '.join(folders) or 'none'}")
     stop = threading.Event()
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,11 +305,11 @@ def test_more_requests_than_the_queue_takes_are_refused(server: Any) -> None:
 
 def test_no_request_is_lost_with_a_replica(server: Any) -> None:
     victim, *_ = processes(server.process, REPLICA)
-    answers = work(server, [[text(60, seed=each) for each in range(32)]], 300)
-    for _ in range(50):
+    answers = work(server, [[text(60, seed=each) for each in range(16)]], 200)
+    for _ in range(20):
         next(answers)
     victim.kill()  # with 16 requests or so
-    assert sum(1 for _ in answers) == 250
+    assert sum(1 for _ in answers) == 180
     assert metric(server, "te_request_retry_total") > 0
     wait(lambda: len(processes(server.process, REPLICA)) == 2, server.process)
 
@@ -323,6 +325,19 @@ def test_it_stops_when_it_has_answered(server: Any) -> None:
         assert {each.result().status_code for each in asked} <= {200, 503}
     assert server.process.wait(PATIENCE) == 0
     wait(lambda: not any(each.is_running() for each in started))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--embedder nowhere", "given: nowhere"),
+        ("--embedder . --replicas 0", "--replicas is '0': Input should be greater than 0"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(arguments: str, sentence: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "serve_ray.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
 
 
 def test_a_folder_is_embedded_once_however_often_it_is_killed(
@@ -362,3 +377,21 @@ def test_a_folder_is_embedded_once_however_often_it_is_killed(
     model = tp.compile(tp.from_pretrained(home / "embedder"), threads=1)
     assert_close([vectors[row] for row in some], model.encode([texts[row] for row in some]))
     assert start(*command, "--column", "id2").wait(PATIENCE) == 1
+
+
+def test_the_benchmark_s_requests_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks/serving.py", "embed", "--quick"])
+    with warnings.catch_warnings(action="ignore"):  # Ray Serve's own, of pydantic
+        serving = import_module("serving")
+    bodies = serving.requests("embed", 300)
+    lengths = [len(text.split()) for body in bodies for text in body["inputs"]]
+    assert bodies == serving.requests("embed", 300) and {len(body["inputs"]) for body in bodies} == {*range(1, 9)}
+    assert min(lengths) == 8 and max(lengths) > 200 and np.median(lengths) < 60
+    installed = [[serving.Measured(10.0, 5.0, 9.0, 100, 0)], [serving.Measured(10.0, 5.0, 9.0, 100, 0)] * 2]
+    pruned = [[serving.Measured(20.0, 2.0, 4.0, 200, 0)], [serving.Measured(22.0, 2.0, 4.0, 200, 3)] * 2]
+    found = {f"{serving.INSTALLED}, float32": installed, f"{serving.PRUNED}, auto": pruned}
+    table = serving.table(serving.parse_arguments(), found)
+    assert [row["to_installed"] for row in table["rows"]] == [1.0, 2.1] and table["rows"][1]["killed"]["lost"] == 3
+    line = "| token-pruning, pruned, auto | 21.0 (20.0 – 22.0) | 2.10 | 2.10 | 2 | 4 | 22.0 | 4 | 200 | 3 |"
+    assert line in serving.lines(table)
