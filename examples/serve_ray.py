@@ -124,21 +124,30 @@ class Models:
         """Tokens of a text that a model reads; None for all, in a model that was pruned with ``max_tokens``."""
         model = self.models[name]
         engine = getattr(model[0].model, "engine", None)
-        return None if engine and engine.token_pruner.pruner.max_tokens else model.max_seq_length
+        whole = engine is not None and engine.token_pruner.pruner.max_tokens is not None
+        return None if whole else model.max_seq_length
 
     def info(self, name: str) -> dict[str, Any]:
-        model, given = self.models[name], self.settings
-        config, folder = model[0].model.config, getattr(given, name)
-        embedding = {"embedding": {"pooling": str(getattr(model[1], "pooling_mode", None))}} if len(model) > 1 else {}
-        labels = {"id2label": config.id2label, "label2id": config.label2id}
+        model, given, folder = self.models[name], self.settings, getattr(self.settings, name)
+        config, pooling = model[0].model.config, [getattr(module, "pooling_mode", None) for module in model][1:2]
+        kinds = {
+            "embedder": {"embedding": {"pooling": str(*pooling)}},
+            "reranker": {"reranker": {"id2label": config.id2label, "label2id": config.label2id}},
+        }
         return {
-            **{"model_id": folder, "model_sha": None, "model_dtype": given.dtype, "served_model_name": folder},
-            "model_type": embedding if name == "embedder" else {"reranker": labels},
+            "model_id": folder,
+            "model_sha": None,
+            "model_dtype": given.dtype,
+            "served_model_name": folder,
+            "model_type": kinds[name],
             "max_concurrent_requests": given.replicas * given.max_ongoing_requests + given.max_queued_requests,
-            **{"max_input_length": self.longest(name), "max_batch_tokens": given.max_batch_tokens},
-            **{"max_batch_requests": None, "max_client_batch_size": given.max_client_batch_size},
-            **{"auto_truncate": given.auto_truncate, "tokenization_workers": given.replicas},
-            **{"version": "token-pruning", "sha": None, "docker_label": None},
+            "max_input_length": self.longest(name),
+            "max_batch_requests": None,
+            **given.model_dump(include={"max_batch_tokens", "max_client_batch_size", "auto_truncate"}),
+            "tokenization_workers": given.replicas,
+            "version": "token-pruning",
+            "sha": None,
+            "docker_label": None,
         }
 
     async def run(self, name: str, texts: list[Any], prompt_name: str | None, truncate: bool) -> dict[str, Any]:
@@ -176,21 +185,21 @@ class Models:
         """Compute batches until nothing waits."""
         while batch := self.take():
             started = time.perf_counter()
-            try:
-                rows = await asyncio.to_thread(self.compute, batch[0].kind, [each.text for each in batch])
-            except Exception as error:
-                rows = [error] * len(batch)
+            rows = await asyncio.to_thread(self.rows, batch[0].kind, [each.text for each in batch])
             self.batches.append((len(batch), sum(each.tokens for each in batch), time.perf_counter() - started))
             for each, row in zip(batch, rows, strict=True):
                 if not each.row.done():
                     each.row.set_exception(row) if isinstance(row, Exception) else each.row.set_result(row)
 
-    def compute(self, kind: tuple[str, str | None], texts: list[Any]) -> Any:
-        """``[texts, dim]`` vectors, or ``[texts]`` scores before an activation."""
+    def rows(self, kind: tuple[str, str | None], texts: list[Any]) -> Any:
+        """A vector or a score for each text, or an exception: what breaks a batch must not harm others in it."""
         name, prompt_name = kind
-        if name == "embedder":
-            return self.models[name].encode(texts, prompt_name=prompt_name, show_progress_bar=False)
-        return self.models[name].predict(texts, activation_fn=lambda scores: scores, show_progress_bar=False)
+        try:
+            if name == "embedder":
+                return self.models[name].encode(texts, prompt_name=prompt_name, show_progress_bar=False)
+            return self.models[name].predict(texts, activation_fn=lambda scores: scores, show_progress_bar=False)
+        except Exception as error:
+            return [error] if len(texts) == 1 else [row for text in texts for row in self.rows(kind, [text])]
 
 
 class Ingress:

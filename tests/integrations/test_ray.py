@@ -1,5 +1,6 @@
 """The examples on Ray, run as a user runs them: a server with two replicas, and a folder of Parquet files."""
 
+import asyncio
 import base64
 import json
 import os
@@ -18,7 +19,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -59,14 +60,14 @@ def wait(what: Callable[[], Any], process: Any = None) -> Any:
 
 def processes(of: subprocess.Popen[bytes], name: str = "") -> list[psutil.Process]:
     """Those that a process has started, and they; of Ray's actors those of a name."""
-    found = []
-    for each in psutil.Process(of.pid).children(recursive=True):
-        try:
-            if name in " ".join(each.cmdline()) and each.status() != psutil.STATUS_ZOMBIE:
-                found.append(each)
-        except psutil.Error:
-            continue
-    return found
+    return [each for each in psutil.Process(of.pid).children(recursive=True) if alive(each, name)]
+
+
+def alive(process: psutil.Process, name: str = "") -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE and name in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.kill()
         process.wait()
     for each in started:
-        if each.is_running():
+        if alive(each):
             each.kill()
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -140,6 +141,13 @@ def server(home: Path, start: Callable[..., subprocess.Popen[bytes]]) -> Any:
     embedder = tp.compile(tp.from_pretrained(home / "embedder"), threads=1)
     reranker = tp.compile(CrossEncoder(str(home / "reranker"), device="cpu"), threads=1)
     return SimpleNamespace(url=url, process=process, embedder=embedder, reranker=reranker, ready=ready)
+
+
+def module(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script of the repository, imported."""
+    monkeypatch.syspath_prepend(str(ROOT / folder))
+    with warnings.catch_warnings(action="ignore"):  # Ray Serve's own, of pydantic
+        return import_module(name)
 
 
 def post(server: Any, path: str, body: Any) -> httpx.Response:
@@ -324,7 +332,54 @@ def test_it_stops_when_it_has_answered(server: Any) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert {each.result().status_code for each in asked} <= {200, 503}
     assert server.process.wait(PATIENCE) == 0
-    wait(lambda: not any(each.is_running() for each in started))
+    wait(lambda: not any(map(alive, started)))
+
+
+class Counting:
+    """Stands in for a model: a token is a word, and a text's vector is how many it has."""
+
+    prompts: ClassVar = {"query": ""}
+    default_prompt_name, max_seq_length = None, 50
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str | None, list[str]]] = []
+
+    def __getitem__(self, place: int) -> Any:
+        return SimpleNamespace(model=None)
+
+    def tokenizer(self, texts: list[str], verbose: bool) -> dict[str, Any]:
+        return {"input_ids": [each.split() for each in texts]}
+
+    def encode(self, texts: list[str], prompt_name: str | None, show_progress_bar: bool) -> Any:
+        self.batches.append((prompt_name, texts))
+        if "broken" in texts:
+            raise MemoryError("no more")
+        return np.array([[len(each.split())] for each in texts], np.float32)
+
+
+def test_batches_keep_to_the_budget_and_to_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_ray, model = module("examples", "serve_ray", monkeypatch), Counting()
+    settings = serve_ray.Settings(embedder="any", max_batch_tokens=10)
+    asked = [(["a b c d", "a b c d e"], None), (["a " * 20], None), (["a b", "a"], "query"), (["a", "a b"], None)]
+
+    async def run() -> list[Any]:
+        models = serve_ray.Models(settings, lambda *_: model)
+        gone = asyncio.ensure_future(models.run("embedder", ["gone"], None, True))
+        found = [asyncio.ensure_future(models.run("embedder", texts, prompt, True)) for texts, prompt in asked]
+        await asyncio.sleep(0)
+        gone.cancel()
+        found.append(asyncio.ensure_future(models.run("embedder", ["broken", "fine"], "query", True)))
+        found.append(asyncio.ensure_future(models.run("embedder", ["a"] * 11, "query", True)))
+        return await asyncio.gather(*found, return_exceptions=True)
+
+    *found, broken, many = asyncio.run(run())
+    assert [each["rows"].ravel().tolist() for each in found] == [[4, 5], [20], [2, 1], [1, 2]]
+    assert [each["tokens"] for each in found] == [9, 20, 3, 3] and many["rows"].ravel().tolist() == [1] * 11
+    assert isinstance(broken, MemoryError)
+    assert model.batches[:2] == [(None, ["a b c d", "a b c d e", "a"]), (None, ["a " * 20])]  # the oldest comes first
+    for prompt, texts in model.batches:
+        assert "gone" not in texts and (sum(len(each.split()) for each in texts) <= 10 or len(texts) == 1)
+        assert prompt is None or all(len(each.split()) < 3 for each in texts)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +418,7 @@ def test_a_folder_is_embedded_once_however_often_it_is_killed(
     started = processes(process)
     process.kill()
     process.wait()
-    wait(lambda: not any(each.is_running() for each in started))
+    wait(lambda: not any(map(alive, started)))
     before = made()
     assert start(*command).wait(PATIENCE) == 0
     assert len(before) < len(made()) and before.items() <= made().items()  # nothing is made twice
@@ -380,10 +435,8 @@ def test_a_folder_is_embedded_once_however_often_it_is_killed(
 
 
 def test_the_benchmark_s_requests_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    serving = module("benchmarks", "serving", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["benchmarks/serving.py", "embed", "--quick"])
-    with warnings.catch_warnings(action="ignore"):  # Ray Serve's own, of pydantic
-        serving = import_module("serving")
     bodies = serving.requests("embed", 300)
     lengths = [len(text.split()) for body in bodies for text in body["inputs"]]
     assert bodies == serving.requests("embed", 300) and {len(body["inputs"]) for body in bodies} == {*range(1, 9)}
