@@ -237,8 +237,8 @@ def measure(row: Row, arguments: argparse.Namespace, bodies: Sequence[Any], *, k
         threads=arguments.threads,
         port=PORT,
     )
-    application = serve_ray.build(settings, partial(load, row, arguments.command))
-    serve.run(application, logging_config={"enable_access_log": False, "log_level": "ERROR"})
+    server = serve_ray.application(settings, partial(load, row, arguments.command))
+    serve.run(server, logging_config={"enable_access_log": False, "log_level": "ERROR"})
     ask(path, bodies, arguments.seconds / 5)
     found = [ask(path, bodies, arguments.seconds)]
     if kill:

@@ -108,8 +108,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048, help="of a file that is written")
     arguments = parser.parse_args()
     vectors = arguments.vectors
-    vectors.mkdir(parents=True, exist_ok=True)
+    if arguments.texts.resolve() in (vectors.resolve(), *vectors.resolve().parents):
+        sys.exit(f"error: {vectors} is in {arguments.texts}, so that vectors would be taken for texts")
     parts = plan(arguments.texts, vectors, arguments.column, arguments.rows)
+    vectors.mkdir(parents=True, exist_ok=True)
     same_settings(vectors, {"model": arguments.model, "column": arguments.column, "rows": arguments.rows})
     for unfinished in (path for path in vectors.rglob(".*") if path.is_file()):
         unfinished.unlink()

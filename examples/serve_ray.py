@@ -257,9 +257,8 @@ class Ingress:
                 return as_json(await answer(kind.model_validate_json(await self.body(request))))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            broken = first["type"] == "json_invalid"
-            raise Refused(400 if broken else 422, "Validation", f"{where}: {first['msg']}".lstrip(": ")) from None
+            sentence = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
+            raise Refused(400 if first["type"] == "json_invalid" else 422, "Validation", sentence) from None
         finally:
             self.unanswered -= 1
 
@@ -286,7 +285,8 @@ class Ingress:
             except BackPressureError:
                 raise Refused(429, "Overloaded", "Model is overloaded") from None
             except RayTaskError as error:
-                raise Refused(424, "Backend", f"{type(error.cause).__name__}: {error.cause}") from None
+                sentence = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0]
+                raise Refused(424, "Backend", sentence) from None
             except RayActorError:
                 self.retries.inc()
         else:
@@ -356,8 +356,13 @@ def cut(vectors: Any, dimensions: int | None, normalize: bool) -> Any:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12) if normalize else vectors
 
 
-def build(settings: Settings, load: Any = load) -> serve.Application:
-    """The application; ``load`` makes a model in each replica."""
+def build(settings: Settings) -> serve.Application:
+    """For Ray's own command, in this folder: ``serve run --working-dir . serve_ray:build embedder=FOLDER``."""
+    return application(settings, load)
+
+
+def application(settings: Settings, load: Any) -> serve.Application:
+    """The server; ``load`` makes a model in each replica."""
     models = serve.deployment(Models).options(
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
