@@ -40,6 +40,7 @@ from tei_client.clients.http_client import HttpClient
 
 LONGEST = 64  # tokens
 PATIENCE = 300  # seconds, for a machine that does much else
+STARTS = 3  # Ray gives its own start 30 seconds, which a busy machine may not have
 REPLICA = "ServeReplica:default:Models"
 PRUNER = tp.FixedThreshold(thresholds=[0.3, 0.5, 0.7, 0.9], scoring_mode="relative")
 
@@ -56,6 +57,16 @@ def wait(what: Callable[[], Any], process: Any = None) -> Any:
         assert process is None or process.poll() is None, "the process has ended"
         time.sleep(0.05)
     return found
+
+
+def until(what: Callable[[], Any], start: Callable[..., Any], command: tuple[Any, ...]) -> Any:
+    """A process for which something is true; started again if it ends before."""
+    for _ in range(STARTS):
+        process = start(*command)
+        wait(lambda process=process: what() or process.poll() is not None)
+        if process.poll() is None:
+            return process
+    raise AssertionError(f"{command[0]} has ended {STARTS} times")
 
 
 def processes(of: subprocess.Popen[bytes], name: str = "") -> list[psutil.Process]:
@@ -122,7 +133,7 @@ def server(home: Path, start: Callable[..., subprocess.Popen[bytes]]) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = start(
+    command = (
         "serve_ray.py",
         *("--embedder", home / "embedder", "--reranker", home / "reranker", "--replicas", 2, "--port", port),
         *("--max-ongoing-requests", 16, "--max-queued-requests", 100, "--max-batch-tokens", 256),
@@ -136,7 +147,7 @@ def server(home: Path, start: Callable[..., subprocess.Popen[bytes]]) -> Any:
         except httpx.TransportError:
             return False
 
-    wait(ready, process)
+    process = until(ready, start, command)
     wait(lambda: len(processes(process, REPLICA)) == 2, process)
     embedder = tp.compile(tp.from_pretrained(home / "embedder"), threads=1)
     reranker = tp.compile(CrossEncoder(str(home / "reranker"), device="cpu"), threads=1)
@@ -413,14 +424,13 @@ def test_a_folder_is_embedded_once_however_often_it_is_killed(
     def made() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
-    process = start(*command)
-    wait(lambda: len(made()) > 10, process)
+    process = until(lambda: len(made()) > 10, start, command)
     started = processes(process)
     process.kill()
     process.wait()
     wait(lambda: not any(map(alive, started)))
     before = made()
-    assert start(*command).wait(PATIENCE) == 0
+    assert any(start(*command).wait(PATIENCE) == 0 for _ in range(STARTS))
     assert len(before) < len(made()) and before.items() <= made().items()  # nothing is made twice
     assert {path.suffix for path in out.rglob("*") if path.is_file()} == {".parquet", ".json"}
     found = pq.read_table(out).sort_by("id")
