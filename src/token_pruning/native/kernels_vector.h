@@ -313,8 +313,34 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
 
 constexpr float OUTSIDE = -3e38f;  // a score outside the window, whose probability is exactly 0
 
+// Adds what distances add by query and by key.
+static void add_distance_terms(const LogitTerms& terms, int first, int count, int begin, int end, float* scores) {
+    const DistanceTerms& distance = terms.distance;
+    const int far = distance.far, stride = (int)distance.stride;
+    for (int half = 0; half < count; half += W) {
+        VecInt place, row;
+        for (int i = 0; i < W; i++) {
+            const int query = first + smaller(half + i, count - 1);
+            place[i] = terms.query_places[query], row[i] = query * stride;
+        }
+        for (int j = begin; j < end; j++) {
+            VecInt apart = place - terms.key_places[j];
+            apart = apart > far ? VecInt{} + far : apart;
+            apart = apart < -far ? VecInt{} - far : apart;
+            const VecInt column = gather(distance.columns, apart + far);
+            float* at = scores + (size_t)j * NR + half;
+            Vec x = load(at);
+            if (distance.of_queries) x += gather(distance.of_queries, row + column);
+            if (distance.of_keys) x += gather(distance.of_keys + (size_t)j * stride, column);
+            store(at, x);
+        }
+    }
+}
+
 // Adds a head's terms to the scores of the keys [begin, end) for up to NR queries from `first` on.
 static void add_terms(const LogitTerms& terms, int first, int count, int begin, int end, float* scores) {
+    if (terms.distance.columns) add_distance_terms(terms, first, count, begin, end, scores);
+    if (!terms.bias && terms.window < 0) return;
     const int *places = terms.query_places + first, far = terms.far;
     // With nothing dropped in between, W distances lie side by side in the table.
     const bool adjacent = places[count - 1] - places[0] == count - 1;

@@ -93,6 +93,18 @@ static inline Vec gather(const float* table, VecInt index) {
 #endif
 }
 
+static inline VecInt gather(const int32_t* table, VecInt index) {
+#if defined(__AVX512F__)
+    return (VecInt)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (VecInt)_mm256_i32gather_epi32(table, (__m256i)index, 4);
+#else
+    VecInt v;
+    for (int i = 0; i < W; i++) v[i] = table[index[i]];
+    return v;
+#endif
+}
+
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
 
