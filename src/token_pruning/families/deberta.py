@@ -9,7 +9,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.deberta.modeling_deberta import DebertaLayerNorm
 
 from token_pruning.errors import UnsupportedModelError
-from token_pruning.families.base import DistanceModules, EmbeddingModules, HeadOutputs, LayerModules, ModelShape, split_heads
+from token_pruning.families.base import (
+    DistanceModules,
+    EmbeddingModules,
+    HeadOutputs,
+    LayerModules,
+    ModelShape,
+    split_heads,
+)
 from token_pruning.families.bert import Bert
 from token_pruning.ragged import NO_TERMS, LogitTerms
 

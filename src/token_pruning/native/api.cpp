@@ -240,7 +240,7 @@ TP_EXPORT int tp_encoder_set_distances(Encoder* encoder, const int32_t* columns,
             require(far >= 0 && far < 1 << 20 && columns[0] >= 0 && columns[2 * far] < 1 << 20,
                     "columns of another size");
             for (int i = 0; i < 2 * far; i++) require(columns[i] <= columns[i + 1], "columns must rise");
-            encoder->distances = {{columns, columns + 2 * far + 1}, far};
+            encoder->set_distances(columns, far);
             return 0;
         },
         -1);

@@ -128,7 +128,7 @@ struct ChunkSpace {
 struct ThreadSpace {
     char* product;
     char* attention;
-    char* distance_rows;           // a head's queries or keys, packed
+    char* distance_rows;          // a head's queries or keys, packed
     float *of_queries, *of_keys;  // what they are multiplied to, see DistanceTerms
 };
 
@@ -208,8 +208,8 @@ public:
             size_t product = std::max(kernels_.product_scratch(rows, inner, hidden),
                                       kernels_.product_scratch(rows, widest, std::max(inner, widest)));
             if (by_distance())
-                product = std::max(product, encoder_.distance_kernels->product_scratch(longest_, head,
-                                                                                       encoder_.distances.count()));
+                product = std::max(
+                    product, encoder_.distance_kernels->product_scratch(longest_, head, encoder_.distances.count()));
             s.product = arena.take<char>(product);
             s.attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size));
             if (by_distance()) {
@@ -521,17 +521,15 @@ private:
         const DistanceBias& bias = encoder_.bias;
         const int window = encoder_.steps[layer].window;
         if (bias.table.empty() && window < 0 && !distance.columns) return {};
-        return {places_ + query,
-                places_ + key,
-                window,
-                bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
-                bias.far,
-                distance};
+        return {places_ + query, places_ + key,
+                window,          bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
+                bias.far,        distance};
     }
 
     bool by_distance() const { return !encoder_.distances.columns.empty(); }
-    // Of rows that kernels may write in whole panels. Not a power of two, whose rows would share few lines of a cache.
-    size_t distance_stride() const { return round_up(encoder_.distances.count(), 64) + 16; }
+    // Of rows that kernels may write in panels of 32, in an odd number of cache lines: rows a power of two apart would
+    // share few of a cache's sets.
+    size_t distance_stride() const { return round_up(encoder_.distances.count(), 32) + DISTANCE_EDGE + 16; }
 
     // Multiplies a head's queries and keys for disentangled attention, for the distances that occur. The rows are the
     // sequence's, of which the first `queries` ask.
@@ -579,20 +577,20 @@ private:
                       count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
             const char* key = projected(team, at, keys_at() + shared * size);
             float* received = receive ? team.chunk->received + (size_t)head * rows + at : nullptr;
-            const DistanceTerms by = multiply_by_distance(team, l, head, s, projected(team, at, head * size), inputs(),
-                                                          count, key);
+            const DistanceTerms by =
+                multiply_by_distance(team, l, head, s, projected(team, at, head * size), inputs(), count, key);
             const Range asking = receive ? asking_rows(s) : Range{0, count};
             // What rows pay is added up in the kernel, so those that do not count go there by themselves.
             for (Range queries : {Range{0, asking.begin}, asking, Range{asking.end, count}}) {
                 if (queries.size() == 0) continue;
                 DistanceTerms these = by;
                 if (by.of_queries) these.of_queries += queries.begin * by.stride;
-                kernels_.attend(
-                    {projected(team, at + queries.begin, head * size), key,
-                     projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
-                     queries.size(), count, size, shape_.scale, context(offsets_[s] + queries.begin, head * size),
-                     (size_t)shape_.query_size(), queries.begin == asking.begin ? received : nullptr,
-                     team.scratch->attention, terms(layer, head, offsets_[s] + queries.begin, offsets_[s], these)});
+                kernels_.attend({projected(team, at + queries.begin, head * size), key,
+                                 projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
+                                 queries.size(), count, size, shape_.scale,
+                                 context(offsets_[s] + queries.begin, head * size), (size_t)shape_.query_size(),
+                                 queries.begin == asking.begin ? received : nullptr, team.scratch->attention,
+                                 terms(layer, head, offsets_[s] + queries.begin, offsets_[s], these)});
             }
         }
         if (!receive) return;
@@ -659,7 +657,8 @@ private:
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
-            const char *query = team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
+            const char *query =
+                           team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
                        *key = projected(team, at, keys_at() + shared * size);
             const DistanceTerms by = multiply_by_distance(team, l, head, s, query, queries, 1, key);
             kernels_.attend({query, key, projected(team, at, values_at() + shared * size), queries, (size_t)inputs(), 1,
@@ -1007,8 +1006,8 @@ void check_contents(const Encoder& encoder, const Request& r) {
 bool Encoder::complete() const {
     auto fits = [](const Norm& norm, int size) { return norm.gamma.empty() || (int)norm.gamma.size() == size; };
     bool all =
-        embeddings.word && fits(embeddings.norm, embeddings.size) &&
-        fits(embeddings.projected_norm, shape.hidden) && fits(last_norm, shape.hidden) &&
+        embeddings.word && fits(embeddings.norm, embeddings.size) && fits(embeddings.projected_norm, shape.hidden) &&
+        fits(last_norm, shape.hidden) &&
         (embeddings.projection.weight ? embeddings.projection.in == embeddings.size : embeddings.size == shape.hidden);
     for (const Step& step : steps) {
         const Layer& l = layers[step.weights];
@@ -1016,8 +1015,7 @@ bool Encoder::complete() const {
                (!shape.gated || l.gate.weight) && (shape.norm_first || !l.attention_norm.gamma.empty()) &&
                !l.output_norm.gamma.empty() && step.rotation < (int)rotations.size();
         for (const auto* by : {&l.distance.of_queries, &l.distance.of_keys})
-            for (const Linear& linear : *by)
-                all &= !distances.columns.empty() && linear.out == distances.count();
+            for (const Linear& linear : *by) all &= !distances.columns.empty() && linear.out == distances.count();
     }
     for (const Rotation& rotation : rotations) all &= 2 * (int)rotation.frequencies.size() == shape.head_size;
     return all;
@@ -1030,6 +1028,11 @@ void Encoder::set_bias(const float* table, int far) {
     for (int head = 0; head < shape.heads; head++)
         for (int i = -wide; i <= wide; i++)
             bias.table.push_back(table[head * (2 * far + 1) + far + std::max(-far, std::min(i, far))]);
+}
+
+void Encoder::set_distances(const int32_t* columns, int far) {
+    distances = {{columns, columns + 2 * far + 1}, far};
+    distances.columns.resize(2 * far + 1 + DISTANCE_EDGE, columns[2 * far]);
 }
 
 size_t Encoder::workspace_bytes(const Request& request) const {

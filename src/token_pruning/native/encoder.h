@@ -67,7 +67,8 @@ struct Norm {
     std::vector<float> gamma, beta;
 };
 
-// Disentangled attention: what each head's rows are multiplied with for every column of distances, scaled as logits are.
+// Disentangled attention: what each head's rows are multiplied with for every column of distances, scaled as logits
+// are.
 struct DistanceProducts {
     std::vector<Linear> of_queries, of_keys;  // [heads] of head size → columns, or none
     bool any() const { return !of_queries.empty() || !of_keys.empty(); }
@@ -101,8 +102,8 @@ struct DistanceBias {
 
 // Which column of DistanceProducts belongs to the distance of a query's place from a key's.
 struct DistanceColumns {
-    std::vector<int32_t> columns;  // [2 · far + 1], rising; farther ones count as the outermost
-    int far = 0;
+    std::vector<int32_t> columns;  // [2 · far + 1], rising, with the edge that kernels read; empty: there are none
+    int far = 0;                   // greater distances count as this one
     int count() const { return columns.back() + 1; }
     int of(int distance) const { return columns[std::max(-far, std::min(distance, far)) + far]; }
 };
@@ -112,9 +113,9 @@ struct Embeddings {
     const char *word = nullptr, *position = nullptr, *type = nullptr;
     int size = 0;
     int words = 0, positions = 0, types = 0;
-    Norm norm;           // may be empty
-    Linear projection;   // size → hidden, or none
-    Norm projected_norm; // after it; may be empty
+    Norm norm;            // may be empty
+    Linear projection;    // size → hidden, or none
+    Norm projected_norm;  // after it; may be empty
 };
 
 // What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done.
@@ -126,7 +127,8 @@ struct Request {
     int threads;
     const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
-    // Where in the text each token stands, [tokens], rising within a sequence: for windows and whatever goes by distance.
+    // Where in the text each token stands, [tokens], rising within a sequence: for windows and whatever goes by
+    // distance.
     const int32_t* places;
     // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0, or on what a
     // probe says; null: nothing is pruned by them. A layer prunes where prunes[layer] is set.
@@ -174,6 +176,8 @@ public:
     }
     // table[heads, 2 · far + 1].
     void set_bias(const float* table, int far);
+    // columns[2 · far + 1], rising from 0 on.
+    void set_distances(const int32_t* columns, int far);
     // Whether everything a forward pass reads was set.
     bool complete() const;
     // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, Q
@@ -197,7 +201,7 @@ public:
     std::vector<Step> steps;
     std::vector<Rotation> rotations;
     DistanceBias bias;
-    DistanceColumns distances;                   // empty: no layer has DistanceProducts
+    DistanceColumns distances;                  // empty: no layer has DistanceProducts
     const Kernels* distance_kernels = nullptr;  // of DistanceProducts: not quantised, of the same exchange type
     Embeddings embeddings;
     Norm last_norm;  // after the last layer; may be empty

@@ -454,36 +454,39 @@ static inline void context_tiles(const AttentionScratch& s, int head_size, int b
 static void add_terms(const LogitTerms& terms, int query, int keys, int begin, int end, __m512 scale, float* scores) {
     const __m512i place = _mm512_set1_epi32(terms.query_places[query]), far = _mm512_set1_epi32(terms.far);
     const __m512i window = _mm512_set1_epi32(terms.window);
-    const __m512 log2_e = _mm512_set1_ps(1.44269504f);
-    const DistanceTerms& by = terms.distance;
-    const float* of_query = by.of_queries ? by.of_queries + query * by.stride : nullptr;
-    const __m512i farthest = _mm512_set1_epi32(by.far), rows = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32((int)by.stride));
-    auto clamped = [](__m512i x, __m512i far) {  // from 0 on
-        return _mm512_add_epi32(
-            far, _mm512_min_epi32(far, _mm512_max_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), far), x)));
-    };
     for (int j = begin; j < smaller(end, keys); j += 16) {
         const __mmask16 there = (__mmask16)(keys - j < 16 ? (1u << (keys - j)) - 1 : 0xffff);
         const __m512i distance = _mm512_sub_epi32(place, _mm512_maskz_loadu_epi32(there, terms.key_places + j));
         __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + j), scale);
         if (terms.bias) {
-            x = _mm512_fmadd_ps(_mm512_i32gather_ps(clamped(distance, far), terms.bias, 4), log2_e, x);
-        }
-        if (by.columns) {
-            const __m512i column = _mm512_i32gather_epi32(clamped(distance, farthest), by.columns, 4);
-            __m512 added = _mm512_setzero_ps();
-            if (of_query) added = _mm512_i32gather_ps(column, of_query, 4);
-            if (by.of_keys)
-                added = _mm512_add_ps(added, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, _mm512_add_epi32(rows, column),
-                                                       by.of_keys + j * by.stride, 4));
-            x = _mm512_fmadd_ps(added, log2_e, x);
+            const __m512i column = _mm512_add_epi32(
+                far, _mm512_min_epi32(far, _mm512_max_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), far), distance)));
+            x = _mm512_fmadd_ps(_mm512_i32gather_ps(column, terms.bias, 4), _mm512_set1_ps(1.44269504f), x);
         }
         if (terms.window >= 0)
             x = _mm512_mask_mov_ps(x, _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(distance), window),
                                    _mm512_set1_ps(-3e38f));
         _mm512_storeu_ps(scores + j, x);
     }
+}
+
+// The scores of some queries for the keys [begin, end), rows `wide` apart, times `scale` and with what disentangled
+// attention adds, in units of log 2.
+static void add_distance_terms(const LogitTerms& terms, int first, int count, int begin, int end, int wide,
+                               __m512 scale, float* scores) {
+    const DistanceTerms& by = terms.distance;
+    for (int r = 0; r < count; r += 16)
+        for (int j = begin; j < end; j += 16) {
+            const int query = first + r, rows = smaller(16, count - r);
+            Vec added[16];
+            distance_block<1>(by, terms.query_places + query, rows,
+                              by.of_queries ? by.of_queries + query * by.stride : nullptr, terms.key_places + j,
+                              smaller(16, end - j), by.of_keys ? by.of_keys + j * by.stride : nullptr, added);
+            for (int i = 0; i < rows; i++) {
+                float* x = scores + (size_t)(r + i) * wide + j;
+                _mm512_storeu_ps(x, _mm512_fmadd_ps(_mm512_loadu_ps(x), scale, (__m512)(added[i] * 1.44269504f)));
+            }
+        }
 }
 
 static void attend(const Attention& a) {
@@ -531,13 +534,17 @@ static void attend(const Attention& a) {
         else
             score_tiles<1>(s, rows, stride, blocks, begin, end);
 
+        if (a.terms.distance.columns)
+            add_distance_terms(a.terms, first, count, begin, smaller(end, n), s.wide, scale, s.scores);
+        const __m512 left = a.terms.distance.columns ? _mm512_set1_ps(1) : scale;  // to be multiplied with
         float inverse[32];
         for (int r = 0; r < count; r++) {
             float* x = s.scores + r * s.wide;
             uint16_t* p = s.probabilities + r * s.wide;
-            __m512 factor = scale, most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
-            if (a.terms.any()) {
-                add_terms(a.terms, first + r, n, begin, end, scale, x);
+            __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+            __m512 factor = left;
+            if (a.terms.bias || a.terms.window >= 0) {
+                add_terms(a.terms, first + r, n, begin, end, factor, x);
                 factor = _mm512_set1_ps(1);
             }
             for (int j = begin; j < smaller(end, whole); j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
