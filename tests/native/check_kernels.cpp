@@ -454,7 +454,7 @@ static void check_rounding(const Candidate& level, int size) {
 // The largest sums of int8 that may come: all products are the same, and as large as can be.
 static void check_largest_sums(const Candidate& level) {
     const Kernels& k = *level.kernels;
-    const int in = 1 << 17, out = 3;
+    const int in = 1 << 17, out = k.half ? 32 : 3;  // tiles write whole panels
     if (level.dtype != Dtype::int8 || !k.fits(in, in, 32)) return;
     for (float sign : {1.0f, -1.0f}) {
         const std::vector<float> x(in, 127.0f), w((size_t)out * in, sign);

@@ -254,7 +254,6 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
     yield from _distance_parts(family)
 
 
-@torch.no_grad()
 def _distance_parts(family: Family) -> Iterator[_Part]:
     """What disentangled attention multiplies each layer's queries and keys with: constants of the weights."""
     heads, columns = family.shape(family.config).num_heads, None
@@ -266,14 +265,15 @@ def _distance_parts(family: Family) -> Iterator[_Part]:
             columns = modules.columns.to(torch.int32)
             yield _Part("distances", -1, 0, (columns,))
         rows: Any = as_float32(modules.embeddings.weight[: int(columns[-1]) + 1])
-        if modules.norm is not None:
-            gamma, beta = (as_float32(tensor) for tensor in (modules.norm.weight, modules.norm.bias))
-            rows = functional.layer_norm(rows, rows.shape[1:], gamma, beta, epsilon_of(modules.norm))
+        norm: Any = modules.norm
+        if norm is not None:
+            gamma, beta = as_float32(norm.weight), as_float32(norm.bias)
+            rows = functional.layer_norm(rows, rows.shape[1:], gamma, beta, epsilon_of(norm))
         for which, projection in enumerate((modules.key, modules.query)):
             if projection is not None:
                 weight: Any = as_float32(projection.weight)
                 projected = functional.linear(rows, weight, as_float32(projection.bias)) * family.scale(layer)
-                products = projected.unflatten(1, (heads, -1)).transpose(0, 1)  # [heads, columns, head_dim]
+                products = projected.view(len(rows), heads, -1).transpose(0, 1)  # [heads, columns, head_dim]
                 yield _Part("distance", number, which, (products,))
 
 
@@ -483,7 +483,8 @@ class NativeEncoder:
 
             tensors = _exported(self.dtype, (rows, size), read)
         elif kind == "distance":
-            products = torch.empty((rows, size, self._described["head_size"]), dtype=torch.float32, device="cpu")
+            shape = rows, size, int(self._described["head_size"])
+            products = torch.empty(shape, dtype=torch.float32, device="cpu")
             failed = library.tp_encoder_get_distance_products(
                 self._handle, layer, which, products.data_ptr(), rows, size
             )

@@ -115,7 +115,7 @@ class HeadOutputs(NamedTuple):
 
     def numbers(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias."""
-        weight = self.linear.weight.unflatten(0, (-1, self.things, self.head_dim))
+        weight = self.linear.weight.reshape(-1, self.things, self.head_dim, self.linear.in_features)
         return weight[:, self.which].flatten(0, 1), self.bias
 
 

@@ -169,4 +169,5 @@ class Deberta(Bert):
 
     @property
     def norm_class(self) -> type[nn.Module]:
-        return DebertaLayerNorm
+        norm: type[nn.Module] = DebertaLayerNorm
+        return norm

@@ -145,12 +145,12 @@ def foreign_to_native(family: Family) -> str:
     if len({family.scale(layer) for layer in family.layers}) > 1:
         return "the layers scale their logits differently"
     bias_everywhere = family.distance_bias() is not None
-    for layer in family.layers:
-        distance = family.distance_modules(layer)
+    for own in family.layers:
+        distance = family.distance_modules(own)
         if distance is not None:
             parts += [(distance.embeddings, None), (distance.norm, (shape.hidden_size,))]
-            parts += [(module, (shape.query_size, shape.hidden_size)) for module in (distance.key, distance.query)]
-        elif family.terms(layer).bias is not None and not bias_everywhere:
+            parts += [(linear, (shape.query_size, shape.hidden_size)) for linear in (distance.key, distance.query)]
+        elif family.terms(own).bias is not None and not bias_everywhere:
             return f"the native ones have no {family.config.model_type!r} attention"
     for layer in map(family.layer_modules, family.layers):
         expected = ACT2FN[family.activation]
