@@ -1316,6 +1316,7 @@ int main(int count, char** arguments) {
             check_many_callers(level, model);
             check_memory_runs_out(level, model);
         } else if (level.kernels->half) {  // the embeddings' width of 32 is no multiple of 64
+            generator.seed(0);             // how far int8 is from the reference depends on the weights
             const Model wide(model.shape, 128);
             check_encoder(level, wide, {1, 17, 33, 64});
             check_many_callers(level, wide);
