@@ -20,7 +20,7 @@ from token_pruning.families import family_of
 
 FAMILIES = (
     "mpnet", "albert", "megatron-bert", "xlm-roberta-xl", "modernbert", "nomic_bert", "gte", "eurobert",
-    "jina_embeddings_v3",
+    "jina_embeddings_v3", "deberta", "deberta-v2",
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "mpnet, more buckets": {"relative_attention_num_buckets": 64},
@@ -40,6 +40,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jina_embeddings_v3, yarn": {
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                             "original_max_position_embeddings": 20}
+    },
+    "deberta, no relative attention": {"relative_attention": False},
+    "deberta, no terms": {"pos_att_type": None},
+    "deberta, by queries": {"pos_att_type": "c2p"},
+    "deberta, by keys": {"pos_att_type": "p2c"},
+    "deberta, a term that is none": {"pos_att_type": "c2p|p2p"},
+    "deberta, all distances": {"max_relative_positions": -1},
+    "deberta, near distances": {"max_relative_positions": 3},
+    "deberta, no positions": {"position_biased_input": False, "type_vocab_size": 0, "embedding_size": 16},
+    "deberta-v2, own projections": {"share_att_key": False},
+    "deberta-v2, by queries": {"share_att_key": False, "pos_att_type": "c2p"},
+    "deberta-v2, by keys": {"share_att_key": False, "pos_att_type": "p2c"},
+    "deberta-v2, by queries with shared projections": {"pos_att_type": ["c2p"]},
+    "deberta-v2, no terms": {"pos_att_type": None, "position_biased_input": True},
+    "deberta-v2, no buckets": {"position_buckets": -1, "max_relative_positions": 20},
+    "deberta-v2, all distances": {"max_relative_positions": -1, "norm_rel_ebd": "none"},
+    "deberta-v2, no relative attention": {"relative_attention": False, "position_biased_input": True},
+    "deberta-v2, BERT's embeddings": {
+        "position_biased_input": True, "type_vocab_size": 2, "embedding_size": 16, "hidden_act": "gelu_new"
     },
 }  # fmt: skip
 HIDDEN = 32
@@ -232,7 +251,7 @@ def test_a_nan_in_any_weight_reaches_the_result(family: str) -> None:
 
 
 @pytest.mark.parametrize("level", own_levels("float32"))
-@pytest.mark.parametrize("family", ["mpnet", "modernbert", "eurobert"])
+@pytest.mark.parametrize("family", ["mpnet", "modernbert", "eurobert", "deberta-v2"])
 def test_a_nan_stays_in_its_sequence(family: str, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
     model, batch = copy.deepcopy(shared(family)), pairs(family)
@@ -247,13 +266,16 @@ def test_a_nan_stays_in_its_sequence(family: str, level: str, monkeypatch: Any) 
     assert torch.equal(found[others][mask[others]], clean[others][mask[others]])
 
 
-@pytest.mark.parametrize("family", ["modernbert", "mpnet", "eurobert"])
-def test_long_texts_with_tokens_far_apart(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "rate"),
+    [("modernbert", 0.1), ("mpnet", 0.1), ("eurobert", 0.1), ("deberta", 0.14), ("deberta-v2", 0.14)],
+)
+def test_long_texts_with_tokens_far_apart(family: str, rate: float) -> None:
     """Farther than any window and any bucket of distances, and blocks of queries with gaps between them."""
-    long = {"max_position_embeddings": 720} if family == "mpnet" else {}
+    long = {"max_position_embeddings": 720} if family in ("mpnet", "deberta") else {}
     model = model_of(family, "encoder", **long)
     batch = ragged_batch((400, 650, 3), family=family)
-    for pruner in (tp.Unpruned(), tp.TopK(token_keep_rate=0.1, keep_all_layers=1)):
+    for pruner in (tp.Unpruned(), tp.TopK(token_keep_rate=rate, keep_all_layers=1)):
         compare(model, pruner, batch, family, threads=2)
 
 
@@ -284,7 +306,7 @@ def test_a_class_that_adds_something_to_logits_runs_on_pytorch() -> None:
 
 def test_what_never_entered_gets_the_last_norm() -> None:
     """Of the vocabulary gate's tokens the embeddings count, as the loop has them."""
-    for family in ("modernbert", "eurobert", "megatron-bert", "albert"):
+    for family in ("modernbert", "eurobert", "megatron-bert", "albert", "deberta-v2"):
         model, batch = shared(family), pairs(family)
         scores = torch.rand(model.config.vocab_size, generator=torch.Generator().manual_seed(0))
         for departed in ("state", "survivors"):
@@ -296,6 +318,6 @@ def test_what_never_entered_gets_the_last_norm() -> None:
 def test_lengths_of_every_kind() -> None:
     """Around the edges of blocks of queries and of steps of keys."""
     lengths = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
-    for family in ("mpnet", "modernbert"):
+    for family in ("mpnet", "modernbert", "deberta", "deberta-v2"):
         assert max(lengths) <= LONGEST[family]
         compare(shared(family), PRUNERS["dense"], ragged_batch(lengths, family=family), family, threads=2)

@@ -190,7 +190,8 @@ def test_every_tensor_of_a_method_is_saved_and_compiled(home: Path, departed: st
     assert not (tmp_path / "dense" / "token_pruner.safetensors").exists()
 
 
-def test_a_model_of_a_family_without_native_kernels(home: Path, tmp_path: Path) -> None:
+def test_an_engine_on_pytorch(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TOKEN_PRUNING_KERNELS", "torch")
     hf.AutoModel.from_config(tiny_config("deberta-v2")).save_pretrained(tmp_path)
     hf.AutoTokenizer.from_pretrained(home / "encoder").save_pretrained(tmp_path)
     model = SentenceTransformer(modules=[Transformer(str(tmp_path)), Pooling(DIM)], device="cpu")

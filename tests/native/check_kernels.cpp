@@ -115,6 +115,17 @@ static std::vector<Candidate> levels() {
     return all;
 }
 
+// Those that the products of disentangled attention are computed with, as api.cpp chooses them.
+static const Kernels* distance_kernels(const Kernels& k) {
+    for (const Candidate& candidate : levels())
+        if (candidate.kernels == &k) {
+            const Dtype dtype = candidate.dtype == Dtype::float32 ? Dtype::float32 : Dtype::bfloat16;
+            for (int level = candidate.level; level >= PORTABLE; level--)
+                if (MAKERS[level] && MAKERS[level](dtype)) return MAKERS[level](dtype);
+        }
+    return nullptr;
+}
+
 static double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
 
 static void check_product(const Candidate& level, int rows, int in, int out) {
@@ -188,11 +199,20 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     k.leave();
 }
 
-// What is added to logits: nothing, a bias by distance, a window, or both; tokens have left in between if `apart`.
+// What is added to logits: nothing, a bias by distance, a window, disentangled attention by queries and by keys, or
+// some of these; tokens have left in between if `apart`.
 struct Terms {
     bool bias = false, apart = false;
     int window = -1, far = 9;
+    bool by_queries = false, by_keys = false;
 };
+
+// Columns for the distances from -far to far, which rise by less than one now and then.
+static std::vector<int32_t> random_columns(int far) {
+    std::vector<int32_t> columns(1, 0);
+    for (int i = 0; i < 2 * far; i++) columns.push_back(columns.back() + (generator() % 4 != 0));
+    return columns;
+}
 
 // Whole numbers, of which every sum is exact in float32: each result must be right to the last bit. For int8 they are
 // as large as they can be, so that an instruction that saturates, or an offset that is not taken back, is found out.
@@ -255,6 +275,7 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     const std::string name = level.name() + " attention of " + std::to_string(keys) + " keys, head size " +
                              std::to_string(head_size) + (terms.bias ? " with a bias" : "") +
                              (terms.window < 0 ? "" : " in a window of " + std::to_string(terms.window)) +
+                             (terms.by_queries ? " by queries" : "") + (terms.by_keys ? " by keys" : "") +
                              (terms.apart ? ", some gone" : "");
     const auto q = random_numbers((size_t)queries * head_size), key = random_numbers((size_t)keys * head_size),
                value = random_numbers((size_t)keys * head_size);
@@ -277,7 +298,18 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     const int wide_far = terms.far + BIAS_EDGE;
     for (int i = -wide_far; i <= wide_far; i++) ((float*)table.data)[i + wide_far] = bias(i);
     if (terms.bias || terms.window >= 0)
-        given = {place + keys - queries, place, terms.window, terms.bias ? (float*)table.data : nullptr, wide_far};
+        given = {place + keys - queries, place, terms.window, terms.bias ? (float*)table.data : nullptr, wide_far, {}};
+    const std::vector<int32_t> column = random_columns(terms.far);
+    const size_t stride = column.back() + 1 + DISTANCE_EDGE;
+    Exact columns((column.size() + DISTANCE_EDGE) * 4), of_queries(queries * stride * 4), of_keys(keys * stride * 4);
+    std::memcpy(columns.data, column.data(), column.size() * 4);
+    for (size_t i = 0; i < queries * stride; i++) ((float*)of_queries.data)[i] = random_numbers(1)[0];
+    for (size_t i = 0; i < keys * stride; i++) ((float*)of_keys.data)[i] = random_numbers(1)[0];
+    if (terms.by_queries || terms.by_keys) {
+        given.query_places = place + keys - queries, given.key_places = place;
+        given.distance = {terms.by_queries ? (float*)of_queries.data : nullptr,
+                          terms.by_keys ? (float*)of_keys.data : nullptr, stride, (int32_t*)columns.data, terms.far};
+    }
     k.enter();
     k.attend({xq.data, xk.data, xv.data, (size_t)head_size, (size_t)head_size, queries, keys, head_size, scale,
               context.data, (size_t)head_size, (float*)received.data, scratch.data, given});
@@ -290,6 +322,9 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
             for (int d = 0; d < head_size; d++) p[j] += (double)q[i * head_size + d] * key[j * head_size + d];
             const int distance = place[keys - queries + i] - place[j];
             p[j] = p[j] * scale + (terms.bias ? bias(distance) : 0);
+            const int by = column[std::max(-terms.far, std::min(distance, terms.far)) + terms.far];
+            if (terms.by_queries) p[j] += ((float*)of_queries.data)[i * stride + by];
+            if (terms.by_keys) p[j] += ((float*)of_keys.data)[j * stride + by];
             if (terms.window >= 0 && std::abs(distance) > terms.window) p[j] = -1e30;
             top = std::max(top, p[j]);
         }
@@ -419,7 +454,7 @@ static void check_rounding(const Candidate& level, int size) {
 // The largest sums of int8 that may come: all products are the same, and as large as can be.
 static void check_largest_sums(const Candidate& level) {
     const Kernels& k = *level.kernels;
-    const int in = 1 << 17, out = 3;
+    const int in = 1 << 17, out = k.half ? 32 : 3;  // tiles write whole panels
     if (level.dtype != Dtype::int8 || !k.fits(in, in, 32)) return;
     for (float sign : {1.0f, -1.0f}) {
         const std::vector<float> x(in, 127.0f), w((size_t)out * in, sign);
@@ -484,7 +519,9 @@ struct Model {
     std::vector<Rotation> rotations;
     std::vector<float> bias, last_gamma, last_beta;  // bias [heads, 2 · far + 1]
     int far = 0;
-    bool embeds_positions = true, normalizes_embeddings = true;
+    std::vector<int32_t> columns;                         // of disentangled attention
+    std::vector<std::vector<float>> of_queries, of_keys;  // per layer [heads, columns, head size], or nothing
+    bool embeds_positions = true, normalizes_embeddings = true, normalizes_projected = false;
     Model() { fill(); }
     Model(Shape shape, int size) : shape(shape), positions(260), size(size) { fill(); }
     // Where in the text a sequence's token stands: some are missing.
@@ -534,6 +571,17 @@ struct Model {
         if (one_in(2)) model.far = pick(0, 9), model.bias = random_numbers(shape.heads * (2 * model.far + 1));
         if (one_in(2)) model.last_gamma = random_numbers(shape.hidden), model.last_beta = random_numbers(shape.hidden);
         model.embeds_positions = one_in(2), model.normalizes_embeddings = one_in(2);
+        model.normalizes_projected = model.projects() && one_in(2);
+        if (one_in(3)) {
+            model.columns = random_columns(pick(0, 2) * pick(0, 20));
+            const size_t count = (size_t)shape.heads * (model.columns.back() + 1) * shape.head_size;
+            const int which = pick(0, 2);  // by queries, by keys, both
+            const float scale = shape.scale / std::sqrt((float)shape.head_size);
+            for (int l = 0; l < shape.layers; l++) {
+                model.of_queries.push_back(random_numbers(which != 1 ? count : 0, scale));
+                model.of_keys.push_back(random_numbers(which != 0 ? count : 0, scale));
+            }
+        }
         return model;
     }
 
@@ -556,6 +604,17 @@ struct Model {
         if (normalizes_embeddings) e.norm = {inner_gamma, inner_beta};
         encoder->steps = steps, encoder->rotations = rotations, encoder->last_norm = {last_gamma, last_beta};
         if (!bias.empty()) encoder->set_bias(bias.data(), far);
+        encoder->distance_kernels = distance_kernels(k);
+        if (!columns.empty()) encoder->set_distances(columns.data(), (int)columns.size() / 2);
+        if (normalizes_projected) e.projected_norm = {gamma, beta};
+        auto products = [&](const std::vector<float>& values) {
+            std::vector<Linear> heads;
+            const size_t one = values.size() / shape.heads;
+            for (int head = 0; one && head < shape.heads; head++)
+                heads.push_back(pack_linear(*encoder->distance_kernels, memory, values.data() + head * one, nullptr,
+                                            nullptr, shape.head_size, encoder->distances.count()));
+            return heads;
+        };
         if (projects()) e.projection = linear(0);
         for (int l = 0, i = 1; l < shape.layers; l++) {
             Layer& layer = encoder->layers[l];
@@ -563,6 +622,7 @@ struct Model {
                 *to = linear(i++);
             if (shape.gated) layer.gate = linear(i++);
             layer.attention_norm = layer.output_norm = {gamma, beta};
+            if (!columns.empty()) layer.distance = {products(of_queries[l]), products(of_keys[l])};
         }
         return encoder;
     }
@@ -608,7 +668,8 @@ struct Model {
             for (int i = 0; i < size; i++)
                 row[i] = (double)word[ids[t] * size + i] + type[i] + (embeds_positions ? position[t * size + i] : 0);
             if (normalizes_embeddings) row = norm(row, inner_gamma, inner_beta);
-            x.push_back(projects() ? apply(0, row) : row), alive.push_back((int)t);
+            if (projects()) row = apply(0, row);
+            x.push_back(normalizes_projected ? norm(row) : row), alive.push_back((int)t);
         }
         out.assign(ids.size(), {}), survived.assign(ids.size(), 0);
         decided.assign(shape.layers, Row(ids.size(), std::nan("")));
@@ -639,6 +700,7 @@ struct Model {
                         for (int d = 0; d < part; d++) p[j] += q[i][h * part + d] * k[j][shared + d] * shape.scale;
                         const int distance = place(token_of(i)) - place(token_of(j));
                         if (!bias.empty()) p[j] += bias[h * (2 * far + 1) + far + std::clamp(distance, -far, far)];
+                        if (!columns.empty()) p[j] += disentangled(step.weights, h, distance, q[i], k[j], shared);
                         if (step.window >= 0 && std::abs(distance) > step.window) p[j] = -1e30;
                         top = std::max(top, p[j]);
                     }
@@ -707,6 +769,18 @@ struct Model {
         for (size_t i = 0; i < x.size(); i++)
             if (alive[i] >= 0) out[alive[i]] = last(x[i]);
         return margin;
+    }
+    // What disentangled attention adds for a query and a key at a distance; the key's head begins at `shared`.
+    double disentangled(int layer, int head, int distance, const Row& query, const Row& key, int shared) const {
+        const int most = (int)columns.size() / 2, part = shape.head_size;
+        const int column = columns[std::clamp(distance, -most, most) + most];
+        const size_t at = ((size_t)head * (columns.back() + 1) + column) * part;
+        double sum = 0;
+        for (int d = 0; d < part; d++) {
+            if (!of_queries[layer].empty()) sum += query[head * part + d] * of_queries[layer][at + d];
+            if (!of_keys[layer].empty()) sum += key[shared + d] * of_keys[layer][at + d];
+        }
+        return sum;
     }
     Row last(const Row& x) const { return last_gamma.empty() ? x : norm(x, last_gamma, last_beta); }
     // Turns every head of a token's queries, or keys.
@@ -989,9 +1063,9 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const std::string what =
         name + " " + level.name() + ", hidden " + std::to_string(hidden) + ", inner " + std::to_string(shape.inner) +
         (shape.norm_first ? ", norm first" : "") + (shape.rms_norm ? ", RMS" : "") + (shape.gated ? ", gated" : "") +
-        (model.bias.empty() ? "" : ", bias") + ", tokens " + std::to_string(tokens) + ", method " +
-        std::to_string(method) + (summarize ? " with summaries" : "") + (probe ? " with probes" : "") +
-        (decisions.stays ? ", some stay" : "") + (decisions.asks ? ", some ask" : "");
+        (model.bias.empty() ? "" : ", bias") + (model.columns.empty() ? "" : ", disentangled") + ", tokens " +
+        std::to_string(tokens) + ", method " + std::to_string(method) + (summarize ? " with summaries" : "") +
+        (probe ? " with probes" : "") + (decisions.stays ? ", some stay" : "") + (decisions.asks ? ", some ask" : "");
     if (one_in(4)) {  // the same to the last bit with more threads, and of a sequence alone
         const Result again = forward(*encoder, threads % 3 + 1, 0, sequences);
         check(bits_of(again, 0, again.out.size()) == bits_of(found, 0, found.out.size()) &&
@@ -1226,6 +1300,11 @@ int main(int count, char** arguments) {
                         for (int window : {0, 1, 8, 40})
                             check_attention(level, keys, (keys + 1) / 2, head_size, {false, apart, window});
                         check_attention(level, keys, keys, head_size, {true, apart, 12});
+                        for (int far : {0, 9, 300})
+                            for (int by : {1, 2, 3})
+                                check_attention(level, keys, (keys + 1) / 2, head_size,
+                                                {false, apart, -1, far, by != 2, by != 1});
+                        check_attention(level, keys, keys, head_size, {true, apart, 12, 40, true, true});
                     }
         }
         if (level.kernels->fits(model.shape.hidden, model.shape.inner, 32) &&
@@ -1237,6 +1316,7 @@ int main(int count, char** arguments) {
             check_many_callers(level, model);
             check_memory_runs_out(level, model);
         } else if (level.kernels->half) {  // the embeddings' width of 32 is no multiple of 64
+            generator.seed(0);             // how far int8 is from the reference depends on the weights
             const Model wide(model.shape, 128);
             check_encoder(level, wide, {1, 17, 33, 64});
             check_many_callers(level, wide);

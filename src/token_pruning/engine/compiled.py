@@ -58,8 +58,8 @@ def compile(
 
     Args:
         model: of a supported family, with any head or without; adapters such as LoRA's are merged in a copy of it. Or a
-            ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. All families but
-            DeBERTa run on native kernels, that one on PyTorch.
+            ``SentenceTransformer`` or ``CrossEncoder`` of sentence-transformers that begins with one. All of the
+            package's families run on native kernels, others on PyTorch.
         dtype: what products are computed in. ``"auto"`` is bfloat16 where that is faster, with AMX or by AVX-512 BF16
             if a probe of some 3 ms says so; else float32. ``"int8"`` has one scale per output channel of a weight and
             one per token of its input, taken as it comes: no calibration data. Softmax, LayerNorm, residuals and

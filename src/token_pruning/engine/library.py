@@ -27,7 +27,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "silu": 3, "swish": 3}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
 
 
@@ -115,6 +115,9 @@ def load_library() -> ctypes.CDLL | None:
         "tp_encoder_set_step": (c_int, [c_void_p, c_int, c_int, c_int, c_int]),
         "tp_encoder_set_rotation": (c_int, [c_void_p, c_int, c_void_p, c_int, c_float]),
         "tp_encoder_set_bias": (c_int, [c_void_p, c_void_p, c_int, c_int]),
+        "tp_encoder_set_distances": (c_int, [c_void_p, c_void_p, c_int]),
+        "tp_encoder_set_distance_products": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_int]),
+        "tp_encoder_get_distance_products": (c_int, [c_void_p, c_int, c_int, c_void_p, c_int, c_int]),
         "tp_encoder_get_norm": (c_int, [c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
         "tp_encoder_set_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_int]),
         "tp_encoder_get_table": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int]),

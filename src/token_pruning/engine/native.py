@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from token_pruning.engine.library import (
     ACTIVATIONS,
@@ -40,7 +41,7 @@ from token_pruning.engine.library import (
 )
 from token_pruning.engine.machine import has_amx
 from token_pruning.errors import TokenPruningError
-from token_pruning.families import Family, LayerModules, Outputs, Reads
+from token_pruning.families import Family, HeadOutputs, LayerModules, Outputs, Reads
 from token_pruning.families.intact import epsilon_of
 from token_pruning.pruners import FixedThreshold, LayerTokens
 from token_pruning.pruners.importance import importance_scores
@@ -51,7 +52,7 @@ from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
-_STATE_FORMAT = 3  # of a pickled engine
+_STATE_FORMAT = 4  # of a pickled engine
 _WORTHWHILE = 1.1  # how many times as fast bfloat16 products must be
 
 
@@ -216,7 +217,7 @@ def why_bfloat16(library: ctypes.CDLL | None, limit: int | None, *, on_pytorch: 
 class _Part(NamedTuple):
     """Some of an encoder's weights: where they belong, and the tensors. Layer -1 is all that is no layer's."""
 
-    kind: str  # "table", "norm", "linear", "rotation" or "bias"
+    kind: str  # "table", "norm", "linear", "rotation", "bias", "distances" or "distance"
     layer: int
     which: int
     tensors: tuple[Tensor | None, ...]
@@ -238,6 +239,8 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
         yield norm(-1, 1, last)
     if embeddings.projection is not None:
         yield _Part("linear", -1, 0, (embeddings.projection.weight, embeddings.projection.bias, None))
+    if embeddings.projected_norm is not None:
+        yield norm(-1, 2, embeddings.projected_norm)
     bias = family.distance_bias()
     if bias is not None:
         yield _Part("bias", -1, 0, (bias.detach(),))
@@ -248,6 +251,30 @@ def _parts(family: Family, table_dtype: torch.dtype) -> Iterator[_Part]:
         if layer.attention_norm is not None:
             yield norm(number, 0, layer.attention_norm)
         yield norm(number, 1, layer.output_norm)
+    yield from _distance_parts(family)
+
+
+def _distance_parts(family: Family) -> Iterator[_Part]:
+    """What disentangled attention multiplies each layer's queries and keys with: constants of the weights."""
+    heads, columns = family.shape(family.config).num_heads, None
+    for number, layer in enumerate(_distinct(family)):
+        modules = family.distance_modules(layer)
+        if modules is None:
+            continue
+        if columns is None:
+            columns = modules.columns.to(torch.int32)
+            yield _Part("distances", -1, 0, (columns,))
+        rows: Any = as_float32(modules.embeddings.weight[: int(columns[-1]) + 1])
+        norm: Any = modules.norm
+        if norm is not None:
+            gamma, beta = as_float32(norm.weight), as_float32(norm.bias)
+            rows = functional.layer_norm(rows, rows.shape[1:], gamma, beta, epsilon_of(norm))
+        for which, projection in enumerate((modules.key, modules.query)):
+            if projection is not None:
+                weight: Any = as_float32(projection.weight)
+                projected = functional.linear(rows, weight, as_float32(projection.bias)) * family.scale(layer)
+                products = projected.view(len(rows), heads, -1).transpose(0, 1)  # [heads, columns, head_dim]
+                yield _Part("distance", number, which, (products,))
 
 
 def _distinct(family: Family) -> list[nn.Module]:
@@ -255,7 +282,7 @@ def _distinct(family: Family) -> list[nn.Module]:
     return list(dict.fromkeys(family.layers))
 
 
-def _linears(layer: LayerModules) -> tuple[nn.Linear | Outputs | None, ...]:
+def _linears(layer: LayerModules) -> tuple[nn.Linear | Outputs | HeadOutputs | None, ...]:
     return (
         layer.query,
         layer.key,
@@ -267,12 +294,9 @@ def _linears(layer: LayerModules) -> tuple[nn.Linear | Outputs | None, ...]:
     )
 
 
-def _numbers(part: nn.Linear | Outputs) -> tuple[Tensor, Tensor | None]:
+def _numbers(part: nn.Linear | Outputs | HeadOutputs) -> tuple[Tensor, Tensor | None]:
     """Weight and bias."""
-    if isinstance(part, nn.Linear):
-        return part.weight, part.bias
-    outputs, bias = slice(part.begin, part.end), part.linear.bias
-    return part.linear.weight[outputs], None if bias is None else bias[outputs]
+    return (part.weight, part.bias) if isinstance(part, nn.Linear) else part.numbers()
 
 
 class _Step(NamedTuple):
@@ -367,7 +391,11 @@ class NativeEncoder:
         }
         self._projected = None if projection is None else projection.in_features
         self._steps, rotations = _steps(family)
-        self._placed = family.distance_bias() is not None or any(step.window >= 0 for step in self._steps)
+        self._placed = (
+            family.distance_bias() is not None
+            or any(step.window >= 0 for step in self._steps)
+            or any(family.distance_modules(layer) is not None for layer in family.layers)
+        )
         self._library = library
         level = self._choose_level()
         if LEVELS[level] == "avx512_bf16" and not os.environ.get(KERNELS_VARIABLE):
@@ -410,6 +438,19 @@ class NativeEncoder:
             rows, size = table.shape
             half = table.dtype == torch.bfloat16
             failed = library.tp_encoder_set_table(self._handle, which, table.data_ptr(), rows, size, half)
+        elif part.kind == "distances":
+            columns = part.tensors[0]
+            assert columns is not None
+            self._small[part[:3]] = part
+            rows, size = 1, len(columns)
+            failed = library.tp_encoder_set_distances(self._handle, columns.data_ptr(), size // 2)
+        elif part.kind == "distance":
+            products = as_float32(part.tensors[0])
+            assert products is not None
+            rows, size = products.shape[:2]
+            failed = library.tp_encoder_set_distance_products(
+                self._handle, layer, which, products.data_ptr(), rows, size
+            )
         else:
             numbers = [as_float32(tensor) for tensor in part.tensors]
             assert numbers[0] is not None
@@ -441,6 +482,14 @@ class NativeEncoder:
                 check(library, library.tp_encoder_get_linear(self._handle, layer, which, *arrays, size, rows))
 
             tensors = _exported(self.dtype, (rows, size), read)
+        elif kind == "distance":
+            shape = rows, size, int(self._described["head_size"])
+            products = torch.empty(shape, dtype=torch.float32, device="cpu")
+            failed = library.tp_encoder_get_distance_products(
+                self._handle, layer, which, products.data_ptr(), rows, size
+            )
+            check(library, failed)
+            tensors = (products.to(self._table_dtype),)
         elif kind == "norm":
             gamma, beta = (torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(2))
             pointers = gamma.data_ptr(), beta.data_ptr()

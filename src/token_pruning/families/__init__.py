@@ -19,8 +19,10 @@ from token_pruning.families import (  # noqa: F401 - each registers what it know
     xlm_roberta_xl,
 )
 from token_pruning.families.base import (
+    DistanceModules,
     EmbeddingModules,
     Family,
+    HeadOutputs,
     LayerModules,
     ModelShape,
     Outputs,
@@ -34,8 +36,10 @@ from token_pruning.families.base import (
 )
 
 __all__ = [
+    "DistanceModules",
     "EmbeddingModules",
     "Family",
+    "HeadOutputs",
     "LayerModules",
     "ModelShape",
     "Outputs",

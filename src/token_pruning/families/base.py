@@ -62,7 +62,9 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class EmbeddingModules:
-    """The modules of ``projection(norm(word + type + position))``, for the native engine; None for what there is not.
+    """The modules of the embeddings, for the native engine; None for what there is not.
+
+    They are ``projected_norm(projection(norm(word + type + position)))``.
 
     Attributes:
         word: token embeddings.
@@ -70,6 +72,7 @@ class EmbeddingModules:
         token_type: segment embeddings.
         norm: norm of the sum.
         projection: to the hidden size.
+        projected_norm: norm of what is projected.
     """
 
     word: nn.Embedding
@@ -77,6 +80,7 @@ class EmbeddingModules:
     token_type: nn.Embedding | None = None
     norm: nn.Module | None = None
     projection: nn.Linear | None = None
+    projected_norm: nn.Module | None = None
 
 
 class Outputs(NamedTuple):
@@ -85,6 +89,34 @@ class Outputs(NamedTuple):
     linear: nn.Linear
     begin: int
     end: int
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        bias = self.linear.bias
+        return self.linear.weight[self.begin : self.end], None if bias is None else bias[self.begin : self.end]
+
+
+class HeadOutputs(NamedTuple):
+    """One of several things that a linear layer without bias computes for each head in turn.
+
+    Attributes:
+        linear: its outputs are ``[heads, things, head_dim]``.
+        which: the thing's number.
+        things: how many there are.
+        head_dim: width of a head.
+        bias: ``[heads · head_dim]``, of this thing alone; None for none.
+    """
+
+    linear: nn.Linear
+    which: int
+    things: int
+    head_dim: int
+    bias: Tensor | None
+
+    def numbers(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        weight = self.linear.weight.reshape(-1, self.things, self.head_dim, self.linear.in_features)
+        return weight[:, self.which].flatten(0, 1), self.bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +137,9 @@ class LayerModules:
         activation: the activation.
     """
 
-    query: nn.Linear | Outputs
-    key: nn.Linear | Outputs
-    value: nn.Linear | Outputs
+    query: nn.Linear | Outputs | HeadOutputs
+    key: nn.Linear | Outputs | HeadOutputs
+    value: nn.Linear | Outputs | HeadOutputs
     attention_output: nn.Linear
     attention_norm: nn.Module | None
     feed_forward_up: nn.Linear | Outputs
@@ -115,6 +147,28 @@ class LayerModules:
     feed_forward_down: nn.Linear
     output_norm: nn.Module
     activation: nn.Module
+
+
+class DistanceModules(NamedTuple):
+    """The modules of what disentangled attention adds to a layer's logits.
+
+    That is ``query · key(e) + key · query(e)``, times the scale of the logits, ``e`` being the norm of the embedding of
+    the distance. Of ``key`` and ``query`` one may be None.
+
+    Attributes:
+        embeddings: of distances.
+        norm: of them; None for none.
+        key: what queries are multiplied with.
+        query: what keys are multiplied with.
+        columns: ``[2 · far + 1]`` integers that rise: the row of ``embeddings`` for every distance of a query's place
+            from a key's, from ``-far`` on; greater distances count as the outermost.
+    """
+
+    embeddings: nn.Embedding
+    norm: nn.Module | None
+    key: nn.Linear | None
+    query: nn.Linear | None
+    columns: Tensor
 
 
 class Rotation(NamedTuple):
@@ -334,6 +388,10 @@ class Family(ABC):
 
         Column ``i`` is for a query's place less a key's of ``i - far``; greater distances count as the outermost.
         """
+        return None
+
+    def distance_modules(self, layer: Any) -> DistanceModules | None:
+        """Disentangled attention, where nothing else is added to the logits; None for none."""
         return None
 
     @property

@@ -4,11 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.deberta.modeling_deberta import DebertaLayerNorm
 
 from token_pruning.errors import UnsupportedModelError
-from token_pruning.families.base import ModelShape, split_heads
+from token_pruning.families.base import (
+    DistanceModules,
+    EmbeddingModules,
+    HeadOutputs,
+    LayerModules,
+    ModelShape,
+    split_heads,
+)
 from token_pruning.families.bert import Bert
 from token_pruning.ragged import NO_TERMS, LogitTerms
 
@@ -21,7 +29,6 @@ class Deberta(Bert):
 
     model_types = ("deberta",)
     output_class = BaseModelOutput
-    native = False
 
     def __init__(self, base: Any) -> None:
         super().__init__(base)
@@ -75,9 +82,9 @@ class Deberta(Bert):
         size = attention.attention_head_size
         position_key = position_query = None  # [heads, 2 · span, head_dim]
         if "c2p" in types:
-            position_key = split_heads(self.position_key(attention, embeddings), size).transpose(0, 1)
+            position_key = split_heads(self.position_key(attention)(embeddings), size).transpose(0, 1)
         if "p2c" in types:
-            position_query = split_heads(self.position_query(attention, embeddings), size).transpose(0, 1)
+            position_query = split_heads(self.position_query(attention)(embeddings), size).transpose(0, 1)
             position_query = position_query * self.scale(layer)
         table = self.columns(embeddings.device)
         far = table.numel() // 2
@@ -108,12 +115,59 @@ class Deberta(Bert):
         span = self.span(self.config)
         return torch.arange(2 * span + 1, device=device).clamp(max=2 * span - 1)
 
-    def position_key(self, attention: Any, embeddings: Tensor) -> Tensor:
-        """Keys of relative positions, ``[positions, heads · head_dim]``."""
-        projected: Tensor = attention.pos_proj(embeddings)
-        return projected
+    def position_key(self, attention: Any) -> nn.Linear:
+        """What makes keys of relative positions of their embeddings."""
+        linear: nn.Linear = attention.pos_proj
+        return linear
 
-    def position_query(self, attention: Any, embeddings: Tensor) -> Tensor:
-        """Queries of relative positions, the same shape."""
-        projected: Tensor = attention.pos_q_proj(embeddings)
-        return projected
+    def position_query(self, attention: Any) -> nn.Linear:
+        """What makes queries of them."""
+        linear: nn.Linear = attention.pos_q_proj
+        return linear
+
+    def distance_modules(self, layer: Any) -> DistanceModules | None:
+        attention, encoder, types = layer.attention.self, self.base.encoder, self.position_terms(self.config)
+        if not attention.relative_attention or not types:
+            return None
+        return DistanceModules(
+            embeddings=encoder.rel_embeddings,
+            norm=getattr(encoder, "LayerNorm", None),
+            key=self.position_key(attention) if "c2p" in types else None,
+            query=self.position_query(attention) if "p2c" in types else None,
+            columns=self.columns(torch.device("cpu")),
+        )
+
+    def embedding_modules(self) -> EmbeddingModules:
+        """With a projection, the norm comes after it."""
+        modules, projection = super().embedding_modules(), self.base.embeddings.embed_proj
+        if projection is None:
+            return modules
+        return replace(modules, norm=None, projection=projection, projected_norm=modules.norm)
+
+    def projections(self, attention: Any) -> tuple[nn.Linear | HeadOutputs, ...]:
+        """Of queries, keys and values."""
+        biases = attention.q_bias, None, attention.v_bias
+        return tuple(
+            HeadOutputs(attention.in_proj, which, 3, attention.attention_head_size, bias)
+            for which, bias in enumerate(biases)
+        )
+
+    def layer_modules(self, layer: Any) -> LayerModules:
+        query, key, value = self.projections(layer.attention.self)
+        attention_norm, output_norm = self.norms(layer)
+        return LayerModules(
+            query=query,
+            key=key,
+            value=value,
+            attention_output=layer.attention.output.dense,
+            attention_norm=attention_norm,
+            feed_forward_up=layer.intermediate.dense,
+            feed_forward_down=layer.output.dense,
+            output_norm=output_norm,
+            activation=layer.intermediate.intermediate_act_fn,
+        )
+
+    @property
+    def norm_class(self) -> type[nn.Module]:
+        norm: type[nn.Module] = DebertaLayerNorm
+        return norm

@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from token_pruning.families.base import ModelShape, split_heads, wanted
+from token_pruning.families.base import HeadOutputs, ModelShape, split_heads, wanted
 from token_pruning.families.deberta import Deberta
 
 
@@ -59,10 +59,17 @@ class DebertaV2(Deberta):
         buckets: Tensor = make_log_bucket_position(distances, span, most)
         return (buckets.long() + span).clamp(0, 2 * span - 1)
 
-    def position_key(self, attention: Any, embeddings: Tensor) -> Tensor:
-        projected: Tensor = (attention.key_proj if attention.share_att_key else attention.pos_key_proj)(embeddings)
-        return projected
+    def position_key(self, attention: Any) -> nn.Linear:
+        linear: nn.Linear = attention.key_proj if attention.share_att_key else attention.pos_key_proj
+        return linear
 
-    def position_query(self, attention: Any, embeddings: Tensor) -> Tensor:
-        projected: Tensor = (attention.query_proj if attention.share_att_key else attention.pos_query_proj)(embeddings)
-        return projected
+    def position_query(self, attention: Any) -> nn.Linear:
+        linear: nn.Linear = attention.query_proj if attention.share_att_key else attention.pos_query_proj
+        return linear
+
+    def projections(self, attention: Any) -> tuple[nn.Linear | HeadOutputs, ...]:
+        return attention.query_proj, attention.key_proj, attention.value_proj
+
+    @property
+    def norm_class(self) -> type[nn.Module]:
+        return nn.LayerNorm

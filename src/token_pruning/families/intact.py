@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from token_pruning.errors import UnsupportedModelError
-from token_pruning.families.base import Family, LayerModules, ModelShape, Outputs
+from token_pruning.families.base import Family, HeadOutputs, LayerModules, ModelShape, Outputs
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -128,7 +128,7 @@ def foreign_to_native(family: Family) -> str:
     * the class of every weight: no quantised or distributed tensor, but floating point, and in memory;
     * that a norm has a weight, the sizes of all weights, and that no embedding has a ``max_norm``;
     * the norms' epsilon, which is one for all of them, and the scale of the logits;
-    * what is added to the logits: nothing but a window and a bias by distance;
+    * what is added to the logits: nothing but a window, and a bias by distance or disentangled attention;
     * the activation, by its module and not only by its name in the config.
 
     Raises:
@@ -140,11 +140,18 @@ def foreign_to_native(family: Family) -> str:
     parts: list[tuple[Any, tuple[int, ...] | None]] = [
         (module, None) for module in (tables.word, tables.position, tables.token_type, tables.projection)
     ]
-    parts += [(tables.norm, tuple(tables.word.weight.shape[1:])), (family.last_norm, (shape.hidden_size,))]
+    parts.append((tables.norm, tuple(tables.word.weight.shape[1:])))
+    parts += [(norm, (shape.hidden_size,)) for norm in (tables.projected_norm, family.last_norm)]
     if len({family.scale(layer) for layer in family.layers}) > 1:
         return "the layers scale their logits differently"
-    if any(family.terms(layer).bias is not None for layer in family.layers) and family.distance_bias() is None:
-        return f"the native ones have no {family.config.model_type!r} attention"
+    bias_everywhere = family.distance_bias() is not None
+    for own in family.layers:
+        distance = family.distance_modules(own)
+        if distance is not None:
+            parts += [(distance.embeddings, None), (distance.norm, (shape.hidden_size,))]
+            parts += [(linear, (shape.query_size, shape.hidden_size)) for linear in (distance.key, distance.query)]
+        elif family.terms(own).bias is not None and not bias_everywhere:
+            return f"the native ones have no {family.config.model_type!r} attention"
     for layer in map(family.layer_modules, family.layers):
         expected = ACT2FN[family.activation]
         if type(layer.activation) is not type(expected):
@@ -190,10 +197,10 @@ def not_plain(module: Any, size: tuple[int, ...] | None = None, *, norm: type[nn
         size: the shape that its weight must have; None for any.
         norm: the class of norms.
     """
-    if isinstance(module, Outputs):
+    if isinstance(module, (Outputs, HeadOutputs)):
         if why := not_plain(module.linear):
             return why
-        found = list(module.linear.weight[module.begin : module.end].shape)
+        found = list(module.numbers()[0].shape)
         return "" if size is None or found == list(size) else f"some outputs of a linear layer are {found}, not {size}"
     what = f"a {type(module).__module__}.{type(module).__name__}"
     if type(module) not in (nn.Linear, norm, nn.Embedding):

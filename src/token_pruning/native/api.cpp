@@ -83,9 +83,24 @@ const Linear& linear_at(const Encoder& encoder, int layer, int which) {
     return *places[which];
 }
 
+// For products of a head's queries and keys, which int8 would spoil: rows of the same exchange type, not quantised.
+const Kernels* distance_kernels_at(int level, Dtype dtype) {
+    if (dtype == Dtype::int8) dtype = Dtype::bfloat16;
+    while (level > PORTABLE && !kernels_at(level, dtype)) level--;
+    return kernels_at(level, dtype);
+}
+
+const std::vector<Linear>& distance_products_at(const Encoder& encoder, int layer, int which) {
+    require(layer >= 0 && layer < encoder.shape.layers && which >= 0 && which < 2, "no such products");
+    require(!encoder.distances.columns.empty(), "the columns of distances come first");
+    const DistanceProducts& products = encoder.layers[layer].distance;
+    return which == 0 ? products.of_queries : products.of_keys;
+}
+
 const Norm& norm_at(const Encoder& encoder, int layer, int which) {
-    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < 2, "no such norm");
-    if (layer < 0) return which == 0 ? encoder.embeddings.norm : encoder.last_norm;
+    require(layer >= -1 && layer < encoder.shape.layers && which >= 0 && which < (layer < 0 ? 3 : 2), "no such norm");
+    const Embeddings& e = encoder.embeddings;
+    if (layer < 0) return which == 0 ? e.norm : which == 1 ? encoder.last_norm : e.projected_norm;
     return which == 0 ? encoder.layers[layer].attention_norm : encoder.layers[layer].output_norm;
 }
 
@@ -100,7 +115,7 @@ struct Head {
 TP_EXPORT const char* tp_last_error() { return last_error; }
 
 // What Python must agree with: a number that changes with the interface, and the sizes of the structures it fills.
-TP_EXPORT int tp_abi_version() { return 5; }
+TP_EXPORT int tp_abi_version() { return 6; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
 
@@ -137,7 +152,9 @@ TP_EXPORT Encoder* tp_encoder_new(int level, int dtype, const Shape* shape) {
             const Kernels& kernels = required_kernels(level, dtype);
             require(kernels.fits(s.hidden, s.inner, s.head_size) && kernels.fits(s.query_size(), s.inner, s.head_size),
                     "this kernel level does not fit these sizes");
-            return new Encoder(kernels, s);
+            Encoder* encoder = new Encoder(kernels, s);
+            encoder->distance_kernels = distance_kernels_at(level, (Dtype)dtype);
+            return encoder;
         },
         (Encoder*)nullptr);
 }
@@ -215,8 +232,57 @@ TP_EXPORT int tp_encoder_set_bias(Encoder* encoder, const float* table, int head
         -1);
 }
 
-// which: 0 attention's, 1 the feed-forward's; layer -1: 0 the embeddings', 1 what comes after the last layer. beta may
-// be null, for zeros.
+// columns [2 · far + 1], rising from 0 on: which column of a layer's products belongs to a query's distance from a key,
+// from -far to far; farther ones count as these. Before the products.
+TP_EXPORT int tp_encoder_set_distances(Encoder* encoder, const int32_t* columns, int far) {
+    return guarded(
+        [&] {
+            require(far >= 0 && far < 1 << 20 && columns[0] >= 0 && columns[2 * far] < 1 << 20,
+                    "columns of another size");
+            for (int i = 0; i < 2 * far; i++) require(columns[i] <= columns[i + 1], "columns must rise");
+            encoder->set_distances(columns, far);
+            return 0;
+        },
+        -1);
+}
+
+// which: 0 what queries are multiplied with, 1 what keys are: values [heads, count, head size], for every column of
+// distances, times the logits' scale.
+TP_EXPORT int tp_encoder_set_distance_products(Encoder* encoder, int layer, int which, const float* values, int heads,
+                                               int count) {
+    return guarded(
+        [&] {
+            auto& place = const_cast<std::vector<Linear>&>(distance_products_at(*encoder, layer, which));
+            const Shape& s = encoder->shape;
+            require(heads == s.heads && count == encoder->distances.count(), "products of another size");
+            std::vector<Linear> products;
+            for (int head = 0; head < heads; head++, values += (size_t)count * s.head_size)
+                products.push_back(pack_linear(*encoder->distance_kernels, encoder->memory, values, nullptr, nullptr,
+                                               s.head_size, count));
+            place = std::move(products);
+            return 0;
+        },
+        -1);
+}
+
+// The same numbers, exactly as they are used.
+TP_EXPORT int tp_encoder_get_distance_products(const Encoder* encoder, int layer, int which, float* values, int heads,
+                                               int count) {
+    return guarded(
+        [&] {
+            const std::vector<Linear>& products = distance_products_at(*encoder, layer, which);
+            require((int)products.size() == heads && count == encoder->distances.count(), "products of another size");
+            for (const Linear& linear : products) {
+                encoder->distance_kernels->unpack_weight(linear.weight, linear.in, linear.out, values);
+                values += (size_t)linear.in * linear.out;
+            }
+            return 0;
+        },
+        -1);
+}
+
+// which: 0 attention's, 1 the feed-forward's; layer -1: 0 the embeddings', 1 what comes after the last layer, 2 what
+// comes after the embeddings' projection. beta may be null, for zeros.
 TP_EXPORT int tp_encoder_set_norm(Encoder* encoder, int layer, int which, const float* gamma, const float* beta,
                                   int size) {
     return guarded(

@@ -128,6 +128,8 @@ struct ChunkSpace {
 struct ThreadSpace {
     char* product;
     char* attention;
+    char* distance_rows;          // a head's queries or keys, packed
+    float *of_queries, *of_keys;  // what they are multiplied to, see DistanceTerms
 };
 
 struct Range {
@@ -188,6 +190,7 @@ public:
         context_ = arena.take<char>(tokens * queries * wide);
         received_ = arena.take<float>(tokens);
         const size_t widest = std::max<size_t>({hidden, queries, (size_t)encoder_.embeddings.size});
+        const int head = shape_.head_size;
         const size_t unpacked = shape_.gated ? 2 * inner : kernels_.quantized ? inner : 0;
         chunks_ = arena.take<ChunkSpace>(asked_), scratch_ = arena.take<ThreadSpace>(asked_);
         for (int t = 0; t < asked_; t++) {
@@ -202,9 +205,18 @@ public:
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
             ThreadSpace s;
-            s.product = arena.take<char>(std::max(kernels_.product_scratch(rows, inner, hidden),
-                                                  kernels_.product_scratch(rows, widest, std::max(inner, widest))));
+            size_t product = std::max(kernels_.product_scratch(rows, inner, hidden),
+                                      kernels_.product_scratch(rows, widest, std::max(inner, widest)));
+            if (by_distance())
+                product = std::max(
+                    product, encoder_.distance_kernels->product_scratch(longest_, head, encoder_.distances.count()));
+            s.product = arena.take<char>(product);
             s.attention = arena.take<char>(kernels_.attention_scratch(longest_, shape_.head_size));
+            if (by_distance()) {
+                s.distance_rows = arena.take<char>(encoder_.distance_kernels->packed_rows_bytes(longest_, head));
+                s.of_queries = arena.take<float>(longest_ * distance_stride());
+                s.of_keys = arena.take<float>(longest_ * distance_stride());
+            }
             if (arena.base) chunks_[t] = c, scratch_[t] = s;
         }
     }
@@ -448,6 +460,9 @@ private:
         team.wait();
         multiply(team, EMBED, e.projection, team.chunk->packed, chunk.size(), Epilogue::store_float, out,
                  shape_.hidden);
+        if (e.projected_norm.gamma.empty()) return;
+        team.wait();
+        normalize(team, out, out, chunk.size(), shape_.hidden, e.projected_norm);
     }
 
     // Cosines and sines of a position, as Kernels::rotate reads them.
@@ -502,12 +517,45 @@ private:
     }
 
     // What a layer adds to the logits of a head; rows are counted from the first of all.
-    LogitTerms terms(int layer, int head, int query, int key) const {
+    LogitTerms terms(int layer, int head, int query, int key, const DistanceTerms& distance) const {
         const DistanceBias& bias = encoder_.bias;
         const int window = encoder_.steps[layer].window;
-        if (bias.table.empty() && window < 0) return {};
-        return {places_ + query, places_ + key, window,
-                bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1), bias.far};
+        if (bias.table.empty() && window < 0 && !distance.columns) return {};
+        return {places_ + query, places_ + key,
+                window,          bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
+                bias.far,        distance};
+    }
+
+    bool by_distance() const { return !encoder_.distances.columns.empty(); }
+    // Of rows that kernels may write in panels of 32, in an odd number of cache lines: rows a power of two apart would
+    // share few of a cache's sets.
+    size_t distance_stride() const { return round_up(encoder_.distances.count(), 32) + DISTANCE_EDGE + 16; }
+
+    // Multiplies a head's queries and keys for disentangled attention, for the distances that occur. The rows are the
+    // sequence's, of which the first `queries` ask.
+    DistanceTerms multiply_by_distance(const Team& team, const Layer& l, int head, int sequence, const char* query,
+                                       size_t query_stride, int queries, const char* key) const {
+        if (!l.distance.any()) return {};
+        const Kernels& kernels = *encoder_.distance_kernels;
+        const DistanceColumns& distances = encoder_.distances;
+        const int begin = offsets_[sequence], keys = offsets_[sequence + 1] - begin;
+        const int nearest = places_[begin], last_query = places_[begin + queries - 1], last = places_[begin + keys - 1];
+        const int first_panel = distances.of(nearest - last) / kernels.panel;
+        const int last_panel = distances.of(last_query - nearest) / kernels.panel + 1;
+        const size_t stride = distance_stride();
+        auto product = [&](const std::vector<Linear>& by, const char* rows, size_t row_stride, int count,
+                           float* out) -> const float* {
+            if (by.empty()) return nullptr;
+            kernels.pack_rows(rows, kernels.half, row_stride, nullptr, 0, count, count, shape_.head_size,
+                              team.scratch->distance_rows, nullptr);
+            kernels.multiply({&by[head], team.scratch->distance_rows, nullptr, count, first_panel, last_panel,
+                              Epilogue::store_float, shape_.activation, out, stride, nullptr, nullptr,
+                              team.scratch->product});
+            return out;
+        };
+        return {product(l.distance.of_queries, query, query_stride, queries, team.scratch->of_queries),
+                product(l.distance.of_keys, key, inputs(), keys, team.scratch->of_keys), stride,
+                distances.columns.data(), distances.far};
     }
 
     // Attention of whole sequences: contexts, and what each token received where the layer prunes.
@@ -527,17 +575,22 @@ private:
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
+            const char* key = projected(team, at, keys_at() + shared * size);
             float* received = receive ? team.chunk->received + (size_t)head * rows + at : nullptr;
+            const DistanceTerms by =
+                multiply_by_distance(team, l, head, s, projected(team, at, head * size), inputs(), count, key);
             const Range asking = receive ? asking_rows(s) : Range{0, count};
             // What rows pay is added up in the kernel, so those that do not count go there by themselves.
             for (Range queries : {Range{0, asking.begin}, asking, Range{asking.end, count}}) {
                 if (queries.size() == 0) continue;
-                kernels_.attend(
-                    {projected(team, at + queries.begin, head * size), projected(team, at, keys_at() + shared * size),
-                     projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
-                     queries.size(), count, size, shape_.scale, context(offsets_[s] + queries.begin, head * size),
-                     (size_t)shape_.query_size(), queries.begin == asking.begin ? received : nullptr,
-                     team.scratch->attention, terms(layer, head, offsets_[s] + queries.begin, offsets_[s])});
+                DistanceTerms these = by;
+                if (by.of_queries) these.of_queries += queries.begin * by.stride;
+                kernels_.attend({projected(team, at + queries.begin, head * size), key,
+                                 projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
+                                 queries.size(), count, size, shape_.scale,
+                                 context(offsets_[s] + queries.begin, head * size), (size_t)shape_.query_size(),
+                                 queries.begin == asking.begin ? received : nullptr, team.scratch->attention,
+                                 terms(layer, head, offsets_[s] + queries.begin, offsets_[s], these)});
             }
         }
         if (!receive) return;
@@ -604,11 +657,13 @@ private:
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
-            kernels_.attend({team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
-                             projected(team, at, keys_at() + shared * size),
-                             projected(team, at, values_at() + shared * size), queries, (size_t)inputs(), 1, count,
-                             size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
-                             team.scratch->attention, terms(layer, head, offsets_[s], offsets_[s])});
+            const char *query =
+                           team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
+                       *key = projected(team, at, keys_at() + shared * size);
+            const DistanceTerms by = multiply_by_distance(team, l, head, s, query, queries, 1, key);
+            kernels_.attend({query, key, projected(team, at, values_at() + shared * size), queries, (size_t)inputs(), 1,
+                             count, size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
+                             team.scratch->attention, terms(layer, head, offsets_[s], offsets_[s], by)});
         }
     }
 
@@ -930,7 +985,7 @@ void check_contents(const Encoder& encoder, const Request& r) {
             runs += r.asks[i] && (i == r.cu_seqlens[s] || !r.asks[i - 1]);
             require(runs < 2, "the asking tokens of a sequence must be next to each other");
         }
-    bool placed = encoder.bias.table.empty();
+    bool placed = encoder.bias.table.empty() && encoder.distances.columns.empty();
     for (const Step& step : encoder.steps) placed &= step.window < 0;
     require(placed || r.places, "places are missing");
     for (int s = 0; r.places && s < r.sequences; s++)
@@ -951,13 +1006,16 @@ void check_contents(const Encoder& encoder, const Request& r) {
 bool Encoder::complete() const {
     auto fits = [](const Norm& norm, int size) { return norm.gamma.empty() || (int)norm.gamma.size() == size; };
     bool all =
-        embeddings.word && fits(embeddings.norm, embeddings.size) && fits(last_norm, shape.hidden) &&
+        embeddings.word && fits(embeddings.norm, embeddings.size) && fits(embeddings.projected_norm, shape.hidden) &&
+        fits(last_norm, shape.hidden) &&
         (embeddings.projection.weight ? embeddings.projection.in == embeddings.size : embeddings.size == shape.hidden);
     for (const Step& step : steps) {
         const Layer& l = layers[step.weights];
         all &= l.query.weight && l.key.weight && l.value.weight && l.output.weight && l.up.weight && l.down.weight &&
                (!shape.gated || l.gate.weight) && (shape.norm_first || !l.attention_norm.gamma.empty()) &&
                !l.output_norm.gamma.empty() && step.rotation < (int)rotations.size();
+        for (const auto* by : {&l.distance.of_queries, &l.distance.of_keys})
+            for (const Linear& linear : *by) all &= !distances.columns.empty() && linear.out == distances.count();
     }
     for (const Rotation& rotation : rotations) all &= 2 * (int)rotation.frequencies.size() == shape.head_size;
     return all;
@@ -970,6 +1028,11 @@ void Encoder::set_bias(const float* table, int far) {
     for (int head = 0; head < shape.heads; head++)
         for (int i = -wide; i <= wide; i++)
             bias.table.push_back(table[head * (2 * far + 1) + far + std::max(-far, std::min(i, far))]);
+}
+
+void Encoder::set_distances(const int32_t* columns, int far) {
+    distances = {{columns, columns + 2 * far + 1}, far};
+    distances.columns.resize(2 * far + 1 + DISTANCE_EDGE, columns[2 * far]);
 }
 
 size_t Encoder::workspace_bytes(const Request& request) const {

@@ -2,6 +2,7 @@
 // of a layer serves every family: Shape is what all layers share, Step what is a layer's own, Layer its weights.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -66,10 +67,18 @@ struct Norm {
     std::vector<float> gamma, beta;
 };
 
+// Disentangled attention: what each head's rows are multiplied with for every column of distances, scaled as logits
+// are.
+struct DistanceProducts {
+    std::vector<Linear> of_queries, of_keys;  // [heads] of head size → columns, or none
+    bool any() const { return !of_queries.empty() || !of_keys.empty(); }
+};
+
 // A layer's weights. Where the norm comes first, attention_norm may be empty: there is none before attention.
 struct Layer {
     Linear query, key, value, output, gate, up, down;
     Norm attention_norm, output_norm;  // before or after attention and feed-forward
+    DistanceProducts distance;
 };
 
 // One turn of the encoder: whose weights, and what else a layer has of its own.
@@ -91,13 +100,22 @@ struct DistanceBias {
     int far = 0;
 };
 
+// Which column of DistanceProducts belongs to the distance of a query's place from a key's.
+struct DistanceColumns {
+    std::vector<int32_t> columns;  // [2 · far + 1], rising, with the edge that kernels read; empty: there are none
+    int far = 0;                   // greater distances count as this one
+    int count() const { return columns.back() + 1; }
+    int of(int distance) const { return columns[std::max(-far, std::min(distance, far)) + far]; }
+};
+
 struct Embeddings {
     // Rows of bfloat16 or float32, of one width, which may differ from the encoder's. All but `word` may be null.
     const char *word = nullptr, *position = nullptr, *type = nullptr;
     int size = 0;
     int words = 0, positions = 0, types = 0;
-    Norm norm;          // may be empty
-    Linear projection;  // size → hidden, or none
+    Norm norm;            // may be empty
+    Linear projection;    // size → hidden, or none
+    Norm projected_norm;  // after it; may be empty
 };
 
 // What a forward pass reads and writes. Everything it points to must stay where it is until the pass is done.
@@ -109,7 +127,8 @@ struct Request {
     int threads;
     const int32_t* cu_seqlens;               // [sequences + 1], rising: no sequence is empty
     const int32_t *ids, *positions, *types;  // [tokens]; types may be null
-    // Where in the text each token stands, [tokens], rising within a sequence: for windows and the bias by distance.
+    // Where in the text each token stands, [tokens], rising within a sequence: for windows and whatever goes by
+    // distance.
     const int32_t* places;
     // Absolute thresholds [layers] on received / N, N = divisor or the sequence's rows where that is 0, or on what a
     // probe says; null: nothing is pruned by them. A layer prunes where prunes[layer] is set.
@@ -157,6 +176,8 @@ public:
     }
     // table[heads, 2 · far + 1].
     void set_bias(const float* table, int far);
+    // columns[2 · far + 1], rising from 0 on.
+    void set_distances(const int32_t* columns, int far);
     // Whether everything a forward pass reads was set.
     bool complete() const;
     // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, Q
@@ -166,6 +187,7 @@ public:
     //     N · (8·H + wide·Q) + N · 44 + S · 64                  states, context, who is where
     //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes, N · 4 · head size for each rotation
     //     T · R · (4·H + wide · (2·Q + 2·K) + 4·E + 8·heads)    a chunk's rows: projections, sums
+    //     T · 8·R·C, C columns of distances, and R packed rows of a head, for disentangled attention
     //     T · packed rows of R · (E + F), for int8 R · F · wide, and twice that where the feed-forward is gated, and
     //     the kernels' scratch for R rows and for the longest sequence's keys (product_scratch, attention_scratch)
     // and some padding. It grows in proportion to tokens and threads, never with a sequence's square.
@@ -179,6 +201,8 @@ public:
     std::vector<Step> steps;
     std::vector<Rotation> rotations;
     DistanceBias bias;
+    DistanceColumns distances;                  // empty: no layer has DistanceProducts
+    const Kernels* distance_kernels = nullptr;  // of DistanceProducts: not quantised, of the same exchange type
     Embeddings embeddings;
     Norm last_norm;  // after the last layer; may be empty
     bool half_tables = false;

@@ -48,6 +48,19 @@ struct Product {
     void* scratch;
 };
 
+// Disentangled attention: what each distance adds to a logit by the query, and by the key.
+struct DistanceTerms {
+    // Rows, `stride` apart, of a number per column of distances; null: nothing is added by queries, or by keys. After
+    // each row, and after `columns`, DISTANCE_EDGE more numbers can be read.
+    const float *of_queries = nullptr, *of_keys = nullptr;
+    size_t stride = 0;
+    // [2 · far + 1]: the column for query − key from −far to far, rising, farther ones as the outermost; null: no
+    // terms.
+    const int32_t* columns = nullptr;
+    int far = 0;
+};
+constexpr int DISTANCE_EDGE = 32;
+
 // What is added to attention logits by the places of a query and a key in the text, which rise with the rows.
 struct LogitTerms {
     const int* query_places = nullptr;  // [queries]; null: nothing is added
@@ -57,6 +70,7 @@ struct LogitTerms {
     // BIAS_EDGE numbers on either side are all the same.
     const float* bias = nullptr;
     int far = 0;
+    DistanceTerms distance;
     bool any() const { return query_places != nullptr; }
 };
 constexpr int BIAS_EDGE = 64;

@@ -470,6 +470,25 @@ static void add_terms(const LogitTerms& terms, int query, int keys, int begin, i
     }
 }
 
+// The scores of some queries for the keys [begin, end), rows `wide` apart, times `scale` and with what disentangled
+// attention adds, in units of log 2.
+static void add_distance_terms(const LogitTerms& terms, int first, int count, int begin, int end, int wide,
+                               __m512 scale, float* scores) {
+    const DistanceTerms& by = terms.distance;
+    for (int r = 0; r < count; r += 16)
+        for (int j = begin; j < end; j += 16) {
+            const int query = first + r, rows = smaller(16, count - r);
+            Vec added[16];
+            distance_block<1>(by, terms.query_places + query, rows,
+                              by.of_queries ? by.of_queries + query * by.stride : nullptr, terms.key_places + j,
+                              smaller(16, end - j), by.of_keys ? by.of_keys + j * by.stride : nullptr, added);
+            for (int i = 0; i < rows; i++) {
+                float* x = scores + (size_t)(r + i) * wide + j;
+                _mm512_storeu_ps(x, _mm512_fmadd_ps(_mm512_loadu_ps(x), scale, (__m512)(added[i] * 1.44269504f)));
+            }
+        }
+}
+
 static void attend(const Attention& a) {
     const int n = a.keys, size = a.head_size, blocks = size / 32, column_tiles = size / 16;
     AttentionScratch s;
@@ -515,13 +534,17 @@ static void attend(const Attention& a) {
         else
             score_tiles<1>(s, rows, stride, blocks, begin, end);
 
+        if (a.terms.distance.columns)
+            add_distance_terms(a.terms, first, count, begin, smaller(end, n), s.wide, scale, s.scores);
+        const __m512 left = a.terms.distance.columns ? _mm512_set1_ps(1) : scale;  // to be multiplied with
         float inverse[32];
         for (int r = 0; r < count; r++) {
             float* x = s.scores + r * s.wide;
             uint16_t* p = s.probabilities + r * s.wide;
-            __m512 factor = scale, most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
-            if (a.terms.any()) {
-                add_terms(a.terms, first + r, n, begin, end, scale, x);
+            __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps();
+            __m512 factor = left;
+            if (a.terms.bias || a.terms.window >= 0) {
+                add_terms(a.terms, first + r, n, begin, end, factor, x);
                 factor = _mm512_set1_ps(1);
             }
             for (int j = begin; j < smaller(end, whole); j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));

@@ -267,35 +267,15 @@ static void multiply(const Product& p) {
     }
 }
 
-// The lower, or upper, halves of two vectors in turn: a₀ b₀ a₁ b₁ …
-template <int OFFSET>
-static inline Vec interleave(Vec a, Vec b) {
-#if defined(__clang__)  // which makes one instruction of it
-    Vec both;
-    for (int i = 0; i < W; i++) both[i] = (i % 2 ? b : a)[i / 2 + OFFSET];
-    return both;
-#else
-    VecInt mask;
-    for (int i = 0; i < W; i++) mask[i] = i / 2 + OFFSET + i % 2 * W;
-    return __builtin_shuffle(a, b, mask);
-#endif
-}
-
 // to[column][NR] = factor · from[row][column] for `rows` ≤ NR rows; the others are zero.
 static void transpose(const float* from, size_t stride, int rows, int columns, float factor, float* to) {
     int column = 0;
     for (; column + W <= columns; column += W)
         for (int half = 0; half < NR; half += W) {
-            Vec x[W], y[W];
+            Vec x[W];
             for (int r = 0; r < W; r++)
                 x[r] = half + r < rows ? load(from + (size_t)(half + r) * stride + column) * factor : Vec{};
-            for (int width = W; width > 1; width /= 2) {
-                for (int i = 0; i < W / 2; i++) {
-                    y[2 * i] = interleave<0>(x[i], x[i + W / 2]);
-                    y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2]);
-                }
-                for (int i = 0; i < W; i++) x[i] = y[i];
-            }
+            transpose(x);
             for (int i = 0; i < W; i++) store(to + (size_t)(column + i) * NR + half, x[i]);
         }
     for (; column < columns; column++)
@@ -313,8 +293,25 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
 
 constexpr float OUTSIDE = -3e38f;  // a score outside the window, whose probability is exactly 0
 
+// Adds what disentangled attention adds.
+static void add_distance_terms(const LogitTerms& terms, int first, int count, int begin, int end, float* scores) {
+    const DistanceTerms& by = terms.distance;
+    for (int half = 0; half < count; half += W)
+        for (int j = begin; j < end; j += W) {
+            const int query = first + half, keys = smaller(W, end - j);
+            Vec added[W];
+            distance_block<-1>(by, terms.key_places + j, keys, by.of_keys ? by.of_keys + j * by.stride : nullptr,
+                               terms.query_places + query, smaller(W, count - half),
+                               by.of_queries ? by.of_queries + query * by.stride : nullptr, added);
+            float* at = scores + (size_t)j * NR + half;
+            for (int i = 0; i < keys; i++) store(at + i * NR, load(at + i * NR) + added[i]);
+        }
+}
+
 // Adds a head's terms to the scores of the keys [begin, end) for up to NR queries from `first` on.
 static void add_terms(const LogitTerms& terms, int first, int count, int begin, int end, float* scores) {
+    if (terms.distance.columns) add_distance_terms(terms, first, count, begin, end, scores);
+    if (!terms.bias && terms.window < 0) return;
     const int *places = terms.query_places + first, far = terms.far;
     // With nothing dropped in between, W distances lie side by side in the table.
     const bool adjacent = places[count - 1] - places[0] == count - 1;

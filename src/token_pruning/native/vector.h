@@ -93,6 +93,18 @@ static inline Vec gather(const float* table, VecInt index) {
 #endif
 }
 
+static inline VecInt gather(const int32_t* table, VecInt index) {
+#if defined(__AVX512F__)
+    return (VecInt)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (VecInt)_mm256_i32gather_epi32(table, (__m256i)index, 4);
+#else
+    VecInt v;
+    for (int i = 0; i < W; i++) v[i] = table[index[i]];
+    return v;
+#endif
+}
+
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
 
@@ -107,6 +119,32 @@ static inline Vec maximum(Vec a, Vec b) {
 #endif
 }
 static inline Vec absolute(Vec x) { return (Vec)((VecInt)x & 0x7fffffff); }
+
+// The lower, or upper, halves of two vectors in turn: a₀ b₀ a₁ b₁ …
+template <int OFFSET>
+static inline Vec interleave(Vec a, Vec b) {
+#if defined(__clang__)  // which makes one instruction of it
+    Vec both;
+    for (int i = 0; i < W; i++) both[i] = (i % 2 ? b : a)[i / 2 + OFFSET];
+    return both;
+#else
+    VecInt mask;
+    for (int i = 0; i < W; i++) mask[i] = i / 2 + OFFSET + i % 2 * W;
+    return __builtin_shuffle(a, b, mask);
+#endif
+}
+
+// A square of numbers, turned over its diagonal.
+static inline void transpose(Vec* x) {
+    Vec y[W];
+    for (int width = W; width > 1; width /= 2) {
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = interleave<0>(x[i], x[i + W / 2]);
+            y[2 * i + 1] = interleave<W / 2>(x[i], x[i + W / 2]);
+        }
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+}
 
 static inline float sum(Vec v) {
     float parts[W];
@@ -265,6 +303,62 @@ static inline Vec activate(Vec x, Activation activation) {
             return times_sigmoid(x, x);
     }
     return x;
+}
+
+// table[index[0]] table[index[1]] … for indexes from `low` to `high`. Numbers that lie close together are not gathered,
+// but read as a whole, up to DISTANCE_EDGE from `low` on, which is faster.
+template <class Number>
+static inline auto pick(const Number* table, VecInt index, [[maybe_unused]] int low, [[maybe_unused]] int high) {
+    typedef decltype(gather(table, index)) Result;
+#if defined(__AVX512F__)
+    const float* from = (const float*)table + low;
+    if (high - low < W) return (Result)_mm512_permutexvar_ps((__m512i)(index - low), (__m512)load(from));
+    if (high - low < 2 * W)
+        return (Result)_mm512_permutex2var_ps((__m512)load(from), (__m512i)(index - low), (__m512)load(from + W));
+#elif defined(__AVX2__)
+    const float* from = (const float*)table + low;
+    if (high - low < W) return (Result)_mm256_permutevar8x32_ps((__m256)load(from), (__m256i)(index - low));
+#endif
+    return (Result)gather(table, index);
+}
+
+// A row's numbers for some distances from `low` to `high`.
+static inline Vec pick(const DistanceTerms& terms, const float* row, VecInt distance, int low, int high) {
+    const int far = terms.far;
+    distance = distance > far ? VecInt{} + far : distance;
+    distance = (distance < -far ? VecInt{} - far : distance) + far;
+    low = larger(-far, smaller(low, far)) + far, high = larger(-far, smaller(high, far)) + far;
+    const VecInt column = pick(terms.columns, distance, low, high);
+    return pick(row, column, terms.columns[low], terms.columns[high]);
+}
+
+// to[a][b] = by_row[a][column] + by_lane[b][column] for rows a and lanes b, W of each at most. The column is that of
+// their distance: of a from b where SIGN is 1, and of b from a where it is -1.
+template <int SIGN>
+static inline void distance_block(const DistanceTerms& terms, const int* row_places, int rows, const float* by_row,
+                                  const int* lane_places, int lanes, const float* by_lane, Vec* to) {
+    VecInt row_place, lane_place;
+    for (int i = 0; i < W; i++) {
+        row_place[i] = row_places[smaller(i, rows - 1)];
+        lane_place[i] = lane_places[smaller(i, lanes - 1)];
+    }
+    const int first_row = row_places[0], last_row = row_places[rows - 1];
+    const int first_lane = lane_places[0], last_lane = lane_places[lanes - 1];
+    for (int b = 0; b < W; b++) to[b] = Vec{};
+    if (by_lane) {
+        for (int b = 0; b < lanes; b++) {
+            const int place = lane_places[b];
+            const int low = SIGN > 0 ? first_row - place : place - last_row;
+            to[b] =
+                pick(terms, by_lane + b * terms.stride, (row_place - place) * SIGN, low, low + last_row - first_row);
+        }
+        transpose(to);
+    }
+    for (int a = 0; by_row && a < rows; a++) {
+        const int place = row_places[a];
+        const int low = SIGN > 0 ? place - last_lane : first_lane - place;
+        to[a] += pick(terms, by_row + a * terms.stride, (place - lane_place) * SIGN, low, low + last_lane - first_lane);
+    }
 }
 
 // Both norms: what RMS norm leaves out is the mean.
