@@ -11,7 +11,7 @@ batch), ``cu_seqlens = [0, 3, 5]`` (int32; sequence ``s`` is ``rows[cu_seqlens[s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Generic, TypeVar, overload
 
@@ -159,9 +159,9 @@ def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
         return fewer, kept, dropped
     kept = keep.nonzero().squeeze(-1)
     dropped = (~keep).nonzero().squeeze(-1)
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    kept_before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))
     cu_seqlens = kept_before[layout.cu_seqlens.long()].to(torch.int32)
-    return Layout(layout.indices[kept], cu_seqlens, layout.width), kept, dropped
+    return replace(layout, indices=layout.indices[kept], cu_seqlens=cu_seqlens), kept, dropped
 
 
 def row_bucket(rows: int) -> int:

@@ -56,7 +56,7 @@ def asking(tokens: PackedTokens, pruner: Pruner) -> Tensor | None:
     if pruner.received_from == "all":
         return None
     first = torch.zeros(tokens.layout.total, dtype=torch.bool, device=tokens.positions.device)
-    first = first.index_fill(0, tokens.layout.first_rows, True)
+    first = first.index_fill(0, tokens.layout.first_rows, 1)
     if pruner.received_from == "first":
         return first
     ids = _ids(tokens, f"received_from is {pruner.received_from!r}")
