@@ -96,7 +96,7 @@ class Attachment:
         self.token_pruner = token_pruner
         self.model._modules[MODULE_NAME] = token_pruner
 
-    def _check_call(self) -> None:
+    def check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
 
         Raises:
@@ -140,7 +140,7 @@ class Attachment:
         Returns:
             The base model's output class.
         """
-        self._check_call()
+        self.check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)
         reads = self.reads if self.reads != "first" or by_head or self.base is self.model else "all"

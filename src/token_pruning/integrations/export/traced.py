@@ -33,11 +33,13 @@ class Traced(nn.Module):
         """
         super().__init__()
         inner = hugging_face_model(model)
+        attachment_of(inner).check_call()
         refuse(inner, attachment_of(inner))
         self.model = copy.deepcopy(with_merged_adapters(inner)).to("cpu", torch.float32).eval().requires_grad_(False)
         attachment = attachment_of(self.model)
         attachment.token_pruner.fit_vocabulary()
         attachment.token_pruner.check_maps(attachment.reads)
+        self.token_pruner, self.family = attachment.token_pruner, attachment.family
         attachment.run = _Run(attachment)  # type: ignore[method-assign]
         types = input_tables(attachment.base)["token_type_ids"] or 1
         self.inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if types > 1 else ()))
@@ -53,6 +55,14 @@ class Traced(nn.Module):
         mask = torch.ones_like(ids)
         mask[0, 9:], mask[2, 7:] = 0, 0
         return (ids, mask, torch.zeros_like(ids))[: len(self.inputs)]
+
+    def dynamic_outputs(self) -> dict[str, dict[int, str]]:
+        """Axes of the outputs that depend on the input's."""
+        width = 12
+        found = zip(self.outputs, self(*self.example()), strict=True)
+        return {
+            name: {0: "batch", **({1: "width"} if value.dim() > 1 and value.shape[1] == width else {})} for name, value in found
+        }
 
     def _run(self, *inputs: Tensor) -> Any:
         return self.model(**dict(zip(self.inputs, inputs, strict=True)), return_dict=True)
