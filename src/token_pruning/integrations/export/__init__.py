@@ -1,6 +1,6 @@
 """``export``: a pruned model as a graph for ONNX Runtime or OpenVINO, for those who cannot take the engine.
 
-onnx, onnxscript, onnxruntime and openvino are imported on use.
+onnx and openvino are imported on use.
 """
 
 from token_pruning.integrations.export.files import Format, export

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError, UnsupportedModelError
@@ -65,7 +64,7 @@ def export(
         raise ConfigError(f"output is {path}, which exists; it must be a new or empty folder, or end in .onnx or .xml")
     if tokenizer is not None and not in_folder:
         raise ConfigError(f"tokenizer is given, but output is the file {path}; only a folder can hold both")
-    _need("onnx", "onnxscript", *(["openvino"] if kind == "openvino" else []))
+    _need("onnx", *(["openvino"] if kind == "openvino" else []))
     adapter = adapter_of(model)
     graph: Any = Traced(model)
     size = sum(weight.numel() * weight.element_size() for weight in graph.parameters())
