@@ -140,10 +140,7 @@ def test_tokens_are_gone(tmp_path: Path) -> None:
     model = tp.prune(tiny_model(), PRUNER)
     file = tp.export(model, tmp_path / "model.onnx")
     graph = onnx.load(file)
-    inner = [
-        next(node.output[0] for node in graph.graph.node if f"layer.{layer}/intermediate/dense" in node.name)
-        for layer in range(4)
-    ]
+    inner = [node.output[0] for node in graph.graph.node if "/intermediate/dense" in node.name]
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inner)
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     batch = ragged_batch([20, 50, 7])

@@ -26,25 +26,24 @@ _OPSET = 18  # the first with a maximum over scattered values
 _MOST_BYTES = 2**31 - 2**24  # of one ONNX file, with room for the graph
 
 
-def export(
-    model: Any, output: str | os.PathLike[str], *, format: Format | None = None, tokenizer: Any = None
-) -> Path:
+def export(model: Any, output: str | os.PathLike[str], *, format: Format | None = None, tokenizer: Any = None) -> Path:
     """Write a pruned model as a graph for ONNX Runtime or OpenVINO, which really removes tokens.
 
     The graph takes ``input_ids``, ``attention_mask`` and, where the model has several token types, ``token_type_ids``:
-    ``[batch, width]`` int64 of any batch and width, padded left or right. It computes no padding but in attention, takes
-    the model's own decisions, and gives what the model gives, in float32: ``logits``, ``start_logits`` and
+    ``[batch, width]`` int64 of any batch and width, padded left or right. It computes no padding but in attention,
+    takes the model's own decisions, and gives what the model gives, in float32: ``logits``, ``start_logits`` and
     ``end_logits``, or ``last_hidden_state`` with ``pooler_output``. That of a ``SentenceTransformer`` also gives
-    ``sentence_embedding``, after all of its modules. A ``CrossEncoder``'s logits are those before its activation.
-    Both runtimes check nothing: ids outside their tables and texts longer than the model's positions are errors of
-    their own, or undefined.
+    ``sentence_embedding``, after all of its modules. A ``CrossEncoder``'s logits are those before its activation. A
+    graph checks nothing: ids outside their tables and texts longer than the model's positions are the runtime's own
+    errors, or undefined.
 
     Args:
-        model: a pruned model of transformers with input ids and any head but multiple choice, also with LoRA's adapters,
+        model: a pruned model of transformers with input ids and any head but multiple choice, also with LoRA,
             which are merged in a copy; or a pruned ``SentenceTransformer`` or ``CrossEncoder``.
-        output: a file that ends in ``.onnx``, or in ``.xml`` for OpenVINO (its weights go beside it, into ``.bin``); else a
-            folder, which gets the graph, ``config.json`` and tokenizer files, and of a sentence-transformers model all
-            but the weights, as that library and optimum load them with the backend ``"onnx"`` or ``"openvino"``.
+        output: a file that ends in ``.onnx``, or in ``.xml`` for OpenVINO (its weights go beside it, into ``.bin``);
+            else a folder, which gets the graph, ``config.json`` and tokenizer files, and of a sentence-transformers
+            model all but the weights, as that library and optimum load them with the backend ``"onnx"`` or
+            ``"openvino"``.
         format: ``"onnx"`` or ``"openvino"``; as the file's name says, and ``"openvino"`` for a folder, unless given.
         tokenizer: of transformers, for a folder; a sentence-transformers model has its own.
 
@@ -52,8 +51,8 @@ def export(
         ``output``.
 
     Raises:
-        ConfigError: if the model is not pruned, for a setting that a graph cannot have (summary tokens, ``max_tokens``),
-            a wrong format, or a folder that is not empty.
+        ConfigError: if the model is not pruned, for a setting that a graph cannot have (summary tokens,
+            ``max_tokens``), a wrong format, or a folder that is not empty.
         UnsupportedModelError: for a model or a method of another kind, or weights of more than 2 GB in one ONNX file.
         TokenPruningError: if a package is missing: ``pip install 'token-pruning[export]'``.
     """
@@ -171,7 +170,7 @@ def _trace(graph: Any, file: Path) -> None:
 
 
 def _check_trace(graph: Any, caught: list[warnings.WarningMessage]) -> None:
-    """Raises UnsupportedModelError if a method or family of others made numbers of tensors, which are those of one input."""
+    """Raises UnsupportedModelError if a method or family of others made numbers of tensors: those of one input."""
     for part in (graph.token_pruner.pruner, graph.family):
         own = type(part)
         if own.__module__.partition(".")[0] == "token_pruning":

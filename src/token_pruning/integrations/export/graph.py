@@ -1,7 +1,8 @@
 """A forward pass that removes tokens, written so that a tracer sees nothing but operations on tensors.
 
-It is the loop of :mod:`token_pruning.runtime.loop` with the families' own steps and the methods' own decisions. Rows are
-packed, ``[tokens, dim]``, and how many there are depends on the input; attention alone is computed on a padded grid.
+It is the loop of :mod:`token_pruning.runtime.loop` with the families' own steps and the methods' own decisions. Rows
+are packed, ``[tokens, dim]``, and how many there are depends on the input; attention alone is computed on a padded
+grid.
 """
 
 from dataclasses import dataclass

@@ -61,7 +61,8 @@ class Traced(nn.Module):
         width = 12
         found = zip(self.outputs, self(*self.example()), strict=True)
         return {
-            name: {0: "batch", **({1: "width"} if value.dim() > 1 and value.shape[1] == width else {})} for name, value in found
+            name: {0: "batch", **({1: "width"} if value.dim() > 1 and value.shape[1] == width else {})}
+            for name, value in found
         }
 
     def _run(self, *inputs: Tensor) -> Any:
@@ -81,7 +82,9 @@ class _Run:
 
     def __call__(self, options: dict[str, Any], *, by_head: bool) -> Any:
         attachment, family = self.attachment, self.attachment.family
-        reads = attachment.reads if attachment.reads != "first" or by_head or attachment.base is attachment.model else "all"
+        reads = (
+            attachment.reads if attachment.reads != "first" or by_head or attachment.base is attachment.model else "all"
+        )
         given = {name: value for name, value in family.inputs(options).items() if value is not None}
         tokens, filled = pack_for_graph(family, given)
         states = GraphLoop(family, attachment.token_pruner, tokens, reads=reads).run().states

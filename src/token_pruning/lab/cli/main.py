@@ -174,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROGRAM, description="Train, evaluate and use encoders that drop the tokens they do not need."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="train | calibrate | eval | export | predict | analyze | sweep | demo", parser_class=_Parser
+        required=True,
+        metavar="train | calibrate | eval | export | predict | analyze | sweep | demo",
+        parser_class=_Parser,
     )
     for add in (add_train, add_calibrate, add_eval, add_export, add_predict, add_analyze, add_sweep, add_demo):
         add(commands)
