@@ -166,10 +166,10 @@ def page(result: dict[str, Any]) -> str:
         [
             "# Exported graphs",
             "",
-            f"{result['cpu']}, float32, {result['threads']} thread(s), texts of {result['tokens']} tokens each; medians "
-            f"of {result['passes']} passes in turn, ratios with the lowest and the highest. Random weights, thresholds for "
-            f"{TARGET_FLOPS} of the FLOPs. The dense model is exported in the forms of `benchmarks/peers.py`; its "
-            "fastest one counts.",
+            f"{result['cpu']}, float32, {result['threads']} thread(s), texts of {result['tokens']} tokens each; "
+            f"medians of {result['passes']} passes in turn, ratios with the lowest and the highest. Random weights, "
+            f"thresholds for {TARGET_FLOPS} of the FLOPs. The dense model is exported in the forms of "
+            "`benchmarks/peers.py`; its fastest one counts.",
             "",
             f"| {' | '.join(header)} |",
             "|" + "---|" * len(header),

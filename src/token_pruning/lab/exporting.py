@@ -20,7 +20,7 @@ class ExportOptions:
     """
 
     restore: str = option(help="pruned checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
-    output: Path = option(help="a new folder, or a file that ends in .onnx, or in .xml for OpenVINO")
+    output: str = option(help="a new folder, or a file that ends in .onnx, or in .xml for OpenVINO")
     format: Format | None = option(None, help="onnx or openvino (default: by the file's name; openvino for a folder)")
 
     def __post_init__(self) -> None:
@@ -37,11 +37,12 @@ def export_checkpoint(options: ExportOptions) -> Path:
     folder = Path(options.restore)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
-    in_folder = options.output.suffix not in (".onnx", ".xml")
+    output = Path(options.output)
+    in_folder = output.suffix not in (".onnx", ".xml")
     tokenizer = None
     if adapter_for(folder) is None:
         checkpoint = read_checkpoint(folder)
         if checkpoint.config.get("prune_mode") is None:
             raise ConfigError(f"{folder / 'config.json'}: prune_mode is missing: the checkpoint is dense")
         tokenizer = load_tokenizer(checkpoint) if in_folder else None
-    return export(from_pretrained(folder), options.output, format=options.format, tokenizer=tokenizer)
+    return export(from_pretrained(folder), output, format=options.format, tokenizer=tokenizer)
