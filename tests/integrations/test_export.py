@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.integrations.test_sentence_transformers import LONGEST, TEXTS, embedd
 from tests.integrations.test_sentence_transformers import PAIRS as TEXT_PAIRS
 from tests.tiny import EVERY_FAMILY, outputs, ragged_batch, tiny_model
 from tests.workspace import write_checkpoint
-from token_pruning.integrations.export.graph import GraphLayout
+from token_pruning.integrations.export.graph import GraphLayout, rounded_up
 from token_pruning.lab.cli import main
 from token_pruning.pruners import LayerTokens, Pruner
 
@@ -318,10 +318,13 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 def test_the_layout_of_a_graph_is_the_layout_of_a_batch() -> None:
     layout = GraphLayout(torch.tensor([0, 1, 2, 5, 6]), torch.tensor([0, 3, 5], dtype=torch.int32), 5)
     assert layout.columns.tolist() == [0, 1, 2, 0, 1]
-    assert layout.grid_mask.tolist() == [[True] * 3 + [False] * 5, [True] * 2 + [False] * 6]
-    assert layout.grid_rows.tolist() == [[0, 1, 2] + [0] * 5, [3, 4] + [3] * 6]
-    assert layout.grid_places.tolist() == [0, 1, 2, 8, 9]
+    assert layout.grid_mask.tolist() == [[True] * 3, [True, True, False]]
+    assert layout.grid_rows.tolist() == [[0, 1, 2], [3, 4, 3]]
+    assert layout.grid_places.tolist() == [0, 1, 2, 3, 4]
+    assert replace(layout, rounded=True).grid_mask.shape == (2, 16)
     rows = torch.arange(10.0).view(5, 2)
+    found = [int(rounded_up(torch.tensor(count))) for count in (1, 16, 17, 511, 512, 513, 4700, 4900)]
+    assert found == [16, 16, 32, 512, 512, 544, 4864, 5120]
     assert layout.sums(rows, torch.ones(5)).tolist() == [[6.0, 9.0], [14.0, 16.0]]
 
 

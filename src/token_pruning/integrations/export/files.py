@@ -65,7 +65,7 @@ def export(model: Any, output: str | os.PathLike[str], *, format: Format | None 
         raise ConfigError(f"tokenizer is given, but output is the file {path}; only a folder can hold both")
     _need("onnx", *(["openvino"] if kind == "openvino" else []))
     adapter = adapter_of(model)
-    graph: Any = Traced(model)
+    graph: Any = Traced(model, rounded=kind == "openvino")
     size = sum(weight.numel() * weight.element_size() for weight in graph.parameters())
     if kind == "onnx" and size > _MOST_BYTES:
         raise UnsupportedModelError(f"the weights have {size / 2**30:.1f} GB; one ONNX file holds 2: format='openvino'")
@@ -156,16 +156,19 @@ def _trace(graph: Any, file: Path) -> None:
     places = {name: {0: "batch", 1: "width"} for name in graph.inputs}
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.onnx.export(
-            graph,
-            graph.example(),
-            file,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_axes={**places, **graph.dynamic_outputs()},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
+        try:
+            torch.onnx.export(
+                graph,
+                graph.example(),
+                file,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                dynamic_axes={**places, **graph.dynamic_outputs()},
+                opset_version=_OPSET,
+                dynamo=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UnsupportedModelError(f"the graph cannot be exported: {str(error).splitlines()[0]}") from error
     _check_trace(graph, caught)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Family, Reads
@@ -19,14 +20,22 @@ from token_pruning.ragged.layout import computed_once
 from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.token_pruner import TokenPruner
+from token_pruning.runtime.trace import LayerRecord
 
 _MASKED = -1e30  # finite: added to logits of places that hold no token
-_STEP = 8  # of the grid's width: runtimes prepare themselves for every shape that they have not met
+_STEPS, _LEAST_STEP, _OCTAVES = 16, 16, 20  # of numbers of rows that are rounded up: per octave, at least, at most
 
 
 @dataclass(frozen=True)
 class GraphLayout(Layout):
-    """A layout all of whose numbers are tensors; every sequence has a token."""
+    """A layout all of whose numbers are tensors; every sequence has a token.
+
+    Attributes:
+        rounded: whether the grid's width is rounded up, and so are numbers of rows, once tokens have left: OpenVINO
+            prepares itself for every shape that it has not met, which takes as long as a quarter of a pass.
+    """
+
+    rounded: bool = False
 
     @property
     def lengths(self) -> list[int]:  # type: ignore[override]
@@ -60,7 +69,7 @@ class GraphLayout(Layout):
     def grid_shape(self) -> tuple[Any, Any]:
         """Sequences, and the places that attention has for each."""
         longest = self.lengths_tensor.max()
-        return self.lengths_tensor.shape[0], (longest + _STEP - 1) // _STEP * _STEP
+        return self.lengths_tensor.shape[0], rounded_up(longest) if self.rounded else longest
 
     @computed_once
     def grid_mask(self) -> Tensor:
@@ -90,12 +99,20 @@ class GraphLayout(Layout):
         return (weighted[:, None] @ rows[self.grid_rows].float())[:, 0]
 
 
-def pack_for_graph(family: Family, inputs: dict[str, Tensor]) -> tuple[PackedTokens, Tensor]:
+def rounded_up(count: Tensor) -> Tensor:
+    """A number of rows rounded up: to a multiple of 16, from 512 on to one of 16 per octave; int64."""
+    doubled = 2 ** torch.arange(_OCTAVES)
+    step = _LEAST_STEP + torch.where(count >= _LEAST_STEP * _STEPS * 2 * doubled, _LEAST_STEP * doubled, 0).sum()
+    return (count + step - 1) // step * step
+
+
+def pack_for_graph(family: Family, inputs: dict[str, Tensor], *, rounded: bool) -> tuple[PackedTokens, Tensor]:
     """Leave padding behind.
 
     Args:
         family: bound to the base model.
         inputs: ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, ``[batch, width]`` int64.
+        rounded: see :class:`GraphLayout`.
 
     Returns:
         The tokens, and ``[batch]`` bool: which sequences have any. One without borrows its first place.
@@ -106,7 +123,8 @@ def pack_for_graph(family: Family, inputs: dict[str, Tensor]) -> tuple[PackedTok
     mask = mask | (~filled[:, None] & (torch.arange(width) == 0))
     indices = mask.flatten().nonzero()[:, 0]
     ends = mask.long().sum(1).cumsum(0)
-    layout = GraphLayout(indices, torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(), width)
+    layout = GraphLayout(indices, torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(), width, rounded)
+    layout.__dict__["grid_shape"] = (ids.shape[0], layout.lengths_tensor.max())  # the input's, never rounded
     types = inputs.get("token_type_ids")
     return (
         PackedTokens(
@@ -126,16 +144,38 @@ class GraphLoop(PackedLoop):
         super().__init__(family, token_pruner, tokens, reads=reads)
         self._positions = tokens.layout.grid(tokens.positions).flatten()
 
+    def enter(self) -> Tensor:
+        rows = super().enter()
+        if not self._rounded or self.decisions.entering(1) is self.tokens.layout:
+            return rows
+        return rows[self._filled(torch.arange(rows.shape[0]))]
+
     def positions(self, number: int, rows: Tensor) -> Tensor:
         layout = self.decisions.entering(number)
-        return self.tokens.positions if layout is self.tokens.layout else self._positions[layout.indices]
+        found = self.tokens.positions if layout is self.tokens.layout else self._positions[layout.indices]
+        return pad(found, (0, rows.shape[0] - found.shape[0])) if self._rounded else found
 
     def states(self, number: int, rows: Tensor) -> Tensor:
-        return rows
+        return rows[: self.decisions.entering(number).indices.shape[0]] if self._rounded else rows
+
+    @property
+    def _rounded(self) -> bool:
+        layout = self.tokens.layout
+        return isinstance(layout, GraphLayout) and layout.rounded
+
+    def _staying(self, number: int, record: LayerRecord) -> Tensor | None:
+        stay = super()._staying(number, record)
+        return stay if stay is None or self.decisions.first_only(number) or not self._rounded else self._filled(stay)
+
+    @staticmethod
+    def _filled(rows: Tensor) -> Tensor:
+        """Numbers of rows, with the first one again and again at the end, up to a rounded count."""
+        count = torch.zeros_like(rows).add(1).sum()
+        return torch.cat([rows, rows[:1].expand(rounded_up(count) - count)])
 
     @staticmethod
     def _with_filler(rows: Tensor) -> Tensor:
-        return rows
+        return rows  # that is done where rows are chosen
 
     def attend(
         self,
@@ -150,6 +190,7 @@ class GraphLoop(PackedLoop):
         family, layout = self.family, self.decisions.entering(number)
         assert isinstance(layout, GraphLayout)
         rows = layout.grid_rows
+        key_rows = key.shape[0]
         query = query * family.scale(layer)
         query = query[:, :, None] if asking is not None else query[rows].transpose(1, 2)
         key, value = key[rows].transpose(1, 2), value[rows].transpose(1, 2)
@@ -162,7 +203,10 @@ class GraphLoop(PackedLoop):
         if asking is not None:
             return context[:, :, 0], None
         # [batch, heads, places, head_dim] to rows again
-        context = context.transpose(1, 2).flatten(0, 1)[layout.grid_places]
+        places = layout.grid_places
+        if self._rounded:
+            places = pad(places, (0, key_rows - places.shape[0]))
+        context = context.transpose(1, 2).flatten(0, 1)[places]
         if not self.decisions.prunes(number) or self.decisions.probes(number):
             return context, None
         paid = self.decisions.paid(number)
@@ -178,7 +222,7 @@ class GraphLoop(PackedLoop):
         What departed tokens count as is in them, and the correction.
         """
         record, last = self.decisions.record, self.decisions.record.layers[len(self.decisions.record.layers)]
-        own = self.family.finish(rows)
+        own = self.family.finish(rows if record.first_only else rows[: last.leaving.indices.shape[0]])
         if record.first_only:
             return LastStates(self._corrected(own, last.entering))
         if self.reads == "all" or (record.pruner.departed == "state" and record.pruner.correction is None):

@@ -24,8 +24,12 @@ class Traced(nn.Module):
         outputs: names of what it returns.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, rounded: bool) -> None:
         """Take a pruned model of transformers, or one of PEFT around it.
+
+        Args:
+            model: the model.
+            rounded: see :class:`token_pruning.integrations.export.graph.GraphLayout`.
 
         Raises:
             ConfigError: if it is not pruned, or for a setting that a graph cannot have.
@@ -40,7 +44,7 @@ class Traced(nn.Module):
         attachment.token_pruner.fit_vocabulary()
         attachment.token_pruner.check_maps(attachment.reads)
         self.token_pruner, self.family = attachment.token_pruner, attachment.family
-        attachment.run = _Run(attachment)  # type: ignore[method-assign]
+        attachment.run = _Run(attachment, rounded)  # type: ignore[method-assign]
         types = input_tables(attachment.base)["token_type_ids"] or 1
         self.inputs = ("input_ids", "attention_mask", *(("token_type_ids",) if types > 1 else ()))
         self.outputs: tuple[str, ...] = ()
@@ -77,8 +81,8 @@ class Traced(nn.Module):
 class _Run:
     """Stands in for :meth:`Attachment.run`."""
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, attachment: Attachment, rounded: bool) -> None:
+        self.attachment, self.rounded = attachment, rounded
 
     def __call__(self, options: dict[str, Any], *, by_head: bool) -> Any:
         attachment, family = self.attachment, self.attachment.family
@@ -86,7 +90,7 @@ class _Run:
             attachment.reads if attachment.reads != "first" or by_head or attachment.base is attachment.model else "all"
         )
         given = {name: value for name, value in family.inputs(options).items() if value is not None}
-        tokens, filled = pack_for_graph(family, given)
+        tokens, filled = pack_for_graph(family, given, rounded=self.rounded)
         states = GraphLoop(family, attachment.token_pruner, tokens, reads=reads).run().states
         layout = tokens.layout
         if reads == "first":
