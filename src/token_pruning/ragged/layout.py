@@ -100,6 +100,21 @@ class Layout:
         filled = (self.lengths_tensor > 0).nonzero().squeeze(-1)
         return first.new_zeros(self.batch_size, first.shape[1]).index_copy(0, filled, first)
 
+    def ranks(self, scores: Tensor) -> Tensor:
+        """Each row's place among its sequence's by score, the highest first, of equals the earlier row.
+
+        Args:
+            scores: ``[tokens]`` floating point.
+
+        Returns:
+            ``[tokens]`` int64, 0 for the first.
+        """
+        # Two stable sorts: by score, then by sequence. Rows end up sequence by sequence, best first.
+        by_score = scores.argsort(descending=True, stable=True)
+        order = by_score[self.sequence_ids[by_score].argsort(stable=True)]
+        places = torch.arange(self.total, device=scores.device) - self.cu_seqlens.long()[self.sequence_ids]
+        return torch.zeros_like(places).index_put((order,), places)
+
     def grid(self, values: Tensor) -> Tensor:
         """``[tokens]`` values in their places of the padded batch, ``[batch, width]``; elsewhere zero."""
         flat = values.new_zeros(self.batch_size * self.width)

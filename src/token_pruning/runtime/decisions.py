@@ -81,7 +81,7 @@ class Decisions:
             return None
         layout = self.entering(layer)
         asks = self._asks[layout.indices].float()
-        asking = asks.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, asks)
+        asking = asks.new_zeros(layout.batch_size).scatter_add(0, layout.sequence_ids, asks)
         share = layout.lengths_tensor / asking.clamp(min=1)
         return torch.where((asking > 0)[layout.sequence_ids], asks * share[layout.sequence_ids], 1.0)
 

@@ -30,13 +30,13 @@ def protected(tokens: PackedTokens, pruner: Pruner) -> Tensor | None:
     ids = _ids(tokens, f"protect is {list(pruner.protect)}")
     found = torch.zeros_like(ids, dtype=torch.bool)
     if "separators" in pruner.protect:
-        found |= separators(ids, tokens.layout)
+        found = found | separators(ids, tokens.layout)
     if "first_segment" in pruner.protect:
         first = first_segment(ids, tokens.layout)
-        second = torch.zeros(tokens.layout.batch_size, device=ids.device).index_add(
+        second = torch.zeros(tokens.layout.batch_size, device=ids.device).scatter_add(
             0, tokens.layout.sequence_ids, (~first).float()
         )
-        found |= first & (second > 0)[tokens.layout.sequence_ids]  # a single text is no pair's first
+        found = found | first & (second > 0)[tokens.layout.sequence_ids]  # a single text is no pair's first
     return found
 
 

@@ -88,6 +88,13 @@ class GraphLayout(Layout):
         shift = torch.arange(self.lengths_tensor.shape[0]) * self.grid_shape[1] - self.starts
         return torch.arange(self.indices.shape[0]) + shift[self.sequence_ids]
 
+    def ranks(self, scores: Tensor) -> Tensor:
+        own, other = scores[self.grid_rows][:, :, None], scores[self.grid_rows][:, None]
+        numbers = torch.arange(self.grid_shape[1])
+        before = (other > own) | ((other == own) & (numbers < numbers[:, None]))
+        found = (before & self.grid_mask[:, None]).long().sum(2)
+        return found.flatten()[self.grid_places]
+
     def sums(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Each sequence's weighted sum of its rows, ``[batch, dim]`` float32.
 
@@ -254,7 +261,7 @@ class GraphLoop(PackedLoop):
         total = leaving.sums(own, torch.ones_like(own[:, 0]))
         whole, number = total, count
         if self.departed:
-            states = self._placed(self._parts(mapped=False), own.shape[1])
+            states = self._placed(self._parts(mapped=False))
             for at, (places, _) in self.departed.items():
                 there = self._marked(places).view(valid.batch_size, 1, valid.width)
                 some = (there @ states.view(valid.batch_size, valid.width, -1).float())[:, 0]
