@@ -40,11 +40,15 @@ def in_onnx_runtime(file: Path) -> Callable[[Arrays], Arrays]:
     return lambda feed: dict(zip(names, session.run(None, {name: feed[name] for name in given}), strict=True))
 
 
+def _own_name(put: Any) -> str:
+    """Not one of those that stand for places inside the graph."""
+    return next(name for name in put.names if not name.startswith("/"))
+
+
 def in_openvino(file: Path) -> Callable[[Arrays], Arrays]:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
-    given = [put.any_name for put in compiled.inputs]
-    names = [next(name for name in put.names if not name.startswith("/")) for put in compiled.outputs]
+    given, names = ([_own_name(put) for put in puts] for puts in (compiled.inputs, compiled.outputs))
     return lambda feed: dict(zip(names, compiled([feed[name] for name in given]).to_tuple(), strict=True))
 
 

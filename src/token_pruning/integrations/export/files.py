@@ -179,7 +179,7 @@ def _check_trace(graph: Any, caught: list[warnings.WarningMessage]) -> None:
         if own.__module__.partition(".")[0] == "token_pruning":
             continue
         for warning in caught:
-            if issubclass(warning.category, torch.jit.TracerWarning) and warning.filename == inspect.getsourcefile(own):
+            if warning.category.__name__ == "TracerWarning" and warning.filename == inspect.getsourcefile(own):
                 raise UnsupportedModelError(
                     f"{own.__name__} makes Python numbers of tensors (line {warning.lineno} of {warning.filename}); "
                     "in a graph they would be those of one input"

@@ -38,7 +38,7 @@ class GraphLayout(Layout):
     rounded: bool = False
 
     @property
-    def lengths(self) -> list[int]:  # type: ignore[override]
+    def lengths(self) -> list[int]:
         """Known when the graph runs."""
         raise UnsupportedModelError(
             "the method reads how many tokens there are (layout.lengths), which a graph cannot; lengths_tensor it can"
@@ -54,7 +54,7 @@ class GraphLayout(Layout):
         return self.cu_seqlens[:-1].long()
 
     @property
-    def first_rows(self) -> Tensor:  # type: ignore[override]
+    def first_rows(self) -> Tensor:
         return self.starts
 
     @computed_once
@@ -74,7 +74,8 @@ class GraphLayout(Layout):
     @computed_once
     def grid_mask(self) -> Tensor:
         """Places that hold a token, ``[batch, places]`` bool."""
-        return torch.arange(self.grid_shape[1]) < self.lengths_tensor[:, None]
+        mask: Tensor = torch.arange(self.grid_shape[1]) < self.lengths_tensor[:, None]
+        return mask
 
     @computed_once
     def grid_rows(self) -> Tensor:
@@ -106,7 +107,7 @@ class GraphLayout(Layout):
         return (weighted[:, None] @ rows[self.grid_rows].float())[:, 0]
 
 
-def rounded_up(count: Tensor) -> Tensor:
+def rounded_up(count: int | Tensor) -> Any:
     """A number of rows rounded up: to a multiple of 16, from 512 on to one of 16 per octave; int64."""
     doubled = 2 ** torch.arange(_OCTAVES)
     step = _LEAST_STEP + torch.where(count >= _LEAST_STEP * _STEPS * 2 * doubled, _LEAST_STEP * doubled, 0).sum()
@@ -177,8 +178,8 @@ class GraphLoop(PackedLoop):
     @staticmethod
     def _filled(rows: Tensor) -> Tensor:
         """Numbers of rows, with the first one again and again at the end, up to a rounded count."""
-        count = torch.zeros_like(rows).add(1).sum()
-        return torch.cat([rows, rows[:1].expand(rounded_up(count) - count)])
+        numbers = torch.arange(rounded_up(rows.shape[0]))
+        return rows[torch.where(numbers < rows.shape[0], numbers, 0)]
 
     @staticmethod
     def _with_filler(rows: Tensor) -> Tensor:
@@ -232,6 +233,7 @@ class GraphLoop(PackedLoop):
         own = self.family.finish(rows if record.first_only else rows[: last.leaving.indices.shape[0]])
         if record.first_only:
             return LastStates(self._corrected(own, last.entering))
+        assert isinstance(last.leaving, GraphLayout)
         if self.reads == "all" or (record.pruner.departed == "state" and record.pruner.correction is None):
             return LastStates(self._every_state(own, last.leaving))
         return LastStates(self._states_of_mean(own, last.leaving))
