@@ -74,8 +74,7 @@ class GraphLayout(Layout):
     @computed_once
     def grid_mask(self) -> Tensor:
         """Places that hold a token, ``[batch, places]`` bool."""
-        mask: Tensor = torch.arange(self.grid_shape[1]) < self.lengths_tensor[:, None]
-        return mask
+        return torch.arange(self.grid_shape[1]) < self.lengths_tensor[:, None]
 
     @computed_once
     def grid_rows(self) -> Tensor:
@@ -86,7 +85,7 @@ class GraphLayout(Layout):
     @computed_once
     def grid_places(self) -> Tensor:
         """Each row's place in the flattened grid, ``[tokens]`` int64."""
-        shift = torch.arange(self.lengths_tensor.shape[0]) * self.grid_shape[1] - self.starts
+        shift: Tensor = torch.arange(self.lengths_tensor.shape[0]) * self.grid_shape[1] - self.starts
         return torch.arange(self.indices.shape[0]) + shift[self.sequence_ids]
 
     def ranks(self, scores: Tensor) -> Tensor:
