@@ -150,8 +150,8 @@ def _write(graph: Any, kind: str, folder: Path, staging: Path) -> list[Path]:
 def _trace(graph: Any, file: Path) -> None:
     """Write ``graph`` as ONNX.
 
-    By the exporter that traces tensors: the one that reads Python cannot say that two numbers of rows, each known only
-    when the graph runs, are the same.
+    By the exporter that traces tensors (torch's older one): to it, numbers of rows that are known only when the graph
+    runs are tensors like any other.
     """
     places = {name: {0: "batch", 1: "width"} for name in graph.inputs}
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings(record=True) as caught:
