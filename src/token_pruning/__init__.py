@@ -20,6 +20,7 @@ from token_pruning.errors import (
     UnsupportedModelError,
 )
 from token_pruning.integrations import LIBRARIES as _LIBRARIES  # noqa: F401 - their models are known now
+from token_pruning.integrations.export import export
 from token_pruning.pruners import (
     Correction,
     DepartureMaps,
@@ -67,6 +68,7 @@ __all__ = [
     "compile",
     "convert_scores",
     "count_flops",
+    "export",
     "freeze_thresholds",
     "from_pretrained",
     "prune",

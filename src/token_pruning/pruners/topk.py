@@ -59,8 +59,4 @@ class TopK(Pruner):
         scores = tokens.scores.index_fill(0, layout.first_rows, torch.inf)
         if tokens.summaries is not None:  # they stay besides
             scores = scores.masked_fill(tokens.summaries, -torch.inf)
-        # Two stable sorts: by score, then by sequence. Rows end up sequence by sequence, best first.
-        by_score = scores.argsort(descending=True, stable=True)
-        order = by_score[layout.sequence_ids[by_score].argsort(stable=True)]
-        rank = torch.arange(layout.total, device=scores.device) - layout.cu_seqlens.long()[layout.sequence_ids]
-        return torch.zeros_like(scores, dtype=torch.bool).index_put((order,), rank < counts[layout.sequence_ids])
+        return layout.ranks(scores) < counts[layout.sequence_ids]

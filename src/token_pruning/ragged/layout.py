@@ -11,7 +11,7 @@ batch), ``cu_seqlens = [0, 3, 5]`` (int32; sequence ``s`` is ``rows[cu_seqlens[s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Generic, TypeVar, overload
 
@@ -100,6 +100,21 @@ class Layout:
         filled = (self.lengths_tensor > 0).nonzero().squeeze(-1)
         return first.new_zeros(self.batch_size, first.shape[1]).index_copy(0, filled, first)
 
+    def ranks(self, scores: Tensor) -> Tensor:
+        """Each row's place among its sequence's by score, the highest first, of equals the earlier row.
+
+        Args:
+            scores: ``[tokens]`` floating point.
+
+        Returns:
+            ``[tokens]`` int64, 0 for the first.
+        """
+        # Two stable sorts: by score, then by sequence. Rows end up sequence by sequence, best first.
+        by_score = scores.argsort(descending=True, stable=True)
+        order = by_score[self.sequence_ids[by_score].argsort(stable=True)]
+        places = torch.arange(self.total, device=scores.device) - self.cu_seqlens.long()[self.sequence_ids]
+        return torch.zeros_like(places).index_put((order,), places)
+
     def grid(self, values: Tensor) -> Tensor:
         """``[tokens]`` values in their places of the padded batch, ``[batch, width]``; elsewhere zero."""
         flat = values.new_zeros(self.batch_size * self.width)
@@ -159,9 +174,9 @@ def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
         return fewer, kept, dropped
     kept = keep.nonzero().squeeze(-1)
     dropped = (~keep).nonzero().squeeze(-1)
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
+    kept_before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))
     cu_seqlens = kept_before[layout.cu_seqlens.long()].to(torch.int32)
-    return Layout(layout.indices[kept], cu_seqlens, layout.width), kept, dropped
+    return replace(layout, indices=layout.indices[kept], cu_seqlens=cu_seqlens), kept, dropped
 
 
 def row_bucket(rows: int) -> int:

@@ -103,7 +103,7 @@ class Attachment:
         """Prune by another method from now on; the config is left as it is."""
         self.model._modules[MODULE_NAME] = token_pruner
 
-    def _check_call(self) -> None:
+    def check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.
 
         Raises:
@@ -155,7 +155,7 @@ class Attachment:
     @torch.compiler.disable(reason="which tokens leave depends on the input")  # type: ignore[untyped-decorator, no-untyped-call]
     def _run(self, options: dict[str, Any], by_head: bool) -> Any:
         """The forward; under torch.compile as it is, for every count of tokens would be another graph."""
-        self._check_call()
+        self.check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)
         reads = self.reads if self.reads != "first" or by_head or self.base is self.model else "all"

@@ -81,7 +81,7 @@ class Decisions:
             return None
         layout = self.entering(layer)
         asks = self._asks[layout.indices].float()
-        asking = asks.new_zeros(layout.batch_size).index_add(0, layout.sequence_ids, asks)
+        asking = asks.new_zeros(layout.batch_size).scatter_add(0, layout.sequence_ids, asks)
         share = layout.lengths_tensor / asking.clamp(min=1)
         return torch.where((asking > 0)[layout.sequence_ids], asks * share[layout.sequence_ids], 1.0)
 
@@ -158,7 +158,7 @@ class Decisions:
         """Which tokens stay, as decided before if the layer runs again: ``[entering.total]`` bool."""
         if decided is not None and decided.dropped_rows is not None:
             return torch.ones_like(tokens.scores, dtype=torch.bool).index_fill(0, decided.dropped_rows, False)
-        keep = self.token_pruner.pruner.checked_keep(tokens).index_fill(0, tokens.layout.first_rows, True)
+        keep = self.token_pruner.pruner.checked_keep(tokens).index_fill(0, tokens.layout.first_rows, 1)
         if tokens.protected is not None:
             keep = keep | tokens.protected
         return keep if tokens.summaries is None else keep | tokens.summaries

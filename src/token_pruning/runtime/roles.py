@@ -30,13 +30,13 @@ def protected(tokens: PackedTokens, pruner: Pruner) -> Tensor | None:
     ids = _ids(tokens, f"protect is {list(pruner.protect)}")
     found = torch.zeros_like(ids, dtype=torch.bool)
     if "separators" in pruner.protect:
-        found |= separators(ids, tokens.layout)
+        found = found | separators(ids, tokens.layout)
     if "first_segment" in pruner.protect:
         first = first_segment(ids, tokens.layout)
-        second = torch.zeros(tokens.layout.batch_size, device=ids.device).index_add(
+        second = torch.zeros(tokens.layout.batch_size, device=ids.device).scatter_add(
             0, tokens.layout.sequence_ids, (~first).float()
         )
-        found |= first & (second > 0)[tokens.layout.sequence_ids]  # a single text is no pair's first
+        found = found | first & (second > 0)[tokens.layout.sequence_ids]  # a single text is no pair's first
     return found
 
 
@@ -56,7 +56,7 @@ def asking(tokens: PackedTokens, pruner: Pruner) -> Tensor | None:
     if pruner.received_from == "all":
         return None
     first = torch.zeros(tokens.layout.total, dtype=torch.bool, device=tokens.positions.device)
-    first = first.index_fill(0, tokens.layout.first_rows, True)
+    first = first.index_fill(0, tokens.layout.first_rows, 1)
     if pruner.received_from == "first":
         return first
     ids = _ids(tokens, f"received_from is {pruner.received_from!r}")

@@ -226,7 +226,7 @@ class TokenPruner(nn.Module):
         stays = protected(tokens, self.pruner)
         if stays is not None:
             enters = enters | stays
-        return drop(tokens.layout, enters.index_fill(0, tokens.layout.first_rows, True))
+        return drop(tokens.layout, enters.index_fill(0, tokens.layout.first_rows, 1))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -19,6 +19,7 @@ from token_pruning.lab.cli.parser import (
 )
 from token_pruning.lab.data.source import DataOptions
 from token_pruning.lab.demo.options import DemoOptions
+from token_pruning.lab.exporting import ExportOptions, export_checkpoint
 from token_pruning.lab.predict import PredictOptions
 from token_pruning.lab.sweep.options import SweepOptions
 from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, TrainOptions
@@ -89,6 +90,25 @@ def add_calibrate(commands: Any) -> None:
     add_alias(parser, "--output", TrainOptions, "output_dir", metavar="DIR", help="the same as --output-dir")
     add_keys(parser, ("summary_tokens", "prune_layers", "max_tokens"))
     parser.set_defaults(run=_calibrate)
+
+
+def add_export(commands: Any) -> None:
+    """``token-pruning export``."""
+    parser = commands.add_parser(
+        "export",
+        help="write a pruned model as a graph for ONNX Runtime or OpenVINO",
+        description="Write a pruned model, of transformers or sentence-transformers, as a graph that removes tokens by "
+        "itself. A folder also gets config.json and the tokenizer.",
+    )
+    add_alias(parser, "MODEL", ExportOptions, "restore", help="folder of the pruned model")
+    add_alias(parser, "OUTPUT", ExportOptions, "output", help="the same as --output")
+    add_options(
+        parser,
+        ExportOptions,
+        restore={"required": False, "help": "the same as MODEL"},
+        output={"required": False},
+    )
+    parser.set_defaults(run=_export)
 
 
 def add_predict(commands: Any) -> None:
@@ -207,6 +227,14 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from token_pruning.lab.training.calibrated import calibrate_checkpoint
 
     calibrate_checkpoint(options, partial(data.load, train=True))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    settle_aliases(arguments)
+    for name, what in (("restore", "MODEL"), ("output", "OUTPUT")):
+        if name not in given(arguments, ExportOptions):
+            raise ConfigError(f"{what} is missing; give the folder of the model, and where the graph goes")
+    export_checkpoint(build(arguments, ExportOptions))
 
 
 def _predict(arguments: argparse.Namespace) -> None:

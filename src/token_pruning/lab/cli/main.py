@@ -22,6 +22,7 @@ from token_pruning.lab.cli.commands import (
     add_calibrate,
     add_demo,
     add_eval,
+    add_export,
     add_predict,
     add_sweep,
     add_train,
@@ -173,9 +174,11 @@ def _parser() -> argparse.ArgumentParser:
         prog=_PROGRAM, description="Train, evaluate and use encoders that drop the tokens they do not need."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="train | calibrate | eval | predict | analyze | sweep | demo", parser_class=_Parser
+        required=True,
+        metavar="train | calibrate | eval | export | predict | analyze | sweep | demo",
+        parser_class=_Parser,
     )
-    for add in (add_train, add_calibrate, add_eval, add_predict, add_analyze, add_sweep, add_demo):
+    for add in (add_train, add_calibrate, add_eval, add_export, add_predict, add_analyze, add_sweep, add_demo):
         add(commands)
     return parser
 
