@@ -148,7 +148,7 @@ class Attachment:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise UnsupportedModelError(
                 "a pruned model cannot be traced or exported: which tokens leave depends on the input. "
-                "Export the dense model, or use token_pruning.compile"
+                "Use token_pruning.export or token_pruning.compile, or export the dense model"
             )
         return self._run(options, by_head)
 
