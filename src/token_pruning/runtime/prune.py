@@ -255,7 +255,8 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def _find_attachment(model: nn.Module) -> Attachment | None:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"a {type(model).__name__} is given; it must be a model that was pruned")
+        kind: type = type(model).__mro__[-2]  # an engine's own class has its model's name
+        raise ConfigError(f"a {kind.__name__} is given; it must be a model that was pruned")
     for module in model.modules():
         owner = module if isinstance(module, TokenPruner) else module.__dict__.get("forward")
         found = getattr(owner, "attachment", None)
