@@ -129,7 +129,9 @@ def test_every_version_is_the_same() -> None:
     assert f"## {tp.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "predict", "analyze", "calibrate", "sweep", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "export", "predict", "report", "analyze", "calibrate", "sweep", "demo"]
+)
 def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -35,6 +35,7 @@ from token_pruning.pruners import (
     VocabularyGate,
 )
 from token_pruning.pruners.importance import convert_scores
+from token_pruning.runtime.explanation import Explanation, explain
 from token_pruning.runtime.flops import Flops, count_flops
 from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
 from token_pruning.runtime.regularize import regularize
@@ -50,6 +51,7 @@ __all__ = [
     "DataError",
     "DepartureMaps",
     "Engine",
+    "Explanation",
     "FixedThreshold",
     "Flops",
     "LearnedThreshold",
@@ -68,6 +70,7 @@ __all__ = [
     "compile",
     "convert_scores",
     "count_flops",
+    "explain",
     "export",
     "freeze_thresholds",
     "from_pretrained",

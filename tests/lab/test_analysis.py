@@ -17,15 +17,15 @@ import token_pruning as tp
 from tests.workspace import edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.lab.analysis import plots, run
 from token_pruning.lab.analysis.page import markdown, trajectories
-from token_pruning.lab.analysis.quantities import (
+from token_pruning.lab.cli import main
+from token_pruning.lab.files import write_files
+from token_pruning.lab.quantities import (
     correlation,
     kept_fractions,
     quantile_groups,
     spread,
     spread_over_lengths,
 )
-from token_pruning.lab.cli import main
-from token_pruning.lab.files import write_files
 from token_pruning.lab.training import train
 from token_pruning.lab.training.features import length_quantile
 
@@ -139,8 +139,9 @@ def test_classification(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert topk["examples"]["predictions"][i] == ("negative", "positive")[prediction]
         if i in analysis["samples"]:
             sample = topk["samples"][analysis["samples"].index(i)]
-            assert sample["survived_layers"] == survived.tolist()
-            assert sample["tokens"] == ["[CLS]", *text.split(), "[SEP]"]
+            left_after = [None if layers == 4 else layers + 1 for layers in survived.tolist()]
+            assert [token["left_after"] for token in sample["tokens"]] == left_after
+            assert [token["text"] for token in sample["tokens"]] == ["[CLS]", *text.split(), "[SEP]"]
 
     for method in (dense, learned, topk):
         right = [a == b for a, b in zip(method["examples"]["labels"], method["examples"]["predictions"], strict=True)]
@@ -211,7 +212,7 @@ def test_own_file_and_models_of_two_depths(folder: Path) -> None:
     assert main(["analyze", *line.split()]) == 0
     assert [m["layers"] for m in found()["checkpoints"]] == [2, 4]
     page = Path("out/trajectories.html").read_text(encoding="utf-8")
-    assert page.count("[CLS]: kept to the end") == 4
+    assert page.count("[CLS] stays to the end") == 4
 
 
 def test_without_samples_no_text_is_written(folder: Path) -> None:
@@ -319,7 +320,11 @@ EVIL = ["[CLS]", "<script>alert(1)</script>", "&amp;", "a|b", "`*_", "##x", "[SE
 
 def made_up(name: str = "<b>name</b>", prune_mode: str | None = "topk") -> dict[str, Any]:
     box = {"mean": 0.5, "p5": 0.1, "p25": 0.3, "median": 0.5, "p75": 0.6, "p95": 0.9}
-    sample = {"tokens": EVIL, "survived_layers": [2, 0, 1, 2, 0, 1, 0], "label": "<i>", "prediction": "<i>"}
+    tokens = [
+        {"text": text, "left_after": layer, "decided_by": "probe", "decided_in": layer or 0, "value": 0.25}
+        for text, layer in zip(EVIL, [None, 1, 2, None, 1, 0, 1], strict=True)
+    ]
+    sample = {"tokens": tokens, "label": "<i>", "prediction": "<i>"}
     metrics = {"accuracy": 0.5, "f1": 0.4}
     length = {"shortest": 3, "longest": 9, "examples": 2, "metrics": metrics, "kept_fraction": 0.5}
     method = {
@@ -361,8 +366,9 @@ def test_the_page_escapes_text_and_stands_alone() -> None:
     assert "http:" not in page and "https:" not in page and "url(" not in page
     for text in (*EVIL[1:5], "<b>name</b>", "<i>", "<task>", "'<x>'"):
         assert text in reader.text
-    assert '<span class="piece k0" title="&lt;script&gt;alert(1)&lt;/script&gt;: dropped in layer 1">' in page
-    assert re.search(r'k2" title="\[CLS\]: kept to the end"', page)
+    evil = "&lt;script&gt;alert(1)&lt;/script&gt;"
+    assert f'<span class="piece s11" title="{evil} left after layer 1: probe 0.25">{evil}</span>' in page
+    assert '<span class="piece s32" title="[CLS] stays to the end: probe 0.25">' in page
 
 
 def test_the_tables_escape_text() -> None:
@@ -370,8 +376,9 @@ def test_the_tables_escape_text() -> None:
     body = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
     assert not re.search(r"<[a-z/]", body)
     assert "| &lt;b&gt;name&lt;/b&gt; |" in body
-    assert r"| dropped in layer 1 | &lt;script&gt;alert(1)&lt;/script&gt; \`\*\_ [SEP] |" in body
-    assert r"| kept to the end | [CLS] a\|b |" in body
+    assert r"| never entered | ##x |" in body
+    assert r"| left after layer 1 | &lt;script&gt;alert(1)&lt;/script&gt; \`\*\_ [SEP] |" in body
+    assert r"| stays to the end | [CLS] a\|b |" in body
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from token_pruning.errors import ConfigError
-from token_pruning.lab.report import write_report
+from token_pruning.lab.report.page import write_report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -20,13 +20,14 @@ RESULTS: dict[str, Any] = {
     "summary": "Half of the work for the same answers.",
     "environment": {"CPU": "a CPU", "threads": 2, "dtype": "float32"},
     "metric": "accuracy",
+    "note": "What <else> there is to say.",
     "stages": [
         {
             "name": "dense",
             "metrics": {"accuracy": 0.8125, "f1": 0.8043},
             "gflops_per_example": {"padded": 2.71, "dense": 1.23, "pruned": 1.23},
             "relative_flops": 1.0,
-            "seconds": 31.2,
+            "times": {"Seconds": 31.2},
             "tokens_kept_per_layer": [42.3, 42.3, 42.3],
             "thresholds": None,
             "summaries_per_layer": None,
@@ -36,7 +37,7 @@ RESULTS: dict[str, Any] = {
             "metrics": {"accuracy": 0.8075},
             "gflops_per_example": {"padded": 2.71, "dense": 1.23, "pruned": 0.744},
             "relative_flops": 0.605,
-            "seconds": None,
+            "times": {"Seconds": None},
             "tokens_kept_per_layer": [33.1, 20.5, 11.9],
             "thresholds": [0.0052, 0.0101, 0.0153],
             "summaries_per_layer": None,
@@ -46,7 +47,7 @@ RESULTS: dict[str, Any] = {
             "metrics": {"accuracy": 0.8025, "f1": 0.7968},
             "gflops_per_example": {"padded": 2.71, "dense": 1.23, "pruned": 0.591},
             "relative_flops": 0.48,
-            "seconds": 15.6,
+            "times": {"Seconds": 15.6},
             "tokens_kept_per_layer": [28.4, 14.2, 5.6],
             "thresholds": [0.0061, 0.0112, 0.0203],
             "summaries_per_layer": [1.7, 1.9, 0.0],
@@ -61,8 +62,12 @@ RESULTS: dict[str, Any] = {
     ],
     "samples": [
         {
-            "tokens": ["[CLS]", "return", "##ing", "<script>", "a", "[SEP]"],
-            "survived_layers": [3, 2, 1, 0, 0, 3],
+            "tokens": [
+                {"text": text, "left_after": layer, "decided_by": "importance", "decided_in": layer or 0, "value": 0.5}
+                for text, layer in zip(
+                    ["[CLS]", "return", "##ing", "<script>", "a", "[SEP]"], [None, 3, 2, 1, 0, None], strict=True
+                )
+            ],
             "label": "json",
             "prediction": "csv",
         }
@@ -145,6 +150,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert "<img" not in text
     assert "<b>:" not in text
     assert "<i>" not in text
+    assert "What &lt;else&gt; there is to say." in text
     assert "&lt;script&gt;" in text
     assert "A small model &amp; its &lt;docstrings&gt;" in text
     assert "first &lt;tokens&gt; $x_" in text
@@ -152,9 +158,9 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 def test_the_table_holds_the_given_values(tmp_path: Path) -> None:
     rows = {row[0]: row for row in Page(render(tmp_path)).rows}
-    assert rows["dense"] == ["dense", "0.8125", "0.8043", "2.71", "1.23", "1.23", "1.000", "31.2", "1.00×"]
-    assert rows["soft"] == ["soft", "0.8075−0.50", "–", "2.71", "1.23", "0.744", "0.605", "–", "–"]
-    assert rows["hard"] == ["hard", "0.8025−1.00", "0.7968", "2.71", "1.23", "0.591", "0.480", "15.6", "2.00×"]
+    assert rows["dense"] == ["dense", "0.8125", "0.8043", "1.000", "31.21.00×", "2.71", "1.23", "1.23"]
+    assert rows["soft"] == ["soft", "0.8075−0.50", "–", "0.605", "–", "2.71", "1.23", "0.744"]
+    assert rows["hard"] == ["hard", "0.8025−1.00", "0.7968", "0.480", "15.62.00×", "2.71", "1.23", "0.591"]
     assert rows["hardtokens"] == ["hardtokens", "28.4", "14.2", "5.6"]
     assert rows["hardthreshold"] == ["hardthreshold", "0.00610", "0.0112", "0.0203"]
     assert rows["hardsummary tokens"] == ["hardsummary tokens", "1.7", "1.9", "0.0"]
@@ -163,44 +169,51 @@ def test_the_table_holds_the_given_values(tmp_path: Path) -> None:
 
 def test_a_sample_shows_which_layer_dropped_each_token(tmp_path: Path) -> None:
     text = render(tmp_path)
-    assert '<span class="piece k3" title="[CLS]: kept to the end">[CLS]</span>' in text
+    assert '<span class="piece s32" title="[CLS] stays to the end: importance 0.5">[CLS]</span>' in text
     assert (
-        '<span class="word"><span class="piece k2" title="return: dropped after layer 2, in layer 3">return</span>'
-        '<span class="piece k1" title="##ing: dropped after layer 1, in layer 2">ing</span></span>'
+        '<span class="word"><span class="piece s24" title="return left after layer 3: importance 0.5">return</span>'
+        '<span class="piece s16" title="##ing left after layer 2: importance 0.5">ing</span></span>'
     ) in text
-    assert 'title="a: dropped in layer 1"' in text
+    assert 'title="a never entered: importance 0.5"' in text
     assert "prediction <b>csv</b> ✗ wrong" in text
-    rows = [row for row in Page(text).rows if row[0].startswith("layer ")]
-    assert [row[0] for row in rows] == ["layer 1 4 left", "layer 2 3 left", "layer 3 2 left"]
+    rows = [row for row in Page(text).rows if re.match(r"(layer \d|entry) ", row[0])]
+    assert [row[0] for row in rows] == ["entry 5 left", "layer 1 4 left", "layer 2 3 left", "layer 3 2 left"]
     assert {row[1] for row in rows} == {"[CLS] returning <script> a [SEP]"}
+    assert "<td>[CLS] returning &lt;script&gt; <s>a</s> [SEP]</td>" in text
     assert "<td>[CLS] return<s>ing &lt;script&gt; a</s> [SEP]</td>" in text
     assert "<td>[CLS] <s>returning &lt;script&gt; a</s> [SEP]</td>" in text
 
 
-@pytest.mark.parametrize(
-    ("tokens", "shown"),
-    [
-        (["[CLS]", "##ing", "##", "a"], "[CLS] ing ## a"),
-        (["<s>", "Get", "Ġthe", "Ġindex", "es", "</s>"], "<s> Get the indexes </s>"),
-        (["<s>", "▁Get", "▁the", "▁index", "es", "▁", "</s>"], "<s> Get the indexes ␣ </s>"),
-    ],
-)
-def test_pieces_are_joined_into_words(tmp_path: Path, tokens: list[str], shown: str) -> None:
-    sample = {"tokens": tokens, "survived_layers": [3] * len(tokens), "label": 0.5, "prediction": 0.4}
-    text = render(tmp_path, samples=[sample])
-    assert [row[1] for row in Page(text).rows if row[0].startswith("layer ")] == [shown] * 3
-    assert "wrong" not in text
+def test_scores_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    sample = {**RESULTS["samples"][0], "label": 0.5, "prediction": 0.4}
+    assert "wrong" not in render(tmp_path, samples=[sample])
 
 
 def test_what_was_not_measured_may_be_missing(tmp_path: Path) -> None:
     stages = copy.deepcopy(RESULTS["stages"])
     for stage in stages:
-        stage |= {"seconds": None, "thresholds": None, "tokens_kept_per_layer": []}
+        stage |= {"times": {"ms": None}, "thresholds": None, "summaries_per_layer": None, "tokens_kept_per_layer": []}
     text = render(tmp_path, stages=stages, environment={}, curve=[], samples=[])
     page = Page(text)
-    assert [row[-2:] for row in page.rows if row[0] in ("dense", "soft", "hard")] == [["–", "–"]] * 3
-    assert [tag for tag, _ in page.elements].count("svg") == 1
-    assert "Samples" not in text
+    assert [row[-4] for row in page.rows if row[0] in ("dense", "soft", "hard")] == ["–"] * 3
+    assert [tag for tag, _ in page.elements].count("svg") == 0
+    assert "Texts" not in text and "Plots" not in text and "Layer by layer" not in text
+
+
+def test_milliseconds_and_lengths_are_drawn(tmp_path: Path) -> None:
+    groups = [
+        {"shortest": 3, "longest": 9, "texts": 5, "kept": [1.0, 0.9, 0.8, 0.7]},
+        {"shortest": 12, "longest": 12, "texts": 1, "kept": [0.8, 0.5, 0.25, 0.25]},
+    ]
+    curve = [{**point, "milliseconds": number} for number, point in enumerate(RESULTS["curve"], start=1)]
+    text = render(tmp_path, by_length=groups, curve=curve)
+    page = Page(text)
+    drawings = [attributes["aria-label"] or "" for tag, attributes in page.elements if tag == "svg"]
+    assert "texts of 12 tokens: 0.80, 0.50, 0.25, 0.25" in drawings[2]
+    assert "against milliseconds per text, in batches. dense: 0.8125 at 1.000" in drawings[1]
+    assert ["3–9 tokens5 texts", "100 %", "90 %", "80 %", "70 %"] in page.rows
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
 
 
 def test_labels_in_letters_matplotlib_lacks(tmp_path: Path) -> None:

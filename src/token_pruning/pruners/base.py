@@ -182,6 +182,16 @@ class Pruner(ABC):
             )
         return keep
 
+    def compared(self, tokens: LayerTokens) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`keep` decides by, for who asks why (:func:`token_pruning.explain`).
+
+        Returns:
+            A value of each token, and what it leaves below, ``[tokens.layout.total]`` float32 each; None for the second
+            where there is no such number.
+        """
+        threshold = tokens.threshold
+        return tokens.scores, None if threshold is None else threshold.expand_as(tokens.scores)
+
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Whether anything can be dropped at ``layer`` (1-based); where not, no importance is computed."""
         return self.prune_layers is None or layer in self.prune_layers

@@ -17,6 +17,10 @@ def _relative_scores(tokens: LayerTokens) -> Tensor:
     return tokens.scores / largest[sequence]
 
 
+def _with_threshold(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return values, values.new_full(values.shape, threshold)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RelativeThreshold(Pruner):
     """The published code's ``"threshold"`` mode: token ``i`` leaves iff ``s_i / max_i s_i < token_threshold``.
@@ -41,6 +45,10 @@ class RelativeThreshold(Pruner):
     def keep(self, tokens: LayerTokens) -> Tensor:
         """``s_i / max_i s_i >= token_threshold``."""
         return _relative_scores(tokens) >= self.token_threshold
+
+    def compared(self, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
+        """``s_i / max_i s_i`` and ``token_threshold``."""
+        return _with_threshold(_relative_scores(tokens), self.token_threshold)
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Not with a threshold of 0."""
@@ -71,7 +79,14 @@ class RisingThreshold(Pruner):
 
     def keep(self, tokens: LayerTokens) -> Tensor:
         """``s_i / max_i s_i >= final_token_threshold · l / L``."""
-        return _relative_scores(tokens) >= self.final_token_threshold * tokens.layer / tokens.num_layers
+        return _relative_scores(tokens) >= self._threshold(tokens)
+
+    def compared(self, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
+        """``s_i / max_i s_i`` and ``final_token_threshold · l / L``."""
+        return _with_threshold(_relative_scores(tokens), self._threshold(tokens))
+
+    def _threshold(self, tokens: LayerTokens) -> float:
+        return self.final_token_threshold * tokens.layer / tokens.num_layers
 
     def prunes(self, layer: int, num_layers: int) -> bool:
         """Not with a threshold of 0."""

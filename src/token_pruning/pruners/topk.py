@@ -60,3 +60,13 @@ class TopK(Pruner):
         if tokens.summaries is not None:  # they stay besides
             scores = scores.masked_fill(tokens.summaries, -torch.inf)
         return layout.ranks(scores) < counts[layout.sequence_ids]
+
+    def compared(self, tokens: LayerTokens) -> tuple[Tensor, Tensor]:
+        """The scores, and the lowest that stays in each sequence, first tokens not counted; infinite for none."""
+        layout = tokens.layout
+        staying = self.keep(tokens).index_fill(0, layout.first_rows, False)
+        if tokens.summaries is not None:
+            staying = staying & ~tokens.summaries
+        lowest = tokens.scores.new_full((layout.batch_size,), torch.inf)
+        scores = tokens.scores.masked_fill(~staying, torch.inf)
+        return tokens.scores, lowest.scatter_reduce(0, layout.sequence_ids, scores, "amin")[layout.sequence_ids]

@@ -126,11 +126,7 @@ def record(model: Any) -> Iterator[Trace]:
     Raises:
         ConfigError: if the model is not pruned.
     """
-    if adapter := adapter_of(model):
-        model = adapter.engine(model) or model
-    token_pruner = getattr(model, "token_pruner", None)  # an engine's
-    if isinstance(model, nn.Module) or token_pruner is None:
-        token_pruner = attachment_of(model).token_pruner
+    token_pruner = token_pruner_of(model)
     trace = Trace(token_pruner.pruner.max_seq_length)
     token = recording.set((*recording.get(), (token_pruner, trace)))
     try:
@@ -239,6 +235,18 @@ def hugging_face_model(model: Any) -> PreTrainedModel:
 def is_pruned(model: nn.Module) -> bool:
     """Whether a pruner is attached to the model, or to the model inside a wrapper."""
     return _find_attachment(model) is not None
+
+
+def token_pruner_of(model: Any) -> TokenPruner:
+    """The method and the tensors of a pruned model, or of what was compiled.
+
+    Raises:
+        ConfigError: if the model is not pruned.
+    """
+    if adapter := adapter_of(model):
+        model = adapter.engine(model) or model
+    found = None if isinstance(model, nn.Module) else getattr(model, "token_pruner", None)  # an engine's
+    return found if isinstance(found, TokenPruner) else attachment_of(model).token_pruner
 
 
 def attachment_of(model: nn.Module) -> Attachment:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from token_pruning.lab.analysis.plots import pruning
-from token_pruning.lab.report.page import arrange_sample, load_template, palette
+from token_pruning.lab.report.page import arrange_sample, load_template
 from token_pruning.lab.tables import escape, table
 
 _NOTHING = "–"
@@ -105,11 +105,13 @@ def _by_outcome(methods: Sequence[Mapping[str, Any]], *, regression: bool) -> li
 def _sample(number: int, sample: Mapping[str, Any]) -> list[str]:
     shown = sample["methods"]
     rows = [["prediction", *(str(m["prediction"]) for m in shown)]]
+    if any(token["left_after"] == 0 for m in shown for token in m["tokens"]):
+        rows.append(["never entered", *(_tokens(m, 0) for m in shown)])
     rows += [
-        [f"dropped in layer {layer + 1}", *(_tokens(m, layer) for m in shown)]
-        for layer in range(max(m["layers"] for m in shown))
+        [f"left after layer {layer}", *(_tokens(m, layer) for m in shown)]
+        for layer in range(1, max(m["layers"] for m in shown) + 1)
     ]
-    rows.append(["kept to the end", *(_tokens(m, m["layers"], last=True) for m in shown)])
+    rows.append(["stays to the end", *(_tokens(m, None) for m in shown)])
     return [
         f"**Sample {number}**: example {sample['index']}, {sample['length']} tokens, label "
         f"{escape(str(sample['label']))}",
@@ -123,22 +125,20 @@ def trajectories(analysis: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: without the report extra.
     """
-    num_layers = max(method["layers"] for method in analysis["checkpoints"])
-    samples = []
-    for sample in _samples(analysis):
-        arranged = []
-        for method in sample["methods"]:
-            # A shallower model's last layer has the same colour as the deepest one's.
-            survived = [num_layers if level == method["layers"] else level for level in method["survived_layers"]]
-            shown = {**method, "survived_layers": survived, "label": sample["label"]}
-            arranged.append({"name": method["name"], **arrange_sample(shown, method["layers"])})
-        samples.append({**sample, "methods": arranged})
+    samples = [
+        {
+            **sample,
+            "methods": [
+                {"name": method["name"], "layers": method["layers"], **arrange_sample(method)}
+                for method in sample["methods"]
+            ],
+        }
+        for sample in _samples(analysis)
+    ]
     text: str = load_template("trajectories.html").render(
         title=f"Where the tokens go: {analysis['task']}",
         command=analysis["command"],
-        num_layers=num_layers,
         samples=samples,
-        palette=palette(num_layers + 1),
     )
     return text
 
@@ -156,12 +156,9 @@ def _samples(analysis: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         }
 
 
-def _tokens(method: Mapping[str, Any], level: int, *, last: bool = False) -> str:
-    """The tokens dropped after they had survived ``level`` layers, or with ``last`` those never dropped."""
-    if (level >= method["layers"]) is not last:
-        return _NOTHING
-    found = zip(method["tokens"], method["survived_layers"], strict=True)
-    return " ".join(token for token, survived in found if survived == level) or _NOTHING
+def _tokens(method: Mapping[str, Any], left_after: int | None) -> str:
+    """The tokens that left after a layer, 0 for those that never entered, or that stayed."""
+    return " ".join(token["text"] for token in method["tokens"] if token["left_after"] == left_after) or _NOTHING
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from token_pruning.families import shape_of
 from token_pruning.lab.analysis.options import AnalyzeOptions
 from token_pruning.lab.analysis.page import markdown, trajectories
 from token_pruning.lab.analysis.plots import layer_plot, length_plot, outcome_plot
-from token_pruning.lab.analysis.quantities import (
+from token_pruning.lab.data import Task, TaskData
+from token_pruning.lab.evaluation import length_order, predict
+from token_pruning.lab.files import try_folder, write_files
+from token_pruning.lab.metrics import compute_metrics
+from token_pruning.lab.quantities import (
     Array,
     correlation,
     kept_fractions,
@@ -22,16 +27,13 @@ from token_pruning.lab.analysis.quantities import (
     spread,
     spread_over_lengths,
 )
-from token_pruning.lab.data import Task, TaskData
-from token_pruning.lab.evaluation import length_order, predict
-from token_pruning.lab.files import try_folder, write_files
-from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.report.page import load_template
 from token_pruning.lab.training.features import collator
 from token_pruning.lab.training.load import load_split, other_architecture
 from token_pruning.pruners import Pruner, Unpruned
+from token_pruning.runtime.explanation import explain_tokens
 from token_pruning.runtime.flops import flops_from_lengths
-from token_pruning.runtime.prune import attachment_of, record
+from token_pruning.runtime.prune import attachment_of
 from token_pruning.runtime.trace import ComputedLengths
 
 _THIRDS = ("smallest errors", "middle errors", "largest errors")
@@ -113,9 +115,8 @@ def _measure(
     """Run one checkpoint over the examples: its figures, and the tokens of the chosen ones."""
     if torch.cuda.is_available():
         model.to("cuda")
-    with record(model) as trace:
-        collate = collator(tokenizer, options.bf16)
-        found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
+    collate = collator(tokenizer, options.bf16)
+    found = predict(model, features, collate, batch_size=options.batch_size, bf16=options.bf16)
     computed, left = found.computed, found.ffn_lengths - found.summary_lengths
     if isinstance(attachment_of(model).token_pruner.pruner, Unpruned):
         # A dense model computes every token of the last layer too.
@@ -132,16 +133,17 @@ def _measure(
         shape_of(model.config),
     )
     shown = _shown(task, model.config.id2label, found.logits, features)
-    survived = dict(zip(order, trace.survived_layers, strict=True))
-    samples = [
-        {
-            "tokens": tokenizer.convert_ids_to_tokens(features[i]["input_ids"]),
-            "survived_layers": survived[i].tolist(),
-            "label": shown["labels"][i],
-            "prediction": shown["predictions"][i],
-        }
-        for i in chosen
-    ]
+    samples = []
+    for i in chosen:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
+            explanation = explain_tokens(model, features[i], tokenizer)
+        samples.append(
+            {
+                "tokens": [asdict(token) for token in explanation.tokens],
+                "label": shown["labels"][i],
+                "prediction": shown["predictions"][i],
+            }
+        )
     result["examples"] |= shown
     return {"layers": len(left), "seconds": found.seconds, **result, "samples": samples}
 

@@ -21,6 +21,7 @@ from token_pruning.lab.data.source import DataOptions
 from token_pruning.lab.demo.options import DemoOptions
 from token_pruning.lab.exporting import ExportOptions, export_checkpoint
 from token_pruning.lab.predict import PredictOptions
+from token_pruning.lab.report.options import ReportOptions
 from token_pruning.lab.sweep.options import SweepOptions
 from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, TrainOptions
 from token_pruning.runtime.adapters import adapter_for
@@ -139,6 +140,24 @@ def add_analyze(commands: Any) -> None:
     parser.set_defaults(run=_analyze)
 
 
+def add_report(commands: Any) -> None:
+    """``token-pruning report``."""
+    parser = commands.add_parser(
+        "report",
+        help="what a folder's pruning costs and saves on your texts, as one page",
+        description="Compare a pruned model with the dense one and with truncation to the same cost: quality, FLOPs, "
+        "milliseconds of the engine on this machine, what each layer keeps of short and long texts, and a few texts "
+        "with what left in grey. FOLDER is any that calibrate or train wrote. Quality is the metric of a labelled "
+        "task, or on texts without labels (--texts) how far the answers are the dense model's. Writes one HTML file "
+        "that needs no network.",
+    )
+    add_alias(parser, "FOLDER", ReportOptions, "restore", help="of the pruned model")
+    own_file = {"help": "instead of --task: your own CSV, TSV, JSON, JSONL or Parquet"}
+    add_options(parser, DataOptions, ("task", "data_dir", "validation_file"), validation_file=own_file)
+    add_options(parser, ReportOptions, restore={"required": False})
+    parser.set_defaults(run=_report)
+
+
 def add_sweep(commands: Any) -> None:
     """``token-pruning sweep``."""
     parser = commands.add_parser(
@@ -254,6 +273,22 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from token_pruning.lab.analysis.run import analyze
 
     analyze(options, partial(data.load, train=False), command=command_line("analyze", options, data))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    settle_aliases(arguments)
+    if "restore" not in given(arguments, ReportOptions):
+        raise ConfigError("FOLDER is missing; give the folder of a pruned model")
+    data = build(arguments, DataOptions)
+    options = build(arguments, ReportOptions)
+    labelled = bool(data.task or data.validation_file)
+    if labelled == (options.texts is not None):
+        raise ConfigError("give one of --task (a GLUE task), --validation-file, and --texts")
+
+    from token_pruning.lab.report.run import report
+
+    load_data = partial(data.load, train=False) if labelled else None
+    report(options, load_data, command=command_line("report", options, data))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from token_pruning.lab.cli.commands import (
     add_eval,
     add_export,
     add_predict,
+    add_report,
     add_sweep,
     add_train,
 )
@@ -175,10 +176,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(
         required=True,
-        metavar="train | calibrate | eval | export | predict | analyze | sweep | demo",
+        metavar="train | calibrate | eval | export | predict | report | analyze | sweep | demo",
         parser_class=_Parser,
     )
-    for add in (add_train, add_calibrate, add_eval, add_export, add_predict, add_analyze, add_sweep, add_demo):
+    for add in (
+        add_train,
+        add_calibrate,
+        add_eval,
+        add_export,
+        add_predict,
+        add_report,
+        add_analyze,
+        add_sweep,
+        add_demo,
+    ):
         add(commands)
     return parser
 

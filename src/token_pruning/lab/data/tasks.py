@@ -1,6 +1,7 @@
 """What a task is, what a split holds, and the seven GLUE tasks."""
 
 import os
+import random
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -89,6 +90,15 @@ class TextExamples:
             labels=labels,
             note=self.note,
         )
+
+    def sample(self, count: int, seed: int) -> "TextExamples":
+        """At most ``count`` in random order, but pairs with the same first text together: they make a ranking."""
+        groups: dict[str | int, list[int]] = {}
+        for number, first in enumerate(self.first):
+            groups.setdefault(number if self.second is None else first, []).append(number)
+        order = list(groups.values())
+        random.Random(seed).shuffle(order)
+        return self.select([number for group in order for number in group][:count])
 
 
 @dataclass(frozen=True)

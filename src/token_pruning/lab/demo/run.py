@@ -36,13 +36,13 @@ from token_pruning.lab.demo.sizing import (
 )
 from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import write_json
-from token_pruning.lab.report import write_report
+from token_pruning.lab.report.page import write_report
 from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import training_examples
 from token_pruning.lab.training.run_dir import RunDir, held
 from token_pruning.lab.training.train import train
-from token_pruning.runtime.prune import record
+from token_pruning.runtime.explanation import explain_tokens
 
 _METRIC = "accuracy"
 _SAMPLES = 4
@@ -220,6 +220,7 @@ def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dic
         keys = ("metrics", "gflops_per_example", "relative_flops", "tokens_kept_per_layer", "thresholds")
         stages.append({"name": name, **{key: evaluation[key] for key in keys}})
         stages[-1]["seconds"] = statistics.median(seconds[name])
+        stages[-1]["times"] = {"Seconds": stages[-1]["seconds"]}
         entering = evaluation["tokens_entering"]
     dense, *_, hard = stages
     return {
@@ -242,6 +243,7 @@ def _results(checkpoints: dict[str, Path], data: TaskData, *, bf16: bool) -> dic
             "transformers": transformers.__version__,
         },
         "metric": _METRIC,
+        "note": "“Padded” is the dense model with every text padded to the maximum length, for orientation only.",
         "stages": stages,
         "tokens_entering": entering,
         "curve": [
@@ -266,12 +268,12 @@ def _samples(model: Any, tokenizer: Any, data: TaskData) -> list[dict[str, Any]]
     samples = []
     for index in chosen:
         batch = tokenizer(examples.first[index], truncation=True, max_length=128, return_tensors="pt")
-        with torch.inference_mode(), record(model) as trace:
+        with torch.inference_mode():
             prediction = int(model(**batch).logits.argmax())
+        explanation = explain_tokens(model, {name: rows[0].tolist() for name, rows in batch.items()}, tokenizer)
         samples.append(
             {
-                "tokens": tokenizer.convert_ids_to_tokens(batch["input_ids"][0]),
-                "survived_layers": trace.survived_layers[0].tolist(),
+                "tokens": [asdict(token) for token in explanation.tokens],
                 "label": labels[int((examples.labels or [])[index])],
                 "prediction": labels[prediction],
             }

@@ -1,8 +1,7 @@
 """The report's page: numbers in, one self-contained HTML file out."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 from token_pruning.errors import ConfigError
 from token_pruning.lab.files import write_text
 from token_pruning.lab.report import plots
+from token_pruning.runtime import drawing
+from token_pruning.runtime.drawing import ExplainedToken
 
 _NOTHING = "–"
-_SPECIAL = re.compile(r"\[[A-Z]+\]|</?[a-z]+>")
-_WORD_START = ("Ġ", "▁")  # how byte-level BPE and SentencePiece mark a token that begins a word
 
 
 def write_report(results: Mapping[str, Any], path: Path) -> Path:
@@ -23,8 +22,11 @@ def write_report(results: Mapping[str, Any], path: Path) -> Path:
     written under a temporary name and moved into place, so a failure leaves an older report as it was.
     Without Jinja2 or matplotlib this raises :class:`~token_pruning.errors.ConfigError`.
 
-    ``results`` holds what JSON can hold: ``title``, ``summary``, ``environment``, ``metric``, ``stages`` (the
-    dense model first), ``tokens_entering``, ``curve``, ``samples`` and ``num_layers``.
+    ``results`` holds what JSON can hold: ``title``, ``summary``, ``command`` (or none), ``environment``, ``metric``,
+    ``note`` (what the metrics are), ``stages`` (the dense model first; each has a ``name``, ``metrics``,
+    ``gflops_per_example``, ``relative_flops`` and ``times``, and may have ``tokens_kept_per_layer``,
+    ``summaries_per_layer`` and ``thresholds``), ``tokens_entering`` for these, ``curve``, ``by_length`` (or none),
+    ``samples`` and ``num_layers``.
     """
     return write_text(Path(path), _render(results))
 
@@ -36,6 +38,7 @@ def load_template(name: str) -> Any:
     """
     try:
         import jinja2
+        import markupsafe
         import matplotlib  # noqa: F401 - only to know that it is there
     except ImportError as error:
         raise ConfigError("the report needs the report extra: pip install token-pruning[report]") from error
@@ -47,6 +50,12 @@ def load_template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # They escape the texts that they are given.
+    environment.globals |= {
+        f.__name__: lambda *given, f=f: markupsafe.Markup(f(*given))  # nosec B704
+        for f in (drawing.words, drawing.legend, drawing.layers, drawing.greyed)
+    }
+    environment.globals["drawing_style"] = markupsafe.Markup(drawing.STYLE)  # nosec B704
     environment.filters |= {"fixed": _fixed, "significant": _significant, "times": _times}
     return environment.get_template(name)
 
@@ -55,105 +64,96 @@ def _render(results: Mapping[str, Any]) -> str:
     template = load_template("page.html")
     import markupsafe
 
-    stages, metric, num_layers = results["stages"], results["metric"], results["num_layers"]
+    stages, metric = results["stages"], results["metric"]
     dense = stages[0]["metrics"].get(metric)
-    points = [p for p in results["curve"] if _is_number(p["metric"]) and _is_number(p["relative_flops"])]
-    tokens = plots.tokens_plot(stages, results["tokens_entering"])
     text: str = template.render(
         results=results,
         metrics=list(dict.fromkeys([metric, *(name for stage in stages for name in stage["metrics"])])),
+        gflops=list(stages[0]["gflops_per_example"]),
+        times=list(stages[0]["times"]),
         rows=[_row(stage, stages[0], metric) for stage in stages],
-        tokens_plot=markupsafe.Markup(tokens),  # nosec B704  # matplotlib escapes the texts of its SVG
-        curve_plot=markupsafe.Markup(plots.curve_plot(points, metric, dense)) if points else None,  # nosec B704  # likewise
-        samples=[arrange_sample(sample, num_layers) for sample in results["samples"]],
-        palette=palette(num_layers + 1),
+        plots=[
+            {"svg": markupsafe.Markup(svg), "caption": caption}  # nosec B704  # matplotlib escapes the texts of its SVG
+            for svg, caption in _plots(results, dense)
+        ],
+        layer_rows=_layer_rows(results),
+        samples=[arrange_sample(sample) for sample in results["samples"]],
     )
     return text
 
 
+def _plots(results: Mapping[str, Any], dense: float | None) -> Iterator[tuple[str, str]]:
+    """Each plot as SVG, and what it shows."""
+    metric = results["metric"]
+    points = [p for p in results["curve"] if _is_number(p["metric"]) and _is_number(p["relative_flops"])]
+    if points:
+        yield (
+            plots.curve_plot(points, metric, dense),
+            f"The metric, {metric}, against FLOPs relative to the dense model on valid tokens; further up and further "
+            "left is better. The dashed line is one point below the dense model.",
+        )
+    timed = [p for p in points if _is_number(p.get("milliseconds"))]
+    if timed:
+        yield (
+            plots.curve_plot(timed, metric, dense, along="milliseconds"),
+            f"The same, {metric}, against milliseconds per text of the engine, in batches.",
+        )
+    if results.get("by_length"):
+        yield (
+            plots.length_plot(results["by_length"]),
+            "The mean share of a text’s tokens that are left at the entry of the model and after each layer, for texts "
+            "of different lengths.",
+        )
+    if any(stage.get("tokens_kept_per_layer") for stage in results["stages"]):
+        yield (
+            plots.tokens_plot(results["stages"], results["tokens_entering"]),
+            "Mean number of tokens that enter the feed-forward of each layer. The dashed line is the mean number of "
+            "valid tokens at the input.",
+        )
+
+
+def _layer_rows(results: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """What is known of each layer: a name, what it is, and a figure for each layer."""
+    found = []
+    for stage in results["stages"]:
+        for key, what, digits in (
+            ("tokens_kept_per_layer", "tokens", 1),
+            ("summaries_per_layer", "summary tokens", 1),
+            ("thresholds", "threshold", None),
+        ):
+            if values := stage.get(key):
+                shown = [_significant(value) if digits is None else _fixed(value, digits) for value in values]
+                found.append((stage["name"], what, shown))
+    for group in results.get("by_length") or ():
+        shown = [f"{100 * kept:.0f} %" for kept in group["kept"]]
+        found.append((plots.token_range(group), f"{group['texts']} texts", shown))
+    return found
+
+
 def _row(stage: Mapping[str, Any], dense: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """Add to a stage what the table compares: points of the metric lost or won, and the speed-up."""
+    """Add to a stage what the table compares: points of the metric lost or won, and speed-ups."""
     value, reference = stage["metrics"].get(metric), dense["metrics"].get(metric)
-    seconds, dense_seconds = stage["seconds"], dense["seconds"]
     points = None
     if stage is not dense and _is_number(value) and _is_number(reference):
         points = f"{100 * (value - reference):+.2f}".replace("-", "−")
-    speed_up = dense_seconds / seconds if seconds and dense_seconds else None
-    return {**stage, "points": points, "speed_up": speed_up}
+    speed_ups = {
+        name: dense["times"][name] / taken for name, taken in stage["times"].items() if taken and dense["times"][name]
+    }
+    return {**stage, "points": points, "speed_ups": speed_ups}
 
 
-def arrange_sample(sample: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    """Arrange one text for the page: words of coloured pieces, then what is left of it after every layer."""
-    survived = sample["survived_layers"]
-    pieces = [
-        {"text": text, "joined": joined, "level": level, "token": token}
-        for (text, joined), token, level in zip(_pieces(sample["tokens"]), sample["tokens"], survived, strict=True)
-    ]
-    words: list[list[dict[str, Any]]] = []
-    for piece in pieces:
-        if piece["joined"] and words:
-            words[-1].append(piece)
-        else:
-            words.append([piece])
-    layers = [
-        {"number": layer, "kept": sum(level >= layer for level in survived), "runs": _runs(pieces, layer)}
-        for layer in range(1, num_layers + 1)
-    ]
+def arrange_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """One text for the page, from what JSON holds of it: ``tokens``, as :class:`token_pruning.Explanation` has them."""
     label, prediction = sample.get("label"), sample.get("prediction")
     comparable = isinstance(label, str) and isinstance(prediction, str)
-    correct = label == prediction if comparable else None
-    return {"words": words, "layers": layers, "label": label, "prediction": prediction, "correct": correct}
-
-
-def _pieces(tokens: Sequence[str]) -> list[tuple[str, bool]]:
-    """Turn a tokenizer's tokens into the text to show, and whether it continues the word before it."""
-    marked = any(token.startswith(_WORD_START) for token in tokens)
-    pieces = []
-    after_special = True
-    for token in tokens:
-        special = _SPECIAL.fullmatch(token) is not None
-        if token.startswith("##") and len(token) > 2:
-            text, joined = token[2:], not after_special
-        elif marked and not special:
-            text, joined = token.lstrip("".join(_WORD_START)), not token.startswith(_WORD_START) and not after_special
-        else:
-            text, joined = token, False
-        pieces.append((text if text.strip() else "␣", joined))
-        after_special = special
-    return pieces
-
-
-def _runs(pieces: Sequence[Mapping[str, Any]], layer: int) -> list[tuple[bool, str]]:
-    """Join neighbouring tokens of one fate, ``(still there after this layer, text)``, to keep the page small."""
-    runs: list[tuple[bool, str]] = []
-    for piece in pieces:
-        kept = piece["level"] >= layer
-        gap = "" if piece["joined"] or not runs else " "
-        if runs and runs[-1][0] == kept:
-            runs[-1] = (kept, runs[-1][1] + gap + piece["text"])
-        else:
-            if gap:
-                runs.append((True, gap))
-            runs.append((kept, piece["text"]))
-    return runs
-
-
-def palette(levels: int) -> dict[str, list[tuple[str, str]]]:
-    """Give a background and a text colour for every level, for the light and the dark scheme.
-
-    Yellow–green–blue runs evenly from light to dark, so it also reads without colour vision.
-    A token that stays longer stands out more from the page, so the dark scheme runs the other way.
-    """
-    import matplotlib
-    from matplotlib.colors import to_hex
-
-    light = []
-    for level in range(levels):
-        rgb = matplotlib.colormaps["YlGnBu"](0.04 + 0.96 * level / max(levels - 1, 1))[:3]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        light.append((str(to_hex(rgb)), "#000" if luminance > 0.179 else "#fff"))
-    return {"light": light, "dark": light[::-1]}
+    tokens = [ExplainedToken(**token) for token in sample["tokens"]]
+    return {
+        "tokens": tokens,
+        "kept": sum(token.left_after is None for token in tokens),
+        "label": label,
+        "prediction": prediction,
+        "correct": label == prediction if comparable else None,
+    }
 
 
 def _is_number(value: object) -> bool:

@@ -20,7 +20,7 @@ SERIES = ("#040400", "#040401", "#040402", "#040403", "#040404", "#040405")
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
 _MARKERS = ("D", "o", "s", "^", "v", "P")
-_SIZE = (5.2, 3.7)  # inches of 72 units each; the page scales the drawing to its column
+_SIZE = (4.3, 3.4)  # inches of 72 units each; the page scales the drawing to its column, on a phone to 300 units
 _DIRECTIONS = [  # where a point's label may stand: horizontal and vertical step, and how the text is then aligned
     (1, 0, "left", "center"),
     (-1, 0, "right", "center"),
@@ -61,16 +61,51 @@ def tokens_plot(stages: Sequence[Mapping[str, Any]], tokens_entering: float) -> 
         return _svg(figure, "tokens", text)
 
 
-def curve_plot(points: Sequence[Mapping[str, Any]], metric: str, dense: float | None) -> str:
-    """Draw a metric against relative FLOPs as an ``<svg>`` element.
+def length_plot(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the share of tokens left at the entry and after each layer, a line for each group of lengths."""
+    with style("length"):
+        figure, (axes,) = new_figure()
+        for i, group in enumerate(groups):
+            color, marker = SERIES[(i + 1) % len(SERIES)], _MARKERS[(i + 1) % len(_MARKERS)]
+            places = range(len(group["kept"]))
+            axes.plot(places, group["kept"], color=color, marker=marker, markersize=5, label=token_range(group))
+        layers = len(groups[0]["kept"])
+        axes.set_xticks(range(layers), ["entry", *range(1, layers)])
+        axes.set_ylim(0, 1.04)
+        axes.set_xlabel("after layer")
+        axes.set_ylabel("share of tokens left")
+        axes.grid(axis="y")
+        legend(figure)
+        listed = "; ".join(
+            f"texts of {token_range(group)}: " + ", ".join(f"{kept:.2f}" for kept in group["kept"]) for group in groups
+        )
+        return _svg(figure, "length", f"Lines of the share of tokens left at the entry and after each layer. {listed}.")
+
+
+def token_range(group: Mapping[str, Any]) -> str:
+    """A group of lengths, in words."""
+    shortest, longest = group["shortest"], group["longest"]
+    return f"{shortest} tokens" if shortest == longest else f"{shortest}–{longest} tokens"
+
+
+_AXES = {
+    "relative_flops": "FLOPs relative to dense on valid tokens",
+    "milliseconds": "milliseconds per text, in batches",
+}
+
+
+def curve_plot(
+    points: Sequence[Mapping[str, Any]], metric: str, dense: float | None, along: str = "relative_flops"
+) -> str:
+    """Draw a metric against relative FLOPs, or ``along`` milliseconds, as an ``<svg>`` element.
 
     ``dense`` is the dense model's metric: a dashed line stands one point (0.01) below it.
     """
-    with style("curve"):
+    with style(along):
         figure, (axes,) = new_figure()
         kinds = list(dict.fromkeys(["dense", "learned", *(point["kind"] for point in points)]))
         for i, kind in enumerate(kinds):
-            drawn = sorted((p["relative_flops"], p["metric"]) for p in points if p["kind"] == kind)
+            drawn = sorted((p[along], p["metric"]) for p in points if p["kind"] == kind)
             if drawn:
                 color, marker = SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)]
                 axes.plot(*zip(*drawn, strict=True), color=color, linewidth=0.8, alpha=0.5, zorder=2)
@@ -80,13 +115,13 @@ def curve_plot(points: Sequence[Mapping[str, Any]], metric: str, dense: float | 
             axes.axhline(dense - 0.01, label="dense − 1 point", zorder=1, **line)
         axes.margins(0.14, 0.16)
         axes.ticklabel_format(useOffset=False)
-        axes.set_xlabel("FLOPs relative to dense on valid tokens")
+        axes.set_xlabel(_AXES[along])
         axes.set_ylabel(metric)
         axes.grid()
         legend(figure)
-        _label(figure, axes, points, None if dense is None else dense - 0.01)
-        listed = "; ".join(f"{p['label']}: {p['metric']:.4f} at {p['relative_flops']:.3f}" for p in points)
-        return _svg(figure, "curve", f"Points of {metric} against FLOPs relative to the dense model. {listed}.")
+        _label(figure, axes, points, along, None if dense is None else dense - 0.01)
+        listed = "; ".join(f"{p['label']}: {p['metric']:.4f} at {p[along]:.3f}" for p in points)
+        return _svg(figure, along, f"Points of {metric} against {_AXES[along]}. {listed}.")
 
 
 def style(salt: str, ink: str = INK, muted: str = MUTED, grid: str = GRID) -> Any:
@@ -137,16 +172,14 @@ def legend(figure: Any) -> None:
     figure.legend(loc="outside upper left", ncols=columns, columnspacing=1.4, handletextpad=0.5, handlelength=1.8)
 
 
-def _label(figure: Any, axes: Any, points: Sequence[Mapping[str, Any]], line: float | None) -> None:
+def _label(figure: Any, axes: Any, points: Sequence[Mapping[str, Any]], along: str, line: float | None) -> None:
     """Write every point's label where it covers no point, no other label and not the dashed line, if it can."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
     leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     notes = [
-        axes.annotate(
-            p["label"], (p["relative_flops"], p["metric"]), (0, 0), textcoords="offset points", arrowprops=leader
-        )
+        axes.annotate(p["label"], (p[along], p["metric"]), (0, 0), textcoords="offset points", arrowprops=leader)
         for p in points
     ]
     for note in notes:

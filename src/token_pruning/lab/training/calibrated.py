@@ -1,6 +1,5 @@
 """A model pruned to a budget without training, from folder to folder."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -117,14 +116,7 @@ def _of_library(options: CalibrateOptions, folder: Path, adapter: Adapter) -> _S
 
 
 def _some(texts: TextExamples, options: CalibrateOptions) -> TextExamples:
-    """As many as are used, in random order, but pairs with the same first text together: they make a ranking."""
-    groups: dict[Any, list[int]] = {}
-    for number, first in enumerate(texts.first):
-        groups.setdefault(number if texts.second is None else first, []).append(number)
-    order = list(groups.values())
-    random.Random(options.base.seed).shuffle(order)
-    most = max(options.examples, VOCABULARY_EXAMPLES if _only_received(options) else 0)
-    return texts.select([number for group in order for number in group][:most])
+    return texts.sample(max(options.examples, VOCABULARY_EXAMPLES if _only_received(options) else 0), options.base.seed)
 
 
 def _only_received(options: CalibrateOptions) -> bool:

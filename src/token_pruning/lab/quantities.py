@@ -1,4 +1,4 @@
-"""What the analyses are made of, in NumPy: quantiles, groups, kept fractions."""
+"""What analyses and reports are made of, in NumPy: quantiles, groups, kept fractions."""
 
 from typing import Any
 

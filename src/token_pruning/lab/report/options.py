@@ -1,0 +1,47 @@
+"""What a user can ask of a report, checked."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from token_pruning.checks import choice, positive_integer, whole_number
+from token_pruning.lab.options import check_options, option
+
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """One report.
+
+    Raises:
+        ConfigError: for a value that is not allowed.
+    """
+
+    restore: str = option(help="the same as FOLDER", metavar="FOLDER")
+    texts: Path | None = option(
+        None, help="unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker "
+        "query and passage, with several rows for each query", metavar="FILE",
+    )  # fmt: skip
+    output: Path | None = option(None, help="the page (default: FOLDER/report.html)", metavar="HTML")
+    examples: int = option(
+        200, help="how many texts are used (default {default})", check=partial(whole_number, low=2, high=10**6)
+    )
+    samples: int = option(
+        6, help="texts that are shown, 0 for none (default {default})", check=partial(whole_number, low=0, high=1000)
+    )
+    batch_size: int = option(
+        32, help="texts of a timed batch (default {default})", flags=("--bs", "--batch-size"), check=positive_integer
+    )
+    max_length: int | None = option(
+        None, help="longer texts are truncated (default: the model's own limit)", check=positive_integer
+    )
+    dtype: str = option(
+        "auto", help="of the engine: auto, float32, bfloat16 or int8 (default {default})",
+        check=partial(choice, allowed=DTYPES),
+    )  # fmt: skip
+    threads: int | None = option(None, help="of the engine (default: PyTorch's)", check=positive_integer)
+
+    def __post_init__(self) -> None:
+        """Check every value by itself."""
+        check_options(self)
