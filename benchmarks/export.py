@@ -41,14 +41,14 @@ def make(shape: str, tokens: int, folder: Path) -> tuple[Model, Sequences, dict[
     final_keep = final_keep_for(TARGET_FLOPS, model.config, [tokens], first_only=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (16, tokens), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = batch_of(ids, model.config.type_vocab_size > 1)
     tp.prune(model, linear_thresholds(model, batch, final_keep))
     with torch.inference_mode(), tp.record(model) as trace:
         expected = model(**batch).logits
     model.save_pretrained(folder / "checkpoint")
     for file in FILES.values():
         tp.export(model, folder / file)
-    made = Model(folder / "checkpoint", folder, ("input_ids", "attention_mask"))
+    made = Model(folder / "checkpoint", folder, tuple(batch))
     sequences = Sequences(Workload(16, shape, "equal"), made.checkpoint, None)
     found = {
         "relative_flops": tp.count_flops(model, trace).relative,
@@ -57,6 +57,12 @@ def make(shape: str, tokens: int, folder: Path) -> tuple[Model, Sequences, dict[
         "expected": expected,
     }
     return made, sequences, found
+
+
+def batch_of(ids: Tensor, token_types: bool) -> dict[str, Tensor]:
+    """Texts without padding, as graphs take them."""
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch | ({"token_type_ids": torch.zeros_like(ids)} if token_types else {})
 
 
 def engines(runtime: str, made: Model, sequences: Sequences, threads: int) -> dict[str, Call]:
@@ -75,13 +81,14 @@ def engines(runtime: str, made: Model, sequences: Sequences, threads: int) -> di
     return calls
 
 
-def measure(calls: dict[str, Call], vocabulary: int, batch_size: int, tokens: int, passes: int) -> dict[str, Any]:
+def measure(
+    calls: dict[str, Call], vocabulary: int, token_types: bool, batch_size: int, tokens: int, passes: int
+) -> dict[str, Any]:
     """Seconds of every engine in every pass, and how many times as fast the pruned one is as the fastest dense one."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(-WARM, passes):
         generator = torch.Generator().manual_seed(number + WARM)
-        ids = torch.randint(3, vocabulary, (batch_size, tokens), generator=generator)
-        batch: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        batch = batch_of(torch.randint(3, vocabulary, (batch_size, tokens), generator=generator), token_types)
         for name, call in calls.items():
             began = time.perf_counter()
             call(batch)
@@ -116,7 +123,8 @@ def main() -> None:
                 calls = engines(runtime, made, sequences, options.threads)
                 off = float((calls["pruned"](batch) - expected).abs().max())
                 for size in options.batch_sizes:
-                    figures = measure(calls, sequences.vocabulary, size, options.tokens, options.passes)
+                    shown = sequences.vocabulary, "token_type_ids" in batch, size, options.tokens, options.passes
+                    figures = measure(calls, *shown)
                     rows.append(
                         {"shape": shape, "runtime": runtime, "batch_size": size, "off": off, **found, **figures}
                     )
