@@ -14,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def make(shape: str, tokens: int, folder: Path) -> tuple[Model, Sequences, dict[
     model.save_pretrained(folder / "checkpoint")
     for file in FILES.values():
         tp.export(model, folder / file)
-    made = Model(folder / "checkpoint", folder, tuple(batch))
+    made = Model(folder / "checkpoint", folder, ("input_ids", "attention_mask"))
     sequences = Sequences(Workload(16, shape, "equal"), made.checkpoint, None)
     found = {
         "relative_flops": tp.count_flops(model, trace).relative,
@@ -65,8 +66,8 @@ def batch_of(ids: Tensor, token_types: bool) -> dict[str, Tensor]:
     return batch | ({"token_type_ids": torch.zeros_like(ids)} if token_types else {})
 
 
-def engines(runtime: str, made: Model, sequences: Sequences, threads: int) -> dict[str, Call]:
-    """The pruned graph and every form of the dense model."""
+def engines(runtime: str, made: Model, names: tuple[str, ...], sequences: Sequences, threads: int) -> dict[str, Call]:
+    """The pruned graph, whose inputs have these names, and every form of the dense model."""
     failed = prepare(runtime, "float32", made, sequences)
     forms = PEERS[runtime].forms["float32"]
     calls = {
@@ -77,7 +78,8 @@ def engines(runtime: str, made: Model, sequences: Sequences, threads: int) -> di
     if not calls:
         raise tp.TokenPruningError(f"{runtime} has no dense model: {next(iter(failed.values()))}")
     options = dict(forms[0].options or {})
-    calls["pruned"] = PEERS[runtime].build(made, Form(file=FILES[runtime], options=options), "float32", threads)
+    exported = replace(made, names=names)
+    calls["pruned"] = PEERS[runtime].build(exported, Form(file=FILES[runtime], options=options), "float32", threads)
     return calls
 
 
@@ -120,7 +122,7 @@ def main() -> None:
             made, sequences, found = make(shape, options.tokens, Path(folder))
             batch, expected = found.pop("batch"), found.pop("expected")
             for runtime in FILES:
-                calls = engines(runtime, made, sequences, options.threads)
+                calls = engines(runtime, made, tuple(batch), sequences, options.threads)
                 off = float((calls["pruned"](batch) - expected).abs().max())
                 for size in options.batch_sizes:
                     shown = sequences.vocabulary, "token_type_ids" in batch, size, options.tokens, options.passes
