@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 import token_pruning as tp
 from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import observation
-from token_pruning.budget.observation import _influence, _read, _TakingPart, observe
+from token_pruning.budget.observation import Target, _influence, _read, _TakingPart, observe
 from token_pruning.runtime.prune import attachment_of, prunable
 
 LENGTHS = [5, 7, 9]  # rising, so that batches keep the order
 LAYERS = 3
 STEP = 1e-2
+TARGETS = get_args(Target)
 ZEROS = tp.FixedThreshold(thresholds=[0.0] * LAYERS, scoring_mode="relative")
 
 
@@ -114,7 +115,7 @@ def test_long_texts_are_observed_where_they_enter() -> None:
     for chunks in (False, True):
         pruner = tp.FixedThreshold(thresholds=[0.0] * LAYERS, scoring_mode="relative", max_tokens=16, chunks=chunks)
         with observed("bert", "encoder", "mean", pruner) as model:
-            found = observe(model, batch, [1, 2], seed=0)
+            found = observe(model, batch, [1, 2], TARGETS, seed=0)
         assert set(found.maps) == {0, 1, 2}
         assert all(probe.isfinite().all() for probe in found.probes.values())
 
@@ -123,7 +124,7 @@ def test_long_texts_are_observed_where_they_enter() -> None:
 def test_everything_that_is_fitted_has_its_shape(head: str, reads: Any, maps: set[int]) -> None:
     batch = ragged_batch([12, 20, 9, 16] * 10)
     with observed("bert", head, reads) as model:
-        found = observe(model, batch, [1, 2], seed=0)
+        found = observe(model, batch, [1, 2], TARGETS, seed=0)
         size, hidden = model.get_input_embeddings().weight.shape
     assert set(found.tables) == {"attention", "influence"}
     assert set(found.probes) == {(target, layer) for target in found.tables for layer in (1, 2)}
@@ -138,8 +139,8 @@ def test_the_loop_is_put_back() -> None:
     batch = ragged_batch(LENGTHS)
     with observed("bert", "encoder", "mean") as model:
         before = attachment_of(model).loop
-        observe(model, batch, [1], seed=0)
+        observe(model, batch, [1], TARGETS, seed=0)
         assert attachment_of(model).loop is before
         with pytest.raises(tp.TokenPruningError):
-            observe(model, {**batch, "input_ids": batch["input_ids"].float()}, [1], seed=0)
+            observe(model, {**batch, "input_ids": batch["input_ids"].float()}, [1], TARGETS, seed=0)
         assert attachment_of(model).loop is before

@@ -28,7 +28,16 @@ from token_pruning.budget.fitting import (
 )
 from token_pruning.budget.observation import Observed, observe
 from token_pruning.budget.ridge import Ridge
-from token_pruning.budget.rules import QUERY, Rule, first_rules, further_rules, received_rules, spread_rules, step
+from token_pruning.budget.rules import (
+    QUERY,
+    Rule,
+    first_rules,
+    further_rules,
+    received_rules,
+    spread_rules,
+    step,
+    targets_for,
+)
 from token_pruning.budget.schedules import Schedule, neighbours
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.engine.compiled import native_encoder
@@ -201,7 +210,8 @@ class Comparison:
     def observed(self) -> Observed:
         """What was fitted to the fitting part."""
         if self._observed is None:
-            self._observed = observe(self.model, self.part(self.fitting), self.cuts, seed=self.seed)
+            targets = targets_for(self.divergence.kind == "ranking")
+            self._observed = observe(self.model, self.part(self.fitting), self.cuts, targets, seed=self.seed)
         return self._observed
 
     @property
@@ -239,7 +249,7 @@ class Comparison:
             raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
         best = compare(further_rules(best, layers, cuts, departed), "after which layers")
         assert best is not None
-        compare(spread_rules(best, layers, cuts), "after several layers")
+        compare(spread_rules(best, layers, cuts, targets_for(pairs)), "after several layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
             allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed

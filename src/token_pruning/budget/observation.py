@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,14 @@ class Observed:
     maps: dict[int, Tensor]
 
 
-def observe(model: Any, batch: Batch, layers: Sequence[int], *, seed: int) -> Observed:
+def observe(model: Any, batch: Batch, layers: Sequence[int], targets: Sequence[Target], *, seed: int) -> Observed:
     """Run a dense model over examples, and fit what predicts its tokens' worth and last states.
 
     Args:
         model: pruned by thresholds of zero (:func:`token_pruning.runtime.prune.prunable`), in evaluation mode.
         batch: padded tensors.
         layers: those (1-based) that get a probe and a map.
+        targets: those that are predicted; maps need attention's pass.
         seed: of the random projections.
     """
     attachment = attachment_of(model)
@@ -64,7 +65,7 @@ def observe(model: Any, batch: Batch, layers: Sequence[int], *, seed: int) -> Ob
     maps: dict[int, Ridge] = {}
     if reads_of(model) != "first":
         maps = {layer: Ridge() for layer in (0, *layers)}
-    for target in get_args(Target):
+    for target in targets:
         table, found = _Table(size), {layer: Ridge() for layer in layers}
         seen = _attention(model, batch, maps) if target == "attention" else _influence(model, batch, seed)
         for each in seen:
