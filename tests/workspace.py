@@ -5,12 +5,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as hf
 from torch import Tensor
 
 from tests.tiny import tiny_config
 
 WORDS = ["good", "bad", "fine", "dull", "cat", "dog", "sat", "ran", "on", "the", "mat", "road"]
+MANY_WORDS = [f"w{number}" for number in range(150)]  # of write_transformers' models
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -26,6 +28,32 @@ def write_checkpoint(folder: Path, *, labels: int = 2, head: str = "sequence", *
     hf.BertTokenizerFast(str(vocabulary)).save_pretrained(folder)
     edit_config(folder, **keys)
     return folder
+
+
+def write_transformers(home: Path, encoder: str, *, layers: int, longest: int, **settings: float) -> Path:
+    """Folders for sentence-transformers, each with a tokenizer: ``encoder``, ``ranker`` and ``classifier``.
+
+    Args:
+        home: the folder around them.
+        encoder: the name of the one without a head.
+        layers: of each model.
+        longest: tokens that the tokenizer truncates to.
+        settings: of the config.
+    """
+    tokenizer = hf.BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(SPECIAL + MANY_WORDS)}, model_max_length=longest
+    )
+    config = tiny_config("bert", layers=layers, **settings)
+    torch.manual_seed(0)
+    for name, kind, labels in (
+        (encoder, hf.AutoModel, 3),
+        ("ranker", hf.AutoModelForSequenceClassification, 1),
+        ("classifier", hf.AutoModelForSequenceClassification, 3),
+    ):
+        config.num_labels = labels
+        kind.from_config(config).save_pretrained(home / name)
+        tokenizer.save_pretrained(home / name)
+    return home
 
 
 def assert_same_training(one: dict[str, Tensor], two: dict[str, Tensor], atol: float = 2e-5) -> None:

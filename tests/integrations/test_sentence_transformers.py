@@ -29,10 +29,10 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.tiny import tiny_config
+from tests.workspace import MANY_WORDS, write_transformers
 from token_pruning.integrations.sentence_transformers import batches
 from token_pruning.runtime import adapters
 
-WORDS = [f"w{number}" for number in range(150)]
 DIM = 32
 LONGEST = 64  # tokens that the tokenizer keeps
 PRUNER = tp.FixedThreshold(thresholds=[0.5, 0.7, 0.9], scoring_mode="relative")
@@ -49,7 +49,7 @@ POOLINGS: dict[str, dict[str, Any]] = {
 
 def texts(count: int, longest: int = 50, seed: int = 0, shortest: int = 1) -> list[str]:
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(shortest, longest))) for _ in range(count)]
+    return [" ".join(rng.choice(MANY_WORDS, rng.integers(shortest, longest))) for _ in range(count)]
 
 
 TEXTS = [*texts(30), "", "w1", "unknown words", texts(1, 500)[0]]
@@ -59,20 +59,7 @@ PAIRS = list(zip(texts(30, 8, seed=1), texts(30, seed=2), strict=True))
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with the transformers: ``encoder``, ``ranker`` of one label and ``classifier`` of three."""
-    home = tmp_path_factory.mktemp("home")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = hf.BertTokenizerFast(vocab=vocabulary, model_max_length=LONGEST)
-    config = tiny_config("bert", layers=3)
-    torch.manual_seed(0)
-    for name, kind, labels in (
-        ("encoder", hf.AutoModel, 3),
-        ("ranker", hf.AutoModelForSequenceClassification, 1),
-        ("classifier", hf.AutoModelForSequenceClassification, 3),
-    ):
-        config.num_labels = labels
-        kind.from_config(config).save_pretrained(home / name)
-        tokenizer.save_pretrained(home / name)
-    return home
+    return write_transformers(tmp_path_factory.mktemp("home"), "encoder", layers=3, longest=LONGEST)
 
 
 def embedder(home: Path, *, tail: bool = True, **pooling: Any) -> Any:

@@ -34,12 +34,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import token_pruning as tp
-from tests.tiny import ragged_batch, tiny_config, tiny_model
-from tests.workspace import assert_same_training
+from tests.tiny import ragged_batch, tiny_model
+from tests.workspace import MANY_WORDS, assert_same_training, write_transformers
 
 LAYERS, BATCH, STEPS = 3, 4, 4
 KINDS = ("classifier", "embedder", "ranker")
-WORDS = [f"w{number}" for number in range(150)]
 NOTHING_DROPPED: dict[str, tp.Pruner] = {
     "fixed": tp.FixedThreshold(thresholds=[0.0] * LAYERS),
     "learned": tp.LearnedThreshold(thresholds=[-50.0] * LAYERS),  # a soft mask of ones
@@ -57,24 +56,13 @@ pytestmark = pytest.mark.filterwarnings(
 
 def texts(count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(2, 30))) for _ in range(count)]
+    return [" ".join(rng.choice(MANY_WORDS, rng.integers(2, 30))) for _ in range(count)]
 
 
 def write_home(home: Path) -> Path:
     """Folders with a transformer and tokenizer each, without dropout."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = hf.BertTokenizerFast(vocab=vocabulary, model_max_length=64)
-    config = tiny_config("bert", layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    torch.manual_seed(0)
-    for name, kind, labels in (
-        ("embedder", hf.AutoModel, 1),
-        ("ranker", hf.AutoModelForSequenceClassification, 1),
-        ("classifier", hf.AutoModelForSequenceClassification, 3),
-    ):
-        config.num_labels = labels
-        kind.from_config(config).save_pretrained(home / name)
-        tokenizer.save_pretrained(home / name)
-    return home
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return write_transformers(home, "embedder", layers=LAYERS, longest=64, **none)
 
 
 @pytest.fixture(scope="module")
