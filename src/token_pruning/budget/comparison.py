@@ -210,20 +210,24 @@ class Comparison:
     def observed(self) -> Observed:
         """What was fitted to the fitting part."""
         if self._observed is None:
-            targets = targets_for(self.divergence.kind == "ranking")
-            self._observed = observe(self.model, self.part(self.fitting), self.cuts, targets, seed=self.seed)
+            targets, fitting = targets_for(self._pairs), self.part(self.fitting)
+            self._observed = observe(self.model, fitting, self.cuts, targets, seed=self.seed)
         return self._observed
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the examples are a ranking's."""
+        return self.divergence.kind == "ranking"
 
     @property
     def cuts(self) -> tuple[int, ...]:
         """Early layers that get probes and maps."""
         layers = self.plan.layers
-        last = min(layers, max(4, layers // 2))
-        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= last}))
+        return tuple(sorted({layer for layer in (1, 2, 3, 4, layers // 2) if 0 < layer <= layers}))
 
     def _screened(self, target: float) -> tuple[list[Fit], list[Rule]]:
         """Rules compared on some examples: their fits by divergence, and the best of the rules."""
-        layers, pairs = self.plan.layers, self.divergence.kind == "ranking"
+        layers, pairs = self.plan.layers, self._pairs
         some = self._some(self.held_out)
         dense = self._dense(some)
         tried: dict[str, tuple[Rule, Fit]] = {}
@@ -274,7 +278,7 @@ class Comparison:
         cost = float(layer_flops(shape, mean, mean) / mean) * shape.num_layers
         tokens = lengths.cumsum(0) <= max(_FEWEST_TOKENS, _SCREENING_FLOPS / cost)
         groups = self.divergence.groups[rows]
-        fewest = torch.unique_consecutive(groups)[: _FEWEST_GROUPS if self.divergence.kind == "ranking" else 32]
+        fewest = torch.unique_consecutive(groups)[: _FEWEST_GROUPS if self._pairs else 32]
         wanted = torch.unique(torch.cat([groups[tokens], fewest]))
         return rows[torch.isin(groups, wanted)]
 

@@ -4,12 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from token_pruning.checks import positive_integer
+from token_pruning.engine.compiled import EngineDtype
 from token_pruning.errors import ConfigError
 
 MODEL = "model"
+ENGINE_DTYPES = get_args(EngineDtype)
+TEXTS_HELP = (
+    "unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker query and passage, "
+    "with several rows for each query"
+)
 
 
 def option(

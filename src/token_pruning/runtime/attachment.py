@@ -131,6 +131,14 @@ class Attachment:
         max_tokens = self.token_pruner.pruner.max_tokens
         return pack_inputs(self.family, input_tables(self.base), max_tokens=max_tokens, **inputs)
 
+    def reads_in(self, by_head: bool) -> Reads:
+        """Which last hidden states a call uses: the base of a head that reads first tokens, called by itself, all.
+
+        Args:
+            by_head: see :meth:`run`.
+        """
+        return self.reads if self.reads != "first" or by_head or self.base is self.model else "all"
+
     def run(self, options: dict[str, Any], *, by_head: bool) -> Any:
         """The base model's forward.
 
@@ -158,7 +166,7 @@ class Attachment:
         self.check_call()
         self.token_pruner.fit_vocabulary()
         check_arguments(self.family, options)
-        reads = self.reads if self.reads != "first" or by_head or self.base is self.model else "all"
+        reads = self.reads_in(by_head)
         tokens = self.pack(**self.family.inputs(options))
         selection = select(tokens, self.token_pruner.pruner)
         entering = tokens if selection is None else selection.tokens

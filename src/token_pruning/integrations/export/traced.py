@@ -86,9 +86,7 @@ class _Run:
 
     def __call__(self, options: dict[str, Any], *, by_head: bool) -> Any:
         attachment, family = self.attachment, self.attachment.family
-        reads = (
-            attachment.reads if attachment.reads != "first" or by_head or attachment.base is attachment.model else "all"
-        )
+        reads = attachment.reads_in(by_head)
         given = {name: value for name, value in family.inputs(options).items() if value is not None}
         tokens, filled = pack_for_graph(family, given, rounded=self.rounded)
         states = GraphLoop(family, attachment.token_pruner, tokens, reads=reads).run().states

@@ -5,9 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from token_pruning.checks import choice, positive_integer, whole_number
-from token_pruning.lab.options import check_options, option
-
-DTYPES = ("auto", "float32", "bfloat16", "int8")
+from token_pruning.lab.options import ENGINE_DTYPES, TEXTS_HELP, check_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +17,7 @@ class ReportOptions:
     """
 
     restore: str = option(help="the same as FOLDER", metavar="FOLDER")
-    texts: Path | None = option(
-        None, help="unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker "
-        "query and passage, with several rows for each query", metavar="FILE",
-    )  # fmt: skip
+    texts: Path | None = option(None, help=TEXTS_HELP, metavar="FILE")
     output: Path | None = option(None, help="the page (default: FOLDER/report.html)", metavar="HTML")
     examples: int = option(
         200, help="how many texts are used (default {default})", check=partial(whole_number, low=2, high=10**6)
@@ -37,8 +32,8 @@ class ReportOptions:
         None, help="longer texts are truncated (default: the model's own limit)", check=positive_integer
     )
     dtype: str = option(
-        "auto", help="of the engine: auto, float32, bfloat16 or int8 (default {default})",
-        check=partial(choice, allowed=DTYPES),
+        "auto", help=f"of the engine: {', '.join(ENGINE_DTYPES)} (default {{default}})",
+        check=partial(choice, allowed=ENGINE_DTYPES),
     )  # fmt: skip
     threads: int | None = option(None, help="of the engine (default: PyTorch's)", check=positive_integer)
 

@@ -3,13 +3,22 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.checks import choice, number, positive_integer, whole_number
-from token_pruning.engine.compiled import EngineDtype
 from token_pruning.errors import ConfigError
-from token_pruning.lab.options import MODEL, InferenceOptions, check_options, flag_of, option, options_of, output_folder
+from token_pruning.lab.options import (
+    ENGINE_DTYPES,
+    MODEL,
+    TEXTS_HELP,
+    InferenceOptions,
+    check_options,
+    flag_of,
+    option,
+    options_of,
+    output_folder,
+)
 from token_pruning.pruners import check_keys
 from token_pruning.pruners.summary import SummaryTokens
 
@@ -20,7 +29,6 @@ _TRAINING = "training"
 _BUDGET = "budget (masking modes soft, mixed and hard)"
 _SOFT = "soft stage (masking modes soft and mixed)"
 _TEACHER = "distillation (any masking mode)"
-_DTYPES = get_args(EngineDtype)
 _above_0 = partial(number, above=0)
 _not_negative = partial(number, low=0)
 _fraction = partial(number, above=0, high=1)
@@ -254,10 +262,7 @@ class CalibrateOptions:
     prune_layers: list[int] | None = None
     max_tokens: int | None = None
 
-    input: Path | None = option(
-        None, help="unlabelled: one text column, or one text per line (.txt); two columns for pairs, of a reranker "
-        "query and passage, with several rows for each query", metavar="FILE",
-    )  # fmt: skip
+    input: Path | None = option(None, help=TEXTS_HELP, metavar="FILE")
     target_ms: float | None = option(
         None, help="instead: milliseconds that one text, or as many as --engine-batch-size, may take in the engine on "
         "this machine", metavar="MS", check=_above_0,
@@ -269,8 +274,8 @@ class CalibrateOptions:
         None, help="with --target-ms: threads of a call (default: as many as PyTorch takes)", check=positive_integer
     )
     engine_dtype: str | None = option(
-        None, help=f"with --target-ms: {', '.join(_DTYPES)} (default {_DTYPES[0]})",
-        check=lambda flag, value: choice(flag, value, _DTYPES),
+        None, help=f"with --target-ms: {', '.join(ENGINE_DTYPES)} (default {ENGINE_DTYPES[0]})",
+        check=partial(choice, allowed=ENGINE_DTYPES),
     )  # fmt: skip
     max_drop: float | None = option(
         None, help="how much the metric may fall, such as 1.0", metavar="POINTS", check=_above_0
