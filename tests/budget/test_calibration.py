@@ -221,6 +221,19 @@ def test_max_drop_takes_the_cheapest_that_keeps_the_metric() -> None:
         assert generous.chosen.relative_flops == pytest.approx(lowest_flops(other, batch), abs=0.05)
 
 
+def test_max_drop_searches_everything_that_a_budget_does() -> None:
+    model = sharp_model()
+    batch = examples(64)
+    with torch.no_grad():
+        model.classifier.bias -= model(**batch).logits.mean(0)
+        labels = model(**batch).logits.argmax(-1)
+    found = tp.calibrate(model, {**batch, "labels": labels}, max_drop=100.0)
+    assert any("probe" in fit.rule for fit in found.candidates)
+    assert any("gate" in fit.rule for fit in found.candidates)
+    budgets = {round(fit.relative_flops, 1) for fit in found.candidates}
+    assert len(budgets) > 2  # halving
+
+
 def test_another_metric_and_a_regression() -> None:
     model = tiny_model(num_labels=1, initializer_range=0.3)
     batch = examples(40)
@@ -249,10 +262,11 @@ def test_a_loss_that_cannot_be_estimated_is_refused_and_one_that_is_no_number_is
     labelled = {**batch, "labels": torch.arange(40.0)}
     with pytest.raises(ConfigError, match="metric of the dense model on 20 held-out examples is not a number"):
         tp.calibrate(model, labelled, max_drop=1.0, metric=lambda *_: float("nan"))
-    asked = [0.5] * (2 + 2 * 200)  # the dense model's, that of the dearest budget, and the bootstrap's
+    with torch.no_grad():
+        dense = {round(float(value), 4) for value in model(**batch).logits[:, 0]}
 
     def metric(logits: Tensor, truth: Tensor) -> float:
-        return asked.pop() if asked else float("nan")
+        return 0.5 if {round(float(value), 4) for value in logits[:, 0]} <= dense else float("nan")
 
     found = tp.calibrate(model, labelled, max_drop=100.0, metric=metric, search=FEW)
     assert found.drop_bound == 0.0 and set(found.pruner.thresholds) == {0.0}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from token_pruning.budget.clock import Clock, within_milliseconds
-from token_pruning.budget.comparison import Comparison, Plan
+from token_pruning.budget.comparison import HALF, MOST, Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
 from token_pruning.budget.examples import Examples, as_batch
 from token_pruning.budget.fitting import (
@@ -89,8 +89,8 @@ def calibrate(
 ) -> Calibration:
     """Prune a model to a budget without training it, in place.
 
-    Half of the examples choose thresholds for each of several schedules; the other half say how much the outputs
-    change. The schedule that changes them least is improved by moving parts of what leaves between neighbouring layers.
+    Most of the examples say what predicts tokens' worth; the others choose thresholds for each of many rules, and say
+    how much the outputs change by it. The best rule is improved by moving what leaves between neighbouring layers.
 
     Args:
         model: a supported model that is not pruned, with any head; or a model of sentence-transformers.
@@ -104,9 +104,9 @@ def calibrate(
         batch_size: with ``target_ms``: texts in a batch.
         engine: with ``target_ms``: arguments of :func:`token_pruning.compile`, such as ``{"dtype": "int8", "threads":
             1}``.
-        max_drop: how much the metric may fall, in points (percent). By itself: budgets are tried from the dearest to
-            the cheapest, while the estimated loss plus one standard error stays inside the bound. With a budget, it is
-            an error if that loses more.
+        max_drop: how much the metric may fall, in points (percent), on half of the examples. By itself: the budget is
+            the cheapest whose estimated loss plus one standard error stays inside the bound, found by halving what
+            there is to save. With a budget, it is an error if that loses more.
         metric: from logits ``[n, labels]`` and labels ``[n]`` to a fraction; accuracy, or Pearson's correlation for a
             regression.
         summary_tokens: see :class:`token_pruning.Pruner`.
@@ -156,8 +156,9 @@ def calibrate(
         list(search or schedules(layers, None if prune_layers is None else allowed)),
         allowed,
         layers,
-        only_received=asked_for or (target_flops is None and target_ms is None),
+        only_received=asked_for,
         gates=vocabulary is not False,
+        fitted=HALF if asked_for or max_drop is not None else MOST,
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
@@ -286,25 +287,35 @@ def _checked_loss(comparison: Comparison, result: Calibration, max_drop: float, 
 
 
 def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibration:
-    """The cheapest budget whose estimated loss stays inside the bound."""
+    """The cheapest budget whose estimated loss stays inside the bound, by halving what there is to save."""
     model, fitting = comparison.model, comparison.part(comparison.fitting)
     loss = _Loss(comparison, metric)
-    highest = highest_flops(model, fitting)
-    lowest = lowest_flops(model, fitting, comparison.plan.allowed[0])
-    best: Calibration | None = None
-    seen: list[Fit] = []
-    for step in range(math.ceil((highest - lowest) / _METRIC_STEP) + 1):
-        target = max(lowest, highest - step * _METRIC_STEP)
-        fits = comparison.by_attention(target)
-        seen += fits
-        pruned, bound = loss.of(fits[0].pruner)
-        if not bound <= max_drop:  # nor where the metric is not a number
-            break
-        best = Calibration(fits[0].pruner, fits[0], [], loss.dense, pruned, bound)
-    if best is None:  # the dearest budget drops nothing, and so loses nothing
+    if math.isnan(loss.dense):
         raise ConfigError(
             f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
         )
+    highest = highest_flops(model, fitting)
+    lowest = lowest_flops(model, fitting, comparison.plan.allowed[0])
+    steps = math.ceil((highest - lowest) / _METRIC_STEP)
+    seen: list[Fit] = []
+
+    def inside(target: float) -> Calibration | None:
+        """The best for a budget, if its loss is inside the bound; None if not, or if nothing reaches the budget."""
+        try:
+            fits = comparison.search(target)
+        except ConfigError:
+            return None
+        seen.extend(fits)
+        pruned, bound = loss.of(fits[0].pruner)
+        return Calibration(fits[0].pruner, fits[0], [], loss.dense, pruned, bound) if bound <= max_drop else None
+
+    best, kept, lost = None, 0, steps + 1
+    while lost - kept > 1:
+        middle = (kept + lost) // 2
+        found = inside(max(lowest, highest - middle * _METRIC_STEP))
+        best, kept, lost = (best, kept, middle) if found is None else (found, middle, lost)
+    best = best or inside(highest)
+    assert best is not None  # the dearest budget drops nothing, and so loses nothing
     return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 

@@ -58,7 +58,8 @@ _FEWEST_TOKENS = 2500  # of such a pass, however large the model is
 _FEWEST_GROUPS = 16
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS = 4
-_FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
+HALF = 0.5  # of the examples, for thresholds; the others judge
+MOST = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
 _PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the correction
 _MUCH_WORSE = 1.1  # times the least divergence: too few texts for so weak a penalty
 
@@ -73,6 +74,7 @@ class Plan:
         layers: layers after which a token's leaving saves anything.
         only_received: whether nothing else is tried: the caller said what to search.
         gates: whether rules with a vocabulary gate are tried.
+        fitted: the part of the examples that is not held out.
     """
 
     schedules: Sequence[Schedule]
@@ -80,6 +82,7 @@ class Plan:
     layers: int
     only_received: bool
     gates: bool
+    fitted: float
 
 
 class _NativePass:
@@ -121,7 +124,7 @@ class Comparison:
             family, threads = attachment.family, torch.get_num_threads()
             if (encoder := native_encoder(family, family, "float32", threads)) is not None:
                 attachment.loop = partial(_NativePass, encoder)
-        self.fitting, self.held_out = _divided(divergence.groups, 0.5 if plan.only_received else _FITTED, seed)
+        self.fitting, self.held_out = _divided(divergence.groups, plan.fitted, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None
         self._dense_fitting: Tensor | None = None
