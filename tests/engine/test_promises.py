@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -201,6 +202,40 @@ def test_threads_beyond_the_cores_are_not_taken(monkeypatch: Any) -> None:
         assert len([*Path("/proc/self/task").iterdir()]) == before
     finally:
         os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group whose quota of processor time can be set."""
+    root = Path("/sys/fs/cgroup")
+    folder = (root / "cpu" if (root / "cpu").is_dir() else root) / f"token-pruning-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        if not any((folder / name).exists() for name in ("cpu.max", "cpu.cfs_quota_us")):
+            pytest.skip(f"{folder} has no quota")
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(50_000, 1), (100_000, 1), (200_000, 2), (-1, None)])
+def test_threads_beyond_a_containers_quota_are_not_taken(group: Path, quota: int, cores: int | None) -> None:
+    allowed = len(os.sched_getaffinity(0))
+    if (group / "cpu.max").exists():
+        (group / "cpu.max").write_text(f"{quota if quota > 0 else 'max'} 100000")
+    else:
+        (group / "cpu.cfs_period_us").write_text("100000")
+        (group / "cpu.cfs_quota_us").write_text(str(quota))
+    script = (
+        "import os, sys; from pathlib import Path; from token_pruning.engine.library import load_library\n"
+        "Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
+        "print(load_library().tp_usable_cores())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, group], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == min(cores or allowed, allowed)
 
 
 # Interrupts and exceptions
