@@ -136,6 +136,28 @@ def test_rankings_query_by_query() -> None:
     assert compared.between(10 * dense, 10 * pruned, groups)[0] == pytest.approx(mean, rel=1e-3)
 
 
+def test_rankings_by_ndcg_with_smooth_ranks() -> None:
+    dense, pruned = numbers(5, 1)
+    one = torch.zeros(5, dtype=torch.int64)
+
+    def ndcg(scores: list[float]) -> float:
+        mean = sum(scores) / 5
+        spread = math.sqrt(sum((x - mean) ** 2 for x in scores) / 5)
+        found = total = 0.0
+        for place, own in enumerate(sorted(range(5), key=lambda i: -float(dense[i])), start=1):
+            rank = 1.0
+            for other in range(5):
+                if other != own:
+                    rank += 1 / (1 + math.exp((scores[own] - scores[other]) / (0.25 * spread)))
+            found += 1 / place**2 / math.log2(1 + rank)
+            total += 1 / place**2
+        return found / total
+
+    before, after = (ndcg([float(x) for x in scores]) for scores in (dense, pruned))
+    assert Divergence("ranking", one).between(dense, pruned, one)[0] == pytest.approx(before - after, rel=1e-5)
+    assert Divergence("ranking", one).between(dense, dense * 3 - 1, one)[0] == pytest.approx(0, abs=1e-6)
+
+
 def test_the_top_of_a_ranking_counts_most() -> None:
     dense = torch.arange(8.0, 0, -1)[:, None]
     top, bottom = dense.clone(), dense.clone()

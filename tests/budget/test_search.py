@@ -13,7 +13,7 @@ from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import comparison
 from token_pruning.budget.comparison import _divided
 from token_pruning.budget.fitting import Fit, using
-from token_pruning.budget.rules import first_rules, further_rules, received_rules, spread_rules, targets_for
+from token_pruning.budget.rules import first_rules, further_rules, received_rules, spread_rules
 from token_pruning.budget.schedules import schedules
 from token_pruning.runtime.prune import attachment_of
 
@@ -147,7 +147,7 @@ def test_a_ranking_is_divided_query_by_query() -> None:
 
 def test_probes_are_also_tried_after_several_layers() -> None:
     best = first_rules(5, False, ["map"])[0]
-    rules = spread_rules(best, 5, (1, 2, 3, 4), targets_for(False))
+    rules = spread_rules(best, 5, (1, 2, 3, 4), pairs=False)
     assert {rule.schedule.name for rule in rules} == {
         "after 1 and 2", "after 2 and 3", "after 3 and 4", "after 1 and 2 and 3", "after 2 and 3 and 4"
     }  # fmt: skip
@@ -184,7 +184,8 @@ def test_a_query_is_protected_by_whatever_is_tried_for_rankings() -> None:
     assert all("first_segment" in rule.protect for rule in rules)
     assert {rule.received_from for rule in rules} == {"all", "first_segment"}
     more = further_rules(rules[0], layers, (1, 2), departed)  # type: ignore[arg-type]
-    more += spread_rules(rules[0], layers, (1, 2), targets_for(True))
+    more += spread_rules(rules[0], layers, (1, 2), pairs=True)
+    assert {(rule.probes, rule.received_from) for rule in more[-4:]} == {(True, "all"), (False, "first_segment")}
     assert {rule.target for rule in [*rules, *more]} == {"attention"}  # influence misleads there
     assert more and all("first_segment" in rule.protect for rule in more)
     model, found = calibrated("reranker", pairs(24, 0))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from token_pruning.budget.clock import Clock, within_milliseconds
-from token_pruning.budget.comparison import HALF, MOST, Comparison, Plan
+from token_pruning.budget.comparison import Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
 from token_pruning.budget.examples import Examples, as_batch
 from token_pruning.budget.fitting import (
@@ -158,7 +158,7 @@ def calibrate(
         layers,
         only_received=asked_for,
         gates=vocabulary is not False,
-        fitted=HALF if asked_for or max_drop is not None else MOST,
+        halves=max_drop is not None,
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)

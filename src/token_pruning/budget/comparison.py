@@ -29,7 +29,6 @@ from token_pruning.budget.fitting import (
 from token_pruning.budget.observation import Observed, observe
 from token_pruning.budget.ridge import Ridge
 from token_pruning.budget.rules import (
-    QUERY,
     Rule,
     first_rules,
     further_rules,
@@ -55,11 +54,10 @@ from token_pruning.runtime.token_pruner import TokenPruner
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
 _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
 _FEWEST_TOKENS = 2500  # of such a pass, however large the model is
-_FEWEST_GROUPS = 16
+_FEWEST_GROUPS = 20
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS = 4
-HALF = 0.5  # of the examples, for thresholds; the others judge
-MOST = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
+_FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
 _PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the correction
 _MUCH_WORSE = 1.1  # times the least divergence: too few texts for so weak a penalty
 
@@ -74,7 +72,7 @@ class Plan:
         layers: layers after which a token's leaving saves anything.
         only_received: whether nothing else is tried: the caller said what to search.
         gates: whether rules with a vocabulary gate are tried.
-        fitted: the part of the examples that is not held out.
+        halves: whether half of the examples are held out, not fewer.
     """
 
     schedules: Sequence[Schedule]
@@ -82,7 +80,7 @@ class Plan:
     layers: int
     only_received: bool
     gates: bool
-    fitted: float
+    halves: bool
 
 
 class _NativePass:
@@ -124,7 +122,9 @@ class Comparison:
             family, threads = attachment.family, torch.get_num_threads()
             if (encoder := native_encoder(family, family, "float32", threads)) is not None:
                 attachment.loop = partial(_NativePass, encoder)
-        self.fitting, self.held_out = _divided(divergence.groups, plan.fitted, seed)
+        # A ranking says less than its passages would one by one.
+        halves = plan.halves or plan.only_received or divergence.kind == "ranking"
+        self.fitting, self.held_out = _divided(divergence.groups, 0.5 if halves else _FITTED, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None
         self._dense_fitting: Tensor | None = None
@@ -248,15 +248,14 @@ class Comparison:
 
         departed = self._departed()
         cuts = self.cuts
-        compare(first_rules(layers, pairs, departed), "who decides")
-        best = compare(received_rules(self.plan.schedules, QUERY if pairs else ()), "attention received")
-        if best is None and pairs:  # short passages leave too little beside a long query
-            best = compare(received_rules(self.plan.schedules), "attention received, queries too")
+        best = compare(first_rules(layers, pairs, departed), "who decides")
+        if not pairs or best is None:  # short passages leave too little beside a long query
+            best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:
             raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
         best = compare(further_rules(best, layers, cuts, departed), "after which layers")
         assert best is not None
-        compare(spread_rules(best, layers, cuts, targets_for(pairs)), "after several layers")
+        compare(spread_rules(best, layers, cuts, pairs), "after several layers")
         ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
         for rule, _ in ranked[:2]:
             allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed

