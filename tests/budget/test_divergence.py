@@ -148,7 +148,7 @@ def test_rankings_by_ndcg_with_smooth_ranks() -> None:
             rank = 1.0
             for other in range(5):
                 if other != own:
-                    rank += 1 / (1 + math.exp((scores[own] - scores[other]) / (0.25 * spread)))
+                    rank += 1 / (1 + math.exp((scores[own] - scores[other]) / (0.5 * spread)))
             found += 1 / place**2 / math.log2(1 + rank)
             total += 1 / place**2
         return found / total

@@ -11,7 +11,7 @@ import token_pruning as tp
 from tests.budget.test_divergence import queries_and_passages
 from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import comparison
-from token_pruning.budget.comparison import _divided
+from token_pruning.budget.comparison import _divided, likely_divergence
 from token_pruning.budget.fitting import Fit, using
 from token_pruning.budget.rules import first_rules, further_rules, received_rules, spread_rules
 from token_pruning.budget.schedules import schedules
@@ -128,7 +128,7 @@ def test_a_gate_is_a_gate_or_false() -> None:
 
 def test_where_the_caller_says_what_to_search_others_are_sorted_by_divergence() -> None:
     _, found = calibrated("classifier", texts(64, 0), search=schedules(2)[:3])
-    divergences = [fit.divergence for fit in found.candidates[1:]]
+    divergences = [likely_divergence(fit) for fit in found.candidates[1:]]
     assert divergences == sorted(divergences) and len(divergences) > 2
     assert all(fit.rule == f"attention received {fit.schedule.name}" for fit in found.candidates)
 
@@ -183,7 +183,7 @@ def test_a_query_is_protected_by_whatever_is_tried_for_rankings() -> None:
     rules = first_rules(layers, True, departed)  # type: ignore[arg-type]
     assert all("first_segment" in rule.protect for rule in rules)
     assert {rule.received_from for rule in rules} == {"all", "first_segment"}
-    more = further_rules(rules[0], layers, (1, 2), departed)  # type: ignore[arg-type]
+    more = further_rules(rules[0], layers, (1, 2), departed, pairs=True)  # type: ignore[arg-type]
     more += spread_rules(rules[0], layers, (1, 2), pairs=True)
     assert {(rule.probes, rule.received_from) for rule in more[-4:]} == {(True, "all"), (False, "first_segment")}
     assert {rule.target for rule in [*rules, *more]} == {"attention"}  # influence misleads there

@@ -48,8 +48,8 @@ class Calibration:
     Attributes:
         pruner: the method, as it is now attached to the model.
         chosen: the thresholds behind it.
-        candidates: everything that was compared, the chosen first and the others by their divergence; with ``max_drop``
-            by their cost.
+        candidates: everything that was compared, the chosen first and the others by their divergence plus its
+            standard error; with ``max_drop`` by their cost.
         metric_dense: with ``max_drop``: the dense model's metric on the held-out examples, in points.
         metric_pruned: with ``max_drop``: the pruned model's.
         drop_bound: with ``max_drop``: the estimated loss plus one standard error, in points.

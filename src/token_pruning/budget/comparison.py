@@ -54,9 +54,9 @@ from token_pruning.runtime.token_pruner import TokenPruner
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
 _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
 _FEWEST_TOKENS = 2500  # of such a pass, however large the model is
-_FEWEST_GROUPS = 20
+_FEWEST_GROUPS = 16
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
-_FINALISTS = 4
+_FINALISTS, _RANKING_FINALISTS = 4, 6  # queries are fewer than texts, and say less
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
 _PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the correction
 _MUCH_WORSE = 1.1  # times the least divergence: too few texts for so weak a penalty
@@ -136,7 +136,7 @@ class Comparison:
     # Attention received, by schedules, and perhaps a gate that the caller gave: all on the whole halves.
 
     def by_attention(self, target: float) -> list[Fit]:
-        """Fits to a budget: that of the schedule with the least divergence, then the others.
+        """Fits to a budget: that of the schedule that likely diverges least, then the others.
 
         Raises:
             ConfigError: if no schedule reaches it.
@@ -150,13 +150,13 @@ class Comparison:
         if not fits:
             names = ", ".join(schedule.name for schedule in self.plan.schedules)
             raise ConfigError(f"target_flops is {target:g}; none of the schedules searched ({names}) can reach it")
-        best = min(fits, key=divergence_of_fit)
+        best = min(fits, key=likely_divergence)
         for share in (0.5, 0.25):
             threshold = best.vocabulary_threshold
             moved = neighbours(best.schedule, share, self.plan.allowed)
             fits += [fit for schedule in moved if (fit := self._by_attention(schedule, target, threshold, _COMPARABLE))]
-            best = min(fits, key=divergence_of_fit)
-        others = sorted((fit for fit in fits if fit is not best), key=divergence_of_fit)
+            best = min(fits, key=likely_divergence)
+        others = sorted((fit for fit in fits if fit is not best), key=likely_divergence)
         return [self._by_attention(best.schedule, target, best.vocabulary_threshold) or best, *others]
 
     def _vocabulary_thresholds(self, target: float) -> list[float | None]:
@@ -190,7 +190,7 @@ class Comparison:
     # Everything: who decides, where, and what departed tokens count as.
 
     def search(self, target: float) -> list[Fit]:
-        """Fits to a budget: that of the rule with the least divergence, then the others.
+        """Fits to a budget: that of the rule that likely diverges least, then the others.
 
         Most rules are compared on some of the examples, the best of them on all.
 
@@ -207,7 +207,7 @@ class Comparison:
         ]
         found = [self._judged(fit, self.held_out, self.dense) for fit in found]
         found += [fit for each in found if (fit := self._corrected(each)) is not each]
-        return [*sorted(found, key=divergence_of_fit), *fits]
+        return [*sorted(found, key=likely_divergence), *fits]
 
     @property
     def observed(self) -> Observed:
@@ -244,7 +244,7 @@ class Comparison:
                 # Protected tokens may cost more than all that the budget leaves.
                 if fit is not None and fit.relative_flops <= target + _COMPARABLE:
                     tried[str(rule)] = rule, self._judged(fit, some, dense)
-            return min(tried.values(), key=lambda pair: divergence_of_fit(pair[1]), default=(None, None))[0]
+            return min(tried.values(), key=lambda pair: likely_divergence(pair[1]), default=(None, None))[0]
 
         departed = self._departed()
         cuts = self.cuts
@@ -253,17 +253,17 @@ class Comparison:
             best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:
             raise ConfigError(f"target_flops is {target:g}; nothing that was tried can reach it")
-        best = compare(further_rules(best, layers, cuts, departed), "after which layers")
+        best = compare(further_rules(best, layers, cuts, departed, pairs), "after which layers")
         assert best is not None
         compare(spread_rules(best, layers, cuts, pairs), "after several layers")
-        ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
+        ranked = sorted(tried.values(), key=lambda pair: likely_divergence(pair[1]))
         for rule, _ in ranked[:2]:
             allowed = cuts if rule.probes or rule.departed == "map" else self.plan.allowed
             if rule.gate < 1:
                 moved = [replace(rule, schedule=s) for s in neighbours(rule.schedule, 0.5, allowed)]
                 compare(moved, "more here, less there")
-        ranked = sorted(tried.values(), key=lambda pair: divergence_of_fit(pair[1]))
-        return [fit for _, fit in ranked], [rule for rule, _ in ranked[:_FINALISTS]]
+        ranked = sorted(tried.values(), key=lambda pair: likely_divergence(pair[1]))
+        return [fit for _, fit in ranked], [rule for rule, _ in ranked[: _RANKING_FINALISTS if pairs else _FINALISTS]]
 
     def _departed(self) -> list[Departed]:
         """What is worth trying: means over survivors are nobody's own label."""
@@ -363,11 +363,11 @@ class Comparison:
         ridge.add(pruned, self._dense_fitting - pruned)
         found = [fit, *(_with_correction(fit, ridge.solve(penalty)) for penalty in _PENALTIES)]
         judged = [self._judged_with_outputs(each, self.held_out, self.dense) for each in found]
-        most = _MUCH_WORSE * min(divergence_of_fit(each) for each, _ in judged)
+        most = _MUCH_WORSE * min(likely_divergence(each) for each, _ in judged)
         _, best = min(
             (neighbours_error(self.dense, outputs), number)
             for number, (each, outputs) in enumerate(judged)
-            if divergence_of_fit(each) <= most
+            if likely_divergence(each) <= most
         )
         return fit if best == 0 else judged[best][0]
 
@@ -379,10 +379,13 @@ def _with_correction(fit: Fit, missing: Tensor) -> Fit:
     return replace(fit, method=replace(fit.method, correction=correction), rule=f"{fit.rule}, corrected")
 
 
-def divergence_of_fit(fit: Fit) -> float:
-    """What fits are compared by."""
-    assert fit.divergence is not None
-    return fit.divergence
+def likely_divergence(fit: Fit) -> float:
+    """What fits are compared by: the divergence plus one standard error.
+
+    A rule that ruins one example in thirty often looks harmless on those at hand; the error shows it.
+    """
+    assert fit.divergence is not None and fit.divergence_error is not None
+    return fit.divergence + fit.divergence_error
 
 
 def _divided(groups: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

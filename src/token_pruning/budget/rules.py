@@ -107,7 +107,9 @@ def first_rules(layers: int, pairs: bool, departed: Sequence[Departed]) -> list[
     return found
 
 
-def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequence[Departed]) -> list[Rule]:
+def further_rules(
+    best: Rule, layers: int, cuts: Sequence[int], departed: Sequence[Departed], pairs: bool
+) -> list[Rule]:
     """The best of the first rules with other layers, other shares of the gate, and other counts for what left.
 
     Args:
@@ -115,11 +117,13 @@ def further_rules(best: Rule, layers: int, cuts: Sequence[int], departed: Sequen
         layers: see :func:`first_rules`.
         cuts: layers (1-based) that have probes and maps.
         departed: see :func:`first_rules`.
+        pairs: see :func:`first_rules`.
     """
     steps = [step(cut, layers) for cut in cuts]
+    shares = _SHARES[:2] if pairs else _SHARES  # what enters a reranker had better be most of the passage
     found = [
         replace(best, gate=gate, schedule=schedule, departed=counts)
-        for gate, schedule, counts in product(_SHARES, steps, departed)
+        for gate, schedule, counts in product(shares, steps, departed)
     ]
     return [rule for rule in found if rule != best]
 
