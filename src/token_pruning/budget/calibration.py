@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from token_pruning.budget.clock import Clock, within_milliseconds
 from token_pruning.budget.comparison import Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
-from token_pruning.budget.examples import Examples, as_batch
+from token_pruning.budget.examples import Examples, Texts, as_batch
 from token_pruning.budget.fitting import (
     Fit,
     check_target,
@@ -69,7 +69,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    examples: Examples,
+    examples: Examples | Texts,
     target_flops: float | None = None,
     *,
     target_ms: float | None = None,
@@ -196,7 +196,7 @@ def _batch_size(batch_size: int, examples: int) -> int:
     return batch_size
 
 
-def _checked_batch(examples: Examples, padding: int, max_drop: float | None) -> dict[str, Tensor]:
+def _checked_batch(examples: Examples | Texts, padding: int, max_drop: float | None) -> dict[str, Tensor]:
     """The examples as one padded batch, enough of them, with labels where these are needed."""
     batch = as_batch(examples, padding)
     total = len(batch["input_ids"])

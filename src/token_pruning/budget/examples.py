@@ -11,9 +11,12 @@ from token_pruning.errors import ConfigError
 
 Batch = Mapping[str, Tensor]
 Examples = Sequence[Mapping[str, Any]] | Batch
+"""Tokenized texts, or a padded batch of them."""
+Texts = Sequence[str] | Sequence[Sequence[str]]
+"""Texts, or pairs of texts."""
 
 
-def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
+def as_batch(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     """One padded batch of tokenized texts.
 
     Args:
@@ -21,7 +24,7 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
         padding: the id of the padding token.
 
     Raises:
-        ConfigError: if there are no ``input_ids``, or an example has not one token.
+        ConfigError: if there are no ``input_ids``, as in texts that are not tokenized, or an example has no tokens.
     """
     batch = _padded(examples, padding)
     without = (batch["attention_mask"].sum(1) == 0).nonzero()
@@ -30,7 +33,7 @@ def as_batch(examples: Examples, padding: int) -> dict[str, Tensor]:
     return batch
 
 
-def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
+def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     if isinstance(examples, Mapping):
         batch = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
         if "input_ids" not in batch:
@@ -38,20 +41,22 @@ def _padded(examples: Examples, padding: int) -> dict[str, Tensor]:
         return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
     if not hasattr(examples, "__len__"):
         raise ConfigError(f"examples is a {type(examples).__name__}; it must be a list of tokenized texts, or a batch")
-    for number_, example in enumerate(examples):
-        if "input_ids" not in example:
-            raise ConfigError(f"examples[{number_}] has no input_ids")
+    tokenized: list[Mapping[str, Any]] = []
+    for example in examples:
+        if not isinstance(example, Mapping) or "input_ids" not in example:
+            raise ConfigError(f"examples[{len(tokenized)}] has no input_ids")
+        tokenized.append(example)
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
-        if len(examples) and name in examples[0]:
-            rows = [_integers(f"examples[{i}]'s {name}", example[name]) for i, example in enumerate(examples)]
+        if tokenized and name in tokenized[0]:
+            rows = [_integers(f"examples[{i}]'s {name}", example[name]) for i, example in enumerate(tokenized)]
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     if "attention_mask" not in batch:
-        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long, device="cpu") for example in examples]
+        rows = [torch.ones(len(example["input_ids"]), dtype=torch.long, device="cpu") for example in tokenized]
         batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
         batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
-    if len(examples) and "labels" in examples[0]:
-        batch["labels"] = torch.as_tensor([example["labels"] for example in examples])
+    if tokenized and "labels" in tokenized[0]:
+        batch["labels"] = torch.as_tensor([example["labels"] for example in tokenized])
     return batch
 
 
