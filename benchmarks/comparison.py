@@ -70,7 +70,8 @@ class Rows:
         }
         self.rows.append({"what": what, "cost": cost, "scores": scores, "losses": losses, **more})
         cells = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-        print(f"{what}: cost {cost:.3f}; {cells}", file=sys.stderr, flush=True)
+        rule = f"; {more['rule']}" if more.get("rule") else ""
+        print(f"{what}: cost {cost:.3f}; {cells}{rule}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -166,20 +166,21 @@ def pruned(
     **length: Any,
 ) -> dict[str, Any]:
     """The cells of a pruned model; without ``target_flops`` it only takes what ``length`` says."""
-    started = time.perf_counter()
+    started, rule = time.perf_counter(), ""
     if target_flops is None:
         tp.prune(model, tp.Unpruned(**length))
     else:
-        tp.calibrate(model, task.calibration[:calibration], target_flops=target_flops, **length)
+        found = tp.calibrate(model, task.calibration[:calibration], target_flops=target_flops, **length)
+        rule = found.chosen.rule
     seconds = time.perf_counter() - started
     try:
         fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
         with tp.record(fast) as trace:
-            found = outcome(encoder(fast))
+            scored = outcome(encoder(fast))
         cost = tp.count_flops(model, trace).pruned * len(trace.input_lengths) / len(task.texts) / base
     finally:
         tp.unprune(model)
-    return {"cost": cost, "outcome": found, "calibration_seconds": seconds}
+    return {"cost": cost, "outcome": scored, "calibration_seconds": seconds, "rule": rule}
 
 
 def table(name: str, task: Similarity | Retrieval, rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:

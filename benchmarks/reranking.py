@@ -113,7 +113,7 @@ def pruned(
 ) -> dict[str, Any]:
     """The cells of a pruned model."""
     started = time.perf_counter()
-    tp.calibrate(model, task.calibration, target_flops=target)
+    rule = tp.calibrate(model, task.calibration, target_flops=target).chosen.rule
     seconds = time.perf_counter() - started
     try:
         fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
@@ -122,7 +122,7 @@ def pruned(
         cost = tp.count_flops(model, trace).relative
     finally:
         tp.unprune(model)
-    return {"cost": cost, "outcome": found, "calibration_seconds": seconds}
+    return {"cost": cost, "outcome": found, "calibration_seconds": seconds, "rule": rule}
 
 
 # Speed
