@@ -125,6 +125,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--add", action="store_true", help="keep what OUTPUT.json has besides what is measured")
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """What a measurement of trained models takes besides."""
+    parser.add_argument("--seed", type=int, default=0, help="of the training of distilled models")
+    parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
+    parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
+
+
+def calibrated(load: Callable[[], Any], texts: Sequence[Any], target: float, name: str, folder: Path | None) -> Any:
+    """A model calibrated to a budget.
+
+    Args:
+        load: gives the dense one.
+        texts: to calibrate on.
+        target: relative FLOPs.
+        name: what it is kept under.
+        folder: where it is kept; None for nowhere.
+    """
+    kept = None if folder is None else folder / f"{name}-{target}"
+    if kept is not None and kept.exists():
+        return tp.from_pretrained(kept)
+    model = load()
+    tp.calibrate(model, texts, target_flops=target)
+    if kept is not None:
+        model.save_pretrained(str(kept))
+    return model
+
+
 def machine_of(threads: int) -> dict[str, Any]:
     """The machine and what ran on it."""
     installed = {}
