@@ -22,6 +22,8 @@ from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops, relative_flops
 
+PLACES = (("FOLDER", "model"), ("KEPT", "calibrated"))  # what a command shows in place of paths
+
 Command = Callable[[argparse.Namespace], None]
 
 COSTS = (0.75, 0.6, 0.5, 0.45, 0.3)
@@ -192,7 +194,9 @@ def table(
         "about": f"{about} {machine_line(machine)}",
         "measure": measure,
         "machine": machine,
-        "commands": [command({"DATA": arguments.data, "FOLDER": getattr(arguments, "model", None)})],
+        "commands": [
+            command({"DATA": arguments.data, **{word: getattr(arguments, name, None) for word, name in PLACES}})
+        ],
         "rows": rows,
         **more,
     }

@@ -78,7 +78,7 @@ def distill(
     Args:
         model: a ``SentenceTransformer`` or ``CrossEncoder``: dense, or calibrated.
         texts: without labels, at least 64; a reranker's as (query, passage) pairs, several passages for each query, in
-            any order. One pass over 20,000 is enough for most of what can be had.
+            any order.
         target_flops: what the pruned model may cost, relative to the dense one on valid tokens. For a calibrated model:
             what it costs now, unless given.
         teacher: the dense model to learn from, of the same class; the model itself as it is given, without pruning,
