@@ -22,6 +22,8 @@ from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops, relative_flops
 
+PLACES = (("FOLDER", "model"), ("KEPT", "calibrated"))  # what a command shows in place of paths
+
 Command = Callable[[argparse.Namespace], None]
 
 COSTS = (0.75, 0.6, 0.5, 0.45, 0.3)
@@ -126,6 +128,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--add", action="store_true", help="keep what OUTPUT.json has besides what is measured")
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """What a measurement of trained models takes besides."""
+    parser.add_argument("--seed", type=int, default=0, help="of the training of distilled models")
+    parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
+    parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
+
+
+def calibrated(load: Callable[[], Any], texts: Sequence[Any], target: float, name: str, folder: Path | None) -> Any:
+    """A model calibrated to a budget.
+
+    Args:
+        load: gives the dense one.
+        texts: to calibrate on.
+        target: relative FLOPs.
+        name: what it is kept under.
+        folder: where it is kept; None for nowhere.
+    """
+    kept = None if folder is None else folder / f"{name}-{target}"
+    if kept is not None and kept.exists():
+        return tp.from_pretrained(kept)
+    model = load()
+    tp.calibrate(model, texts, target_flops=target)
+    if kept is not None:
+        model.save_pretrained(str(kept))
+    return model
+
+
 def machine_of(threads: int) -> dict[str, Any]:
     """The machine and what ran on it."""
     installed = {}
@@ -166,7 +195,9 @@ def table(
         "about": f"{about} {machine_line(machine)}",
         "measure": measure,
         "machine": machine,
-        "commands": [command({"DATA": arguments.data, "FOLDER": getattr(arguments, "model", None)})],
+        "commands": [
+            command({"DATA": arguments.data, **{word: getattr(arguments, name, None) for word, name in PLACES}})
+        ],
         "rows": rows,
         **more,
     }

@@ -1,12 +1,13 @@
-"""Sentence embeddings, pruned without training, through sentence-transformers: quality, and seconds of ``encode``.
+"""Sentence embeddings, pruned, through sentence-transformers: quality, and seconds of ``encode``.
 
     python benchmarks/embeddings.py quality --data DATA --output results/embeddings/quality
     python benchmarks/embeddings.py speed --data DATA --threads 1 --output results/embeddings/speed
 
 Quality: STS-B's sentences, questions → paragraphs of SQuAD, and questions → long documents (see tasks.py). Truncation
-is to the length that costs as many FLOPs. Thresholds and everything else are fitted on other texts, without labels.
-Questions are always encoded by the dense model. Intervals are of 2,000 bootstrap samples of pairs or questions, the
-same for the dense and the other model.
+is to the length that costs as many FLOPs. Thresholds and everything else are fitted on other texts, without labels; a
+distilled model was then trained, for one pass over more of them, to give the dense vectors. Questions are always
+encoded by the dense model. Intervals are of 2,000 bootstrap samples of pairs or questions, the same for the dense and
+the other model.
 
 Speed: all rows take turns in one process (A B C A B C) on the same texts, tokenizing and pooling included. Medians, and
 medians of the passes' ratios. Every row but sentence-transformers as installed has the batch size that was its fastest.
@@ -26,7 +27,16 @@ import torch
 from comparison import COSTS, Rows, cut_to
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from tasks import STS_CALIBRATION, Encode, Retrieval, Similarity, read_long, read_retrieval, read_similarity
+from tasks import (
+    DISTILLATION_TEXTS,
+    STS_CALIBRATION,
+    Encode,
+    Retrieval,
+    Similarity,
+    read_long,
+    read_retrieval,
+    read_similarity,
+)
 
 import token_pruning as tp
 from token_pruning.lab.data import find_minilm, find_mpnet
@@ -34,6 +44,7 @@ from token_pruning.lab.data import find_minilm, find_mpnet
 MODELS: dict[str, Callable[[], Any]] = {"all-MiniLM-L6-v2": find_minilm, "all-mpnet-base-v2": find_mpnet}
 TASKS = ("sts", "paragraphs", "long")
 METHODS = ("dense", "truncated", "pruned")
+TRAINED = "distilled"  # takes minutes a row: only where it is asked for
 WINDOW = 256
 BATCH_SIZE = 8
 
@@ -118,6 +129,10 @@ def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int],
         for target in arguments.costs:
             what = f"pruned to {target}, calibrated on {min(size, len(task.calibration)):,} texts"
             rows.add(what, **pruned(model, task, base, outcome, calibration=size, target_flops=target))
+    if TRAINED in arguments.methods:
+        for target in arguments.costs:
+            what = f"distilled to {target} on {len(task.distillation):,} texts"
+            rows.add(what, **distilled(name, task, base, outcome, target, arguments))
     return table(name, task, rows, arguments)
 
 
@@ -174,13 +189,44 @@ def pruned(
         rule = found.chosen.rule
     seconds = time.perf_counter() - started
     try:
-        fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
-        with tp.record(fast) as trace:
-            scored = outcome(encoder(fast))
-        cost = tp.count_flops(model, trace).pruned * len(trace.input_lengths) / len(task.texts) / base
+        return {**cells(model, task, base, outcome), "calibration_seconds": seconds, "rule": rule}
     finally:
         tp.unprune(model)
-    return {"cost": cost, "outcome": scored, "calibration_seconds": seconds, "rule": rule}
+
+
+def cells(
+    model: SentenceTransformer,
+    task: Similarity | Retrieval,
+    base: float,
+    outcome: Callable[[Encode], NDArray[np.float64]],
+) -> dict[str, Any]:
+    fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
+    with tp.record(fast) as trace:
+        found = outcome(encoder(fast))
+    cost = tp.count_flops(model, trace).pruned * len(trace.input_lengths) / len(task.texts) / base
+    return {"cost": cost, "outcome": found}
+
+
+def distilled(
+    name: str,
+    task: Similarity | Retrieval,
+    base: float,
+    outcome: Callable[[Encode], NDArray[np.float64]],
+    target: float,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """The cells of a model that was calibrated on the same texts as a pruned one, and then trained on others."""
+    model = comparison.calibrated(
+        lambda: load(name), task.calibration, target, f"{name}-{task.name}", arguments.calibrated
+    )
+    started = time.perf_counter()
+    tp.distill(model, task.distillation, target, bf16=arguments.bf16, seed=arguments.seed)
+    seconds = time.perf_counter() - started
+    return {
+        **cells(model, task, base, outcome),
+        "training_seconds": seconds,
+        "seed": arguments.seed,
+    }
 
 
 def table(name: str, task: Similarity | Retrieval, rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -199,7 +245,8 @@ def quality(arguments: argparse.Namespace) -> None:
             if task == "long":
                 found = measure_long(name, read_long(arguments.data), arguments)
             elif task == "sts":
-                sentences = read_similarity(arguments.data, max(arguments.calibration))
+                others = DISTILLATION_TEXTS if TRAINED in arguments.methods else 0
+                sentences = read_similarity(arguments.data, max(arguments.calibration), distillation=others)
                 found = measure(name, sentences, arguments.calibration, arguments)
             else:
                 paragraphs = read_retrieval(arguments.data)
@@ -258,7 +305,8 @@ def parse_arguments() -> argparse.Namespace:
     comparison.add_arguments(shared)
     first = commands.add_parser("quality", parents=[shared], help="scores beside FLOPs")
     first.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    first.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    first.add_argument("--methods", nargs="+", choices=(*METHODS, TRAINED), default=list(METHODS))
+    comparison.add_training(first)
     first.add_argument("--costs", type=float, nargs="+", default=list(COSTS), help="relative FLOPs")
     first.add_argument("--long-costs", type=float, nargs="+", default=[0.6], help="the same for long documents")
     first.add_argument(

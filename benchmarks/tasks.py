@@ -7,7 +7,7 @@ is drawn is drawn by a fixed seed. Texts to calibrate on are never among those t
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,8 @@ STS_CALIBRATION, RETRIEVAL_CALIBRATION = 2000, 250
 RETRIEVAL_DOCUMENTS, RETRIEVAL_QUESTIONS, LONG_QUESTIONS = 350, 900, 800
 PARAGRAPHS_PER_DOCUMENT, LONG_CALIBRATION_ARTICLES, LONG_CALIBRATION_PARAGRAPHS = 5, 5, 40
 RERANK_TRAINING_ARTICLES, RERANK_TRAINING_PAIRS, RERANK_PASSAGES = 11, 3600, 10
-RERANK_CALIBRATION_QUERIES, RERANK_CALIBRATION_PASSAGES = 60, 8
+RERANK_CALIBRATION_QUERIES, RERANK_CALIBRATION_PASSAGES = 120, 8
+DISTILLATION_TEXTS, DISTILLATION_PAIRS = 20_000, 5000
 
 
 class Task(Protocol):
@@ -41,6 +42,7 @@ class Task(Protocol):
         about: what it is, for a reader.
         measure: the score's name.
         calibration: texts to calibrate on.
+        distillation: other texts to train on.
         texts: those that a pruned model encodes.
     """
 
@@ -48,6 +50,7 @@ class Task(Protocol):
     about: str
     measure: str
     calibration: list[str]
+    distillation: list[str]
 
     @property
     def texts(self) -> list[str]: ...
@@ -71,6 +74,7 @@ class Similarity:
     first: list[str]
     second: list[str]
     gold: NDArray[np.float64]
+    distillation: list[str] = field(default_factory=list)
     questions: Sequence[str] = ()
     name = "STS-B"
     measure = "Spearman"
@@ -112,6 +116,7 @@ class Retrieval:
     questions: list[str]
     targets: NDArray[np.int64]
     parts: Mapping[str, NDArray[np.int64]]
+    distillation: list[str] = field(default_factory=list)
     measure = "nDCG@10"
 
     @property
@@ -132,6 +137,7 @@ class Reranking:
     Attributes:
         training: question, paragraph, and whether they belong together, from articles of their own.
         calibration: pairs from the training articles.
+        distillation: pairs from the training articles to train on, without labels.
         questions: those to measure on.
         passages: as many per question.
         late: questions whose answer is in the second half of its paragraph.
@@ -142,6 +148,7 @@ class Reranking:
     questions: list[str]
     passages: list[list[str]]
     late: NDArray[np.int64]
+    distillation: list[tuple[str, str]] = field(default_factory=list)
     measure = "MRR"
 
     @property
@@ -165,8 +172,13 @@ class Reranking:
 # From the files
 
 
-def read_similarity(data: Path, calibration: int = STS_CALIBRATION, *, seed: int = 0) -> Similarity:
+def read_similarity(
+    data: Path, calibration: int = STS_CALIBRATION, *, seed: int = 0, distillation: int = 0
+) -> Similarity:
     """STS-B; the sentences to calibrate on are drawn from the distinct ones of the training set.
+
+    Those to train on are the other sentences of STS-B's training set, then MRPC's, then SST-2's, until there are
+    ``distillation``; none that the development set has.
 
     Raises:
         DataError: for files that are missing or malformed, or with fewer sentences than ``calibration``.
@@ -179,7 +191,17 @@ def read_similarity(data: Path, calibration: int = STS_CALIBRATION, *, seed: int
             f"{data / 'glue'}: {len(distinct)} distinct training sentences; {calibration} were asked for"
         )
     sentences = random.Random(seed).sample(distinct, calibration)
-    return Similarity(sentences, list(dev.first), list(dev.second), np.asarray(dev.labels, dtype=np.float64))
+    found = Similarity(sentences, list(dev.first), list(dev.second), np.asarray(dev.labels, dtype=np.float64))
+    if not distillation:
+        return found
+    for name in ("MRPC", "SST2"):
+        other = load_glue_folder(glue_task(name), data / "glue").train
+        texts = list(dict.fromkeys([*other.first, *(other.second or [])]))
+        random.Random(seed).shuffle(texts)
+        distinct += texts
+    known = {*sentences, *found.texts}
+    others = [text for text in dict.fromkeys(distinct) if text not in known]
+    return replace(found, distillation=others[:distillation])
 
 
 @dataclass(frozen=True)
@@ -232,6 +254,7 @@ def read_retrieval(data: Path, *, seed: int = 0) -> Retrieval:
         questions=[question.text for question in asked],
         targets=np.array([question.paragraph for question in asked]),
         parts={"late": late},
+        distillation=[paragraph["context"] for paragraph in paragraphs[last:]],
     )
 
 
@@ -298,7 +321,7 @@ def read_reranking(data: Path, questions: int, *, seed: int = 0) -> Reranking:
         return [article[question.paragraph]["context"], *others(article, question.paragraph, count - 1)]
 
     asked = generator.sample(to_measure, questions)
-    return Reranking(
+    found = Reranking(
         training=training[:RERANK_TRAINING_PAIRS],
         calibration=[
             (question.text, passage)
@@ -309,3 +332,10 @@ def read_reranking(data: Path, questions: int, *, seed: int = 0) -> Reranking:
         passages=[passages(article, question, RERANK_PASSAGES) for article, question in asked],
         late=np.flatnonzero([question.late for _, question in asked]),
     )
+    generator.shuffle(to_calibrate)
+    pairs = [
+        (question.text, passage)
+        for article, question in to_calibrate[: DISTILLATION_PAIRS // RERANK_CALIBRATION_PASSAGES]
+        for passage in passages(article, question, RERANK_CALIBRATION_PASSAGES)
+    ]
+    return replace(found, distillation=pairs)

@@ -31,7 +31,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_checkpoint(Path("my-model"), initializer_range=0.3)
     write_checkpoint(Path("all-MiniLM-L6-v2"), head="encoder")
     write_checkpoint(Path("cross-encoder/ms-marco-MiniLM-L6-v2"), labels=1)
-    texts = [" ".join(WORDS[(start + step) % len(WORDS)] for step in range(3 + start % 19)) for start in range(60)]
+    texts = [" ".join(WORDS[(start + step) % len(WORDS)] for step in range(3 + start % 19)) for start in range(72)]
     tokenizer = AutoTokenizer.from_pretrained("my-model")
     examples = [dict(tokenizer(text)) for text in texts]
     batch = tokenizer(texts[:2], padding=True, return_tensors="pt")
@@ -41,7 +41,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "model": AutoModelForSequenceClassification.from_pretrained("my-model"),
         "tokenizer": tokenizer,
         "texts": texts,
-        "pairs": [(query, passage) for query in texts[:8] for passage in texts[8:14]],
+        "pairs": [(query, passage) for query in texts[:12] for passage in texts[12:18]],
         "query": texts[0],
         "passages": texts[1:],
         "batch": {**batch, "labels": torch.tensor([0, 1])},

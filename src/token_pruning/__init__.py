@@ -8,6 +8,7 @@ with tp.record(model) as trace:
 
 from token_pruning import interrupts as _interrupts  # noqa: F401 - before what takes long
 from token_pruning.budget.calibration import Calibration, calibrate
+from token_pruning.budget.distillation import Distilled, distill
 from token_pruning.budget.schedules import Schedule
 from token_pruning.budget.vocabulary import vocabulary_gate
 from token_pruning.checkpoint import from_pretrained
@@ -50,6 +51,7 @@ __all__ = [
     "Correction",
     "DataError",
     "DepartureMaps",
+    "Distilled",
     "Engine",
     "Explanation",
     "FixedThreshold",
@@ -70,6 +72,7 @@ __all__ = [
     "compile",
     "convert_scores",
     "count_flops",
+    "distill",
     "explain",
     "export",
     "freeze_thresholds",

@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState
 import token_pruning as tp
 from tests.tiny import pruned, ragged_batch, tiny_model
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
+from token_pruning.budget.holding import BudgetHolder
 from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
@@ -20,7 +21,6 @@ from token_pruning.lab.cli import main, paper_main
 from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.training.budget import (
     BudgetController,
-    BudgetHolder,
     fitting_examples,
     soft_relative_flops,
     with_relative_scores,

@@ -54,7 +54,7 @@ from token_pruning.runtime.token_pruner import TokenPruner
 _COMPARABLE = 0.012  # as CLOSE_ENOUGH, while rules are compared
 _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules are compared on
 _FEWEST_TOKENS = 2500  # of such a pass, however large the model is
-_FEWEST_GROUPS = 16
+_FEWEST_GROUPS = 24
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
 _FINALISTS, _RANKING_FINALISTS = 4, 6  # queries are fewer than texts, and say less
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are

@@ -27,7 +27,7 @@ from token_pruning.runtime.token_pruner import TokenPruner
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
 _PASS_TOKENS = 16_000
-_DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
+DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
 
 
 @dataclass(frozen=True)
@@ -273,9 +273,9 @@ class _Cut(Pruner, registered=False):
             candidates &= ~tokens.protected
         scores = tokens.scores[candidates].sort().values
         if kept >= len(scores):
-            threshold = -_DROP_EVERYTHING if self.probes and tokens.layer in self.probes.layers else 0.0
+            threshold = -DROP_EVERYTHING if self.probes and tokens.layer in self.probes.layers else 0.0
         elif kept <= 0:
-            threshold = _DROP_EVERYTHING
+            threshold = DROP_EVERYTHING
         else:
             threshold = float((scores[-kept - 1] + scores[-kept]) / 2)
         self.found[tokens.layer] = threshold
@@ -332,11 +332,15 @@ def outputs_of(model: Any, batch: Batch) -> Tensor:
 
 def outputs_in_parts(model: Any, batch: Batch) -> Tensor:
     """:func:`outputs_of`, for more examples than one pass should take."""
+    return torch.cat([outputs_of(model, part) for part in in_parts(batch)])
+
+
+def in_parts(batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """A batch's examples in their order, as many at a time as one pass should take."""
     lengths = batch["attention_mask"].sum(1).tolist()
-    parts, start, tokens = [], 0, 0
+    start, tokens = 0, 0
     for end, length in enumerate([*lengths, _PASS_TOKENS], start=1):
         tokens += length
         if tokens > _PASS_TOKENS and end - 1 > start:
-            parts.append(outputs_of(model, part_of(batch, slice(start, end - 1))))
+            yield part_of(batch, slice(start, end - 1))
             start, tokens = end - 1, length
-    return torch.cat(parts)

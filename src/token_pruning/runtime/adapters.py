@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from token_pruning.errors import UnsupportedModelError
 from token_pruning.families import Reads
 from token_pruning.pruners import Pruner
@@ -59,8 +61,42 @@ class Adapter(Protocol):
     def load_dense(self, folder: Path, **options: Any) -> Any:
         """The same model without pruning, whether the folder names a method or not."""
 
+    def names_method(self, folder: Path) -> bool:
+        """Whether a folder that the library wrote says how its model is pruned."""
+
     def takes_pairs(self, model: Any) -> bool:
         """Whether an input is a pair of texts, not one."""
+
+    def check_distilling(self, model: Any) -> None:
+        """Raises UnsupportedModelError for a model whose outputs cannot be learned from another model's."""
+
+    def outputs(self, model: Any, texts: Sequence[Any]) -> Tensor:
+        """What a model gives for texts, or pairs: vectors ``[texts, dim]`` or scores ``[pairs, 1]``, float32."""
+
+    def distilling(
+        self,
+        model: Any,
+        texts: Sequence[Any],
+        teacher: Any,
+        *,
+        batch_size: int,
+        arguments: dict[str, Any],
+        callbacks: list[Any],
+        kind: type | None,
+        shows: bool,
+    ) -> Any:
+        """The library's trainer, set up to bring the model's outputs near to another model's.
+
+        Args:
+            model: to be trained.
+            texts: ``str`` each, or pairs of them.
+            teacher: a dense model of the same class, whose outputs are computed once.
+            batch_size: texts or pairs per step.
+            arguments: the trainer's other arguments, as transformers calls them.
+            callbacks: the trainer's.
+            kind: a class to put before the trainer's own; None for none.
+            shows: whether there are progress bars.
+        """
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,9 @@ class TokenPruner(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._follow_tensors()
+        self.follow_tensors()
 
-    def _follow_tensors(self) -> None:
+    def follow_tensors(self) -> None:
         """Let the method, and so ``config.json``, say what was loaded into its tensors."""
         pruner, loaded, scores = self.pruner, self.thresholds, self.vocabulary_scores
         changed: dict[str, Any] = {}

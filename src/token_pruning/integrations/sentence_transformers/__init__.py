@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import CrossEncoder
+from torch import Tensor
 
 from token_pruning.engine import Engine
 from token_pruning.errors import ConfigError
@@ -12,7 +13,8 @@ from token_pruning.families import Reads
 from token_pruning.integrations.sentence_transformers.attached import SavedBeside, WholeTexts, not_reloading, reloading
 from token_pruning.integrations.sentence_transformers.batches import tokenized
 from token_pruning.integrations.sentence_transformers.compiled import EngineModel, compiled
-from token_pruning.integrations.sentence_transformers.loading import load, load_dense
+from token_pruning.integrations.sentence_transformers.distilling import check_distilling, distilling, outputs_of
+from token_pruning.integrations.sentence_transformers.loading import load, load_dense, names_method
 from token_pruning.integrations.sentence_transformers.modules import pooling_of, reads_of_modules, transformer_of
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.adapters import Adapter
@@ -60,8 +62,20 @@ class SentenceTransformersAdapter:
     def load_dense(self, folder: Path, **options: Any) -> Any:
         return load_dense(folder, **options)
 
+    def names_method(self, folder: Path) -> bool:
+        return names_method(folder)
+
     def takes_pairs(self, model: Any) -> bool:
         return isinstance(model, CrossEncoder)
+
+    def check_distilling(self, model: Any) -> None:
+        check_distilling(model)
+
+    def outputs(self, model: Any, texts: Sequence[Any]) -> Tensor:
+        return outputs_of(model, texts)
+
+    def distilling(self, model: Any, texts: Sequence[Any], teacher: Any, **settings: Any) -> Any:
+        return distilling(model, texts, teacher, **settings)
 
 
 ADAPTER: Adapter = SentenceTransformersAdapter()

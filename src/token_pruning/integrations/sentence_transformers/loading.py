@@ -43,6 +43,11 @@ def load_dense(folder: Path, **kwargs: Any) -> Any:
     return _built(folder, *_read(folder), kwargs)
 
 
+def names_method(folder: Path) -> bool:
+    """Whether the configuration of a folder's transformer has a ``prune_mode``; errors as for :func:`load`."""
+    return "prune_mode" in _read(folder)[1].config
+
+
 def _read(folder: Path) -> tuple[Any, Checkpoint]:
     """The class of a folder's model, and the checkpoint of its transformer."""
     paths = _module_folders(folder)

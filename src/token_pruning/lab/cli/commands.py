@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from token_pruning.budget.distillation import EPOCHS, LEARNING_RATE
 from token_pruning.errors import ConfigError
 from token_pruning.lab.analysis.options import AnalyzeOptions
 from token_pruning.lab.cli.parser import (
@@ -20,10 +21,12 @@ from token_pruning.lab.cli.parser import (
 from token_pruning.lab.data.source import DataOptions
 from token_pruning.lab.demo.options import DemoOptions
 from token_pruning.lab.exporting import ExportOptions, export_checkpoint
+from token_pruning.lab.options import flag_of
 from token_pruning.lab.predict import PredictOptions
 from token_pruning.lab.report.options import ReportOptions
 from token_pruning.lab.sweep.options import SweepOptions
-from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, TrainOptions
+from token_pruning.lab.training.options import ARCHITECTURES, CalibrateOptions, DistillOptions, TrainOptions
+from token_pruning.pruners import Pruner
 from token_pruning.runtime.adapters import adapter_for
 
 # Learning rates of the published code where --lr is not given.
@@ -40,10 +43,15 @@ def add_train(commands: Any) -> None:
         description="Train one stage. The paper's workflow: --masking-mode none (fine-tune), soft (learn thresholds), "
         "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
         "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
-        "token_threshold, scoring_mode. A killed run continues when the same command is given again.",
+        "token_threshold, scoring_mode. A SentenceTransformer or CrossEncoder learns what it gave unpruned, from texts "
+        "without labels (--texts, --target-flops). A killed run continues when the same command is given again.",
     )
+    add_alias(parser, "MODEL", TrainOptions, "restore", help="the same as --restore")
     add_options(parser, DataOptions)
     add_options(parser, TrainOptions, restore={"required": False})
+    add_options(parser, DistillOptions)
+    add_alias(parser, "--texts", DistillOptions, "input", metavar="FILE", help="the same as --input")
+    add_alias(parser, "--output", TrainOptions, "output_dir", metavar="DIR", help="the same as --output-dir")
     add_keys(parser)
     parser.set_defaults(run=_train)
 
@@ -210,6 +218,11 @@ def _train_options(arguments: argparse.Namespace, task: str, **defaults: Any) ->
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    settle_aliases(arguments)
+    restore = given(arguments, TrainOptions).get("restore", "")
+    if given(arguments, DistillOptions) or (restore and adapter_for(Path(restore)) is not None):
+        _distill(arguments)
+        return
     data = build(arguments, DataOptions)
     options = _train_options(arguments, data.name())
 
@@ -217,6 +230,22 @@ def _train(arguments: argparse.Namespace) -> None:
 
     # The dense stage gets a head for a file's own labels; later stages and evaluation keep the checkpoint's.
     train(options, partial(data.load, train=True, own_labels=options.masking_mode == "none"))
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from token_pruning.lab.training.distilled import OPTIONS, distill_folder
+
+    found = given(arguments, TrainOptions)
+    if "restore" not in found:
+        raise ConfigError("MODEL is missing; give the folder of the model")
+    others: list[tuple[type, str]] = [(TrainOptions, name) for name in found if name not in OPTIONS]
+    others += [(cls, name) for cls in (DataOptions, Pruner) for name in given(arguments, cls)]
+    for cls, name in others:
+        raise ConfigError(f"{flag_of(cls, name)} is for training on labels; models of sentence-transformers have none")
+    values = {"lr": LEARNING_RATE, "epochs": EPOCHS, **found}
+    source = given(arguments, DistillOptions).get("input")
+    base = TrainOptions(task=source.stem if source else "", **values)
+    distill_folder(build(arguments, DistillOptions, base=base))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

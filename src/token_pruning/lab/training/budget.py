@@ -4,8 +4,7 @@ Costs are relative FLOPs: the closed form of :mod:`token_pruning.runtime.flops` 
 model.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,9 @@ from transformers.trainer_callback import ExportableState
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
 from token_pruning.budget.examples import as_batch
-from token_pruning.budget.fitting import Fit, check_target, fit_to_budget, profile_of, prunable_layers
-from token_pruning.budget.schedules import Schedule, named_schedule, schedules
+from token_pruning.budget.fitting import check_target, prunable_layers
+from token_pruning.budget.holding import BudgetHolder
+from token_pruning.budget.schedules import Schedule, named_schedule
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
@@ -27,7 +27,6 @@ from token_pruning.lab.training.options import TrainOptions
 from token_pruning.pruners import Pruner
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
 from token_pruning.runtime.flops import relative_flops
-from token_pruning.runtime.prune import attachment_of, set_thresholds
 from token_pruning.runtime.trace import Trace
 
 # Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
@@ -36,7 +35,6 @@ TEMPERATURE = 0.128
 LR_THRESHOLD = 0.0256
 
 HELD_OUT_EXAMPLES = 400
-REFITS = 30  # over a hard stage
 
 
 def soft_relative_flops(shape: ModelShape, trace: Trace) -> Tensor:
@@ -105,68 +103,6 @@ class BudgetController(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": {"target": self.target}, "attributes": {"multiplier": self.multiplier, "start": self.start}}
-
-
-class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again."""
-
-    def __init__(self, batch: Mapping[str, Tensor], target: float, schedule: Schedule | None, bf16: bool) -> None:
-        """Nothing is fitted yet.
-
-        Args:
-            batch: held-out training examples, one padded batch.
-            target: relative FLOPs.
-            schedule: where tokens leave; None for what the model's own thresholds do when the hard stage begins.
-            bf16: whether the model is run in bfloat16 autocast.
-        """
-        self.batch, self.target, self.schedule, self.bf16 = batch, target, schedule, bf16
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on with the schedule that a killed run has found."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        schedule = saved["attributes"]["schedule"] if isinstance(saved, dict) else None
-        if self.schedule is None and schedule is not None:
-            self.schedule = Schedule(schedule["name"], tuple(schedule["weights"]))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        schedule = None if self.schedule is None else asdict(self.schedule)
-        return {"args": {"target": self.target}, "attributes": {"schedule": schedule}}
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Fit at the beginning, and from then on at even distances."""
-        token_pruner = attachment_of(model).token_pruner
-        learns = token_pruner.thresholds is not None and token_pruner.thresholds.requires_grad
-        if token_pruner.soft or (learns and state.global_step > 0):
-            return
-        if learns:
-            # Before a run's first step the Trainer has the model in evaluation mode, where nothing is soft: a soft
-            # stage starts from fitted thresholds, which say nothing yet of where tokens should leave.
-            schedule = self.schedule
-            self.fit(model)
-            self.schedule = schedule
-            return
-        every = max(1, state.max_steps // REFITS)
-        if self.schedule is None or state.global_step % every == 0:
-            self.fit(model)
-
-    def fit(self, model: Any) -> Fit:
-        """Set the model's thresholds to what costs the budget on the held-out examples."""
-        training = model.training
-        model.eval()
-        try:
-            with torch.autocast(attachment_of(model).model.device.type, torch.bfloat16, enabled=self.bf16):
-                if self.schedule is None:
-                    self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
-                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
-                if fit is None:  # its layers cannot reach the budget whatever leaves in them
-                    self.schedule = schedules(prunable_layers(model))[0]
-                    fit = fit_to_budget(model, self.batch, self.schedule, self.target)
-        finally:
-            model.train(training)
-        assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
-        set_thresholds(model, fit.thresholds)
-        return fit
 
 
 def fitting_examples(features: list[dict[str, Any]], seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -256,11 +192,3 @@ def with_relative_scores(checkpoint: Checkpoint) -> Checkpoint:
         config.pop("thresholds", None)
     config = {"final_token_threshold": FINAL_THRESHOLD, **config, "scoring_mode": "relative"}
     return replace(checkpoint, config=config, tensors=tensors)
-
-
-def _or_linear(schedule: Schedule, layers: int) -> Schedule:
-    """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
-    total = sum(schedule.weights)
-    if total <= 0:
-        return next(s for s in schedules(layers) if s.name == "linear")
-    return Schedule(schedule.name, tuple(weight / total for weight in schedule.weights))

@@ -108,11 +108,19 @@ def _of_library(options: CalibrateOptions, folder: Path, adapter: Adapter) -> _S
         raise ConfigError(f"{folder} is calibrated on texts without labels; give --texts, not a task")
     model = adapter.load_dense(folder, dtype=float32, device="cpu")
     texts = _some(load_unlabelled(options.input), options)
+    return _Subject(model, (model,), texts, inputs_of(model, adapter, texts, options.input))
+
+
+def inputs_of(model: Any, adapter: Adapter, texts: TextExamples, source: Path) -> list[Any]:
+    """Texts or pairs, whichever another library's model takes.
+
+    Raises:
+        ConfigError: if the file has the others.
+    """
     if adapter.takes_pairs(model) != (texts.second is not None):
         wanted = "pairs, in two columns" if texts.second is None else "single texts, in one column"
-        raise ConfigError(f"--texts {options.input}: a {type(model).__name__} is calibrated on {wanted}")
-    pairs = list(zip(texts.first, texts.second, strict=True)) if texts.second is not None else texts.first
-    return _Subject(model, (model,), texts, pairs)
+        raise ConfigError(f"--texts {source}: a {type(model).__name__} takes {wanted}")
+    return list(texts.first) if texts.second is None else list(zip(texts.first, texts.second, strict=True))
 
 
 def _some(texts: TextExamples, options: CalibrateOptions) -> TextExamples:
@@ -149,7 +157,7 @@ def _calibrate(options: CalibrateOptions, subject: _Subject, run_dir: RunDir, re
     run_dir.start(options.identity(), resume=resume)
     if data is not None:
         make_evaluator(subject.parts[1], data, model, base, run_dir.path)(model)
-    write_json(run_dir.path / REPORT, _report(result))
+    write_json(run_dir.path / REPORT, calibration_report(result))
     run_dir.save_model(*subject.parts)
     run_dir.finish(options.identity())
     print(f"saved to {run_dir.path}")
@@ -189,7 +197,7 @@ def format_calibration(result: Calibration) -> str:
     return "\n".join([*lines, f"  compared {len(result.candidates)}{rest}"])
 
 
-def _report(result: Calibration) -> dict[str, Any]:
+def calibration_report(result: Calibration) -> dict[str, Any]:
     """The content of :data:`REPORT`; tensors stand beside the model's weights."""
     found = {f.name: getattr(result, f.name) for f in fields(result)}
     found["pruner"] = {key: value for key, value in result.pruner.config().items() if value is not None}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
+from token_pruning.budget.distillation import EXAMPLES
 from token_pruning.checks import choice, number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
 from token_pruning.lab.options import (
@@ -244,7 +245,45 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
+class TextsOptions:
+    """What a model of which there are no labels is fitted to."""
+
+    input: Path | None = option(None, help=TEXTS_HELP, metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(TextsOptions):
+    """One distillation of a model of sentence-transformers; what each option is stands beside it.
+
+    Args:
+        base: the model, the budget, how to train and where to write; masking mode hard.
+
+    Raises:
+        ConfigError: for a value that is not allowed, or missing texts.
+    """
+
+    base: TrainOptions
+
+    examples: int = option(
+        EXAMPLES,
+        help=f"with --texts: how many are kept out of training, to calibrate on (default {{default}}, at least "
+        f"{FEWEST_EXAMPLES})",
+        check=partial(whole_number, low=FEWEST_EXAMPLES, high=10**7),
+    )
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no file."""
+        check_options(self)
+        if self.input is None:
+            raise ConfigError(f"{self.base.restore} learns from texts without labels; give --texts, not a task")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for one run to continue another."""
+        return {**self.base.identity(), "examples": self.examples, "texts": str(self.input)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(TextsOptions):
     """One calibration: thresholds for a budget, or for a bound on the loss, without training.
 
     Args:
@@ -262,7 +301,6 @@ class CalibrateOptions:
     prune_layers: list[int] | None = None
     max_tokens: int | None = None
 
-    input: Path | None = option(None, help=TEXTS_HELP, metavar="FILE")
     target_ms: float | None = option(
         None, help="instead: milliseconds that one text, or as many as --engine-batch-size, may take in the engine on "
         "this machine", metavar="MS", check=_above_0,

@@ -15,13 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import safe_globals
 
+from token_pruning.budget.holding import BudgetHolder
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checkpoint.settings import foreign_errors
 from token_pruning.lab.files import write_json
 from token_pruning.lab.training.budget import (
     HELD_OUT_EXAMPLES,
     BudgetController,
-    BudgetHolder,
     budget_holder,
     budget_schedule,
     fitting_examples,
@@ -209,7 +209,7 @@ def _trainer(
     return trainer
 
 
-def _check_resumable(folder: Path) -> None:
+def check_resumable(folder: Path) -> None:
     """Read what the Trainer will read, tensors' values left alone, and as it does: nothing is ever unpickled.
 
     Raises:
@@ -231,7 +231,7 @@ def _fit(plan: TrainPlan, built: _Built, trainer: PruningTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
     checkpoints = plan.run_dir.checkpoints() if plan.resume else []
     if checkpoints:
-        _check_resumable(checkpoints[-1])
+        check_resumable(checkpoints[-1])
     if checkpoints and plan.first_process:
         print(f"continuing from {checkpoints[-1]}")
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)

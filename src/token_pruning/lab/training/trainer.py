@@ -26,7 +26,52 @@ def _drops_tokens(model: Any) -> bool:
     return is_pruned(model) and not isinstance(attachment_of(model).token_pruner.pruner, Unpruned)
 
 
-class PruningTrainer(Trainer):  # type: ignore[misc]
+class WholeCheckpoints:
+    """Put before a Trainer's class, it makes checkpoints appear whole or not at all, and keeps the last ones.
+
+    Attributes:
+        run_dir: where they go.
+        keep_checkpoints: how many to keep, None for all.
+    """
+
+    run_dir: RunDir
+    keep_checkpoints: int | None = KEPT_CHECKPOINTS
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+        """Write a checkpoint under a temporary name, publish it, delete those no longer wanted."""
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            self.run_dir.staging(name)
+        self.accelerator.wait_for_everyone()
+        staging = self.run_dir.path / (STAGING_PREFIX + name)
+        with self.run_dir.whole_or_removed(staging):
+            self.save_model(str(staging), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_rng_state(str(staging))
+            if self.state.best_global_step:
+                best = self.run_dir.path / f"checkpoint-{self.state.best_global_step}"
+                if best.name == name or best.exists():
+                    self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                exportable = [*self.callback_handler.callbacks, self.control]
+                for callback in (c for c in exportable if isinstance(c, ExportableState)):
+                    saved = self.state.stateful_callbacks.get(type(callback).__name__)
+                    if isinstance(saved, list):
+                        saved.append(callback.state())
+                    else:
+                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # every process has written its random state
+            if self.args.should_save:
+                sync(staging)
+        if self.args.should_save:
+            self.run_dir.publish(staging)
+            if self.keep_checkpoints is not None:
+                self.run_dir.keep_only(self.keep_checkpoints, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+
+class PruningTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
     """A Trainer for every stage; see :func:`token_pruning.lab.training.train.train`."""
 
     def __init__(
@@ -147,39 +192,6 @@ class PruningTrainer(Trainer):  # type: ignore[misc]
                 logs |= {f"kept_{layer}": value for layer, value in enumerate(kept, start=1)}
                 self._kept.clear()
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under a temporary name, publish it, delete those no longer wanted."""
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            self.run_dir.staging(name)
-        self.accelerator.wait_for_everyone()
-        staging = self.run_dir.path / (STAGING_PREFIX + name)
-        with self.run_dir.whole_or_removed(staging):
-            self.save_model(str(staging), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_rng_state(str(staging))
-            if self.state.best_global_step:
-                best = self.run_dir.path / f"checkpoint-{self.state.best_global_step}"
-                if best.name == name or best.exists():
-                    self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                exportable = [*self.callback_handler.callbacks, self.control]
-                for callback in (c for c in exportable if isinstance(c, ExportableState)):
-                    saved = self.state.stateful_callbacks.get(type(callback).__name__)
-                    if isinstance(saved, list):
-                        saved.append(callback.state())
-                    else:
-                        self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()  # every process has written its random state
-            if self.args.should_save:
-                sync(staging)
-        if self.args.should_save:
-            self.run_dir.publish(staging)
-            if self.keep_checkpoints is not None:
-                self.run_dir.keep_only(self.keep_checkpoints, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
 
 
 class HardSecondHalf(TrainerCallback):  # type: ignore[misc]

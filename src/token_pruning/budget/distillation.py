@@ -1,0 +1,350 @@
+"""Distillation: a pruned model learns, from texts without labels, to give what the dense model gives.
+
+For models of sentence-transformers, whose task is a vector or a ranking. Classifiers learn from labels as well:
+``token-pruning train``.
+"""
+
+import copy
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from token_pruning.budget.calibration import FEWEST_EXAMPLES, Calibration, calibrate
+from token_pruning.budget.divergence import Divergence, divergence_of
+from token_pruning.budget.examples import as_batch
+from token_pruning.budget.fitting import check_target, outputs_in_parts
+from token_pruning.budget.holding import CalibratedHolder
+from token_pruning.checks import number, positive_integer, whole_number
+from token_pruning.errors import ConfigError, UnsupportedModelError
+from token_pruning.pruners import FixedThreshold
+from token_pruning.runtime.adapters import adapter_of
+from token_pruning.runtime.flops import count_flops
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, record, unprune
+from token_pruning.runtime.token_pruner import TokenPruner
+
+EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
+WARM_UP = 0.1  # of the steps
+_LINEAR = ("map_weights", "correction_weights")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What :func:`distill` made of a model, measured on the texts that it kept out of training.
+
+    Attributes:
+        calibration: what was found before training; None for a model that was calibrated already.
+        relative_flops: what the model costs now.
+        divergence_before: how much its outputs differed from the dense model's before training, see
+            :mod:`token_pruning.budget.divergence`.
+        divergence: how much they do now.
+    """
+
+    calibration: Calibration | None
+    relative_flops: float
+    divergence_before: float
+    divergence: float
+
+
+def distill(
+    model: Any,
+    texts: Sequence[Any],
+    target_flops: float | None = None,
+    *,
+    teacher: Any = None,
+    epochs: float = EPOCHS,
+    learning_rate: float = LEARNING_RATE,
+    batch_size: int = BATCH_SIZE,
+    examples: int = EXAMPLES,
+    bf16: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Distilled:
+    """Prune a model to a budget and train it, with tokens removed, to give what it gave unpruned. In place.
+
+    It is calibrated on some of the texts (:func:`token_pruning.calibrate`), unless it is already. Then its weights
+    learn from the others, without dropout, in the trainer of sentence-transformers: vectors by their cosine to the
+    dense vectors and by how the texts of a batch rank each other; a reranker's scores by their squared distance to the
+    dense scores, and by how they rank each query's passages. Meanwhile thresholds are fitted to the budget again and
+    again, and probes to what they said of the dense model's states; maps and corrections learn like weights. Token
+    embeddings, and a vocabulary gate, which says what tokens are worth to the dense model, stay.
+
+    Args:
+        model: a ``SentenceTransformer`` or ``CrossEncoder``: dense, or calibrated.
+        texts: without labels, at least 64; a reranker's as (query, passage) pairs, several passages for each query, in
+            any order.
+        target_flops: what the pruned model may cost, relative to the dense one on valid tokens. For a calibrated model:
+            what it costs now, unless given.
+        teacher: the dense model to learn from, of the same class; the model itself as it is given, without pruning,
+            unless given.
+        epochs: passes over the texts.
+        learning_rate: the highest; it rises over a tenth of the steps and falls linearly.
+        batch_size: texts or pairs per step.
+        examples: how many texts are kept out of training, to calibrate and to measure on; at most half of them.
+        bf16: bfloat16 autocast, faster on a CPU that has such products, or a GPU.
+        seed: of the choice of those, and of the order of the others. The same seed gives the same weights on the same
+            machine with the same number of threads.
+        progress: whether to show progress bars; on a terminal unless given.
+
+    Returns:
+        What the model costs, and how far it is from the dense one.
+
+    Raises:
+        ConfigError: for fewer than 64 texts, pairs where single texts are wanted or the other way round, a dense model
+            without ``target_flops``, a budget that cannot be reached, a method that cannot hold one, or a value outside
+            its range.
+        UnsupportedModelError: for a model of another library, or a reranker with several outputs.
+    """
+    number("epochs", epochs, above=0)
+    number("learning_rate", learning_rate, above=0)
+    positive_integer("batch_size", batch_size)
+    whole_number("seed", seed, low=0, high=2**32 - 1)
+    shows = sys.stderr.isatty() if progress is None else progress
+    course = Course(model, texts, target_flops, teacher=teacher, examples=examples, bf16=bf16, seed=seed, shows=shows)
+    with TemporaryDirectory(prefix="token-pruning-") as folder:
+        trainer = course.trainer(
+            output_dir=folder,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        return course.train(trainer)
+
+
+class Course:
+    """One distillation: a calibrated model, its teacher, and what it learns from."""
+
+    def __init__(
+        self,
+        model: Any,
+        texts: Sequence[Any],
+        target_flops: float | None,
+        *,
+        teacher: Any,
+        examples: int,
+        bf16: bool,
+        seed: int,
+        shows: bool,
+    ) -> None:
+        """Calibrate the model; arguments and errors as :func:`distill`.
+
+        Args:
+            model: see :func:`distill`.
+            texts: see :func:`distill`.
+            target_flops: see :func:`distill`.
+            teacher: see :func:`distill`.
+            examples: see :func:`distill`.
+            bf16: see :func:`distill`.
+            seed: see :func:`distill`.
+            shows: whether there are progress bars.
+        """
+        adapter = adapter_of(model)
+        if adapter is None:
+            raise UnsupportedModelError(
+                f"distill trains a SentenceTransformer or a CrossEncoder; this is a {type(model).__name__}. "
+                "Classifiers are trained by token-pruning train"
+            )
+        adapter.check_distilling(model)
+        self.model, self.adapter, self.bf16, self.seed, self.shows = model, adapter, bf16, seed, shows
+        pairs = adapter.takes_pairs(model)
+        self.texts, held_out = _divided(texts, pairs, examples, seed)
+        inner = hugging_face_model(model)
+        calibrated = is_pruned(inner)
+        if target_flops is None and not calibrated:
+            raise ConfigError("target_flops is missing; give what the pruned model may cost")
+        self.teacher = _teacher(model, teacher)
+        self.calibration = None
+        if not calibrated:
+            assert target_flops is not None
+            self.calibration = calibrate(model, held_out, target_flops, seed=seed, progress=shows)
+        pruner = attachment_of(inner).token_pruner.pruner
+        if not isinstance(pruner, FixedThreshold) or pruner.learned or not pruner.stores_thresholds:
+            raise ConfigError(f"the model is pruned by {pruner!r}; what calibrate leaves can hold a budget")
+        whole = pruner.max_tokens is not None
+        self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), inner.config.pad_token_id or 0)
+        if target_flops is None:
+            target_flops = self._cost()
+        check_target(inner, self.batch, target_flops)
+        found = divergence_of(inner, self.batch)
+        self._divergence = found if pairs else Divergence("embedding", found.groups)
+        self._held_out = held_out
+        self._dense = adapter.outputs(self.teacher, held_out)
+        self.before = self._differs()
+        self.holder = CalibratedHolder(inner, hugging_face_model(self.teacher), self.batch, target_flops, bf16)
+
+    def trainer(
+        self,
+        *,
+        output_dir: str,
+        epochs: float,
+        learning_rate: float,
+        batch_size: int,
+        kind: type | None = None,
+        callbacks: Sequence[Any] = (),
+        **arguments: Any,
+    ) -> Any:
+        """The trainer of the model's library, with the teacher's outputs as labels.
+
+        Args:
+            output_dir: the trainer's.
+            epochs: see :func:`distill`.
+            learning_rate: see :func:`distill`.
+            batch_size: see :func:`distill`.
+            kind: a class to put before the library's trainer.
+            callbacks: besides what holds the budget.
+            **arguments: for the trainer's arguments.
+        """
+        cpu = hugging_face_model(self.model).device.type == "cpu"
+        given = {
+            "output_dir": output_dir,
+            "num_train_epochs": epochs,
+            "learning_rate": learning_rate,
+            "warmup_steps": WARM_UP,
+            "bf16": self.bf16,
+            "seed": self.seed,
+            "use_cpu": cpu,
+            "dataloader_pin_memory": not cpu,
+            "report_to": "none",
+            "disable_tqdm": not self.shows,
+            **arguments,
+        }
+        trainer = self.adapter.distilling(
+            self.model,
+            self.texts,
+            self.teacher,
+            batch_size=batch_size,
+            arguments=given,
+            callbacks=[self.holder, *callbacks],
+            kind=kind,
+            shows=self.shows,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        if self.shows and not any(isinstance(callback, ProgressCallback) for callback in callbacks):
+            trainer.add_callback(_Bar)
+        return trainer
+
+    def train(self, trainer: Any, **options: Any) -> Distilled:
+        """Train to the end; ``options`` are for the trainer's ``train``."""
+        training = self.model.training
+        token_pruner = attachment_of(self.model).token_pruner
+        with _learning(token_pruner), _without_dropout(self.model), _same_embeddings(self.model):
+            trainer.train(**options)
+        self.model.train(training)
+        self.holder.fit(self.model)
+        return Distilled(self.calibration, self._cost(), self.before, self._differs())
+
+    def _cost(self) -> float:
+        inner, training = hugging_face_model(self.model), self.model.training
+        self.model.eval()
+        with record(inner) as trace:
+            outputs_in_parts(inner, self.batch)
+        self.model.train(training)
+        return count_flops(inner, trace).relative
+
+    def _differs(self) -> float:
+        training = self.model.training
+        now = self.adapter.outputs(self.model.eval(), self._held_out)
+        self.model.train(training)
+        return self._divergence.between(self._dense, now, self._divergence.groups)[0]
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """A bar, and no dictionaries."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Say nothing."""
+
+
+def _divided(texts: Sequence[Any], pairs: bool, examples: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Texts to train on and texts to fit to, a query's pairs on one side."""
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):
+        raise ConfigError(f"texts is a {type(texts).__name__}; it must be a list of texts, or of pairs of them")
+    wanted = whole_number("examples", examples, low=FEWEST_EXAMPLES, high=10**7)
+    if len(texts) < 2 * FEWEST_EXAMPLES:
+        raise ConfigError(f"{len(texts)} texts were given; distillation needs at least {2 * FEWEST_EXAMPLES}")
+    for place, text in enumerate(texts):
+        if isinstance(text, str) is pairs or (pairs and len(text) != 2):
+            what = "pairs of a query and a passage" if pairs else "single texts"
+            raise ConfigError(f"texts[{place}] is {text!r}; this model takes {what}")
+    groups: dict[Any, list[Any]] = {}
+    for place, text in enumerate(texts):
+        groups.setdefault(text[0] if pairs else place, []).append(tuple(text) if pairs else text)
+    names = list(groups)
+    random.Random(seed).shuffle(names)
+    wanted, chosen = min(wanted, len(texts) // 2), 0
+    held_out: list[Any] = []
+    while chosen < len(names) - 1 and len(held_out) < wanted:
+        held_out += groups[names[chosen]]
+        chosen += 1
+    return [text for name in names[chosen:] for text in groups[name]], held_out
+
+
+def _teacher(model: Any, given: Any) -> Any:
+    """The dense model that is learned from, in evaluation mode."""
+    if given is None:
+        found = copy.deepcopy(model)
+        if is_pruned(hugging_face_model(found)):
+            unprune(found)
+        return found.eval()
+    if type(given) is not type(model) or is_pruned(hugging_face_model(given)):
+        raise ConfigError(
+            f"teacher is a {type(given).__name__}; it must be a {type(model).__name__} that is not pruned"
+        )
+    return given.eval()
+
+
+@contextmanager
+def _learning(token_pruner: TokenPruner) -> Iterator[None]:
+    """Inside, maps and corrections are trained with the weights; afterwards the method has what was learned."""
+    for name in _LINEAR:
+        tensor = getattr(token_pruner, name)
+        if tensor is not None:
+            delattr(token_pruner, name)
+            setattr(token_pruner, name, nn.Parameter(tensor.clone()))
+    try:
+        yield
+    finally:
+        for name in _LINEAR:
+            tensor = getattr(token_pruner, name)
+            if tensor is not None:
+                delattr(token_pruner, name)
+                token_pruner.register_buffer(name, tensor.detach())
+        token_pruner.follow_tensors()
+
+
+@contextmanager
+def _same_embeddings(model: Any) -> Iterator[None]:
+    """Of a vocabulary few entries are seen often: what these learned would not fit the others."""
+    found = [each for each in hugging_face_model(model).get_input_embeddings().parameters() if each.requires_grad]
+    for each in found:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in found:
+            each.requires_grad_(True)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """A teacher's outputs are better learned without; probabilities come back afterwards."""
+    before: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+        if isinstance(value := getattr(module, name, None), float):
+            before.append((module, name, value))
+            setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
