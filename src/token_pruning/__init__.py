@@ -38,7 +38,7 @@ from token_pruning.pruners import (
 from token_pruning.pruners.importance import convert_scores
 from token_pruning.runtime.explanation import Explanation, explain
 from token_pruning.runtime.flops import Flops, count_flops
-from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_thresholds, unprune
+from token_pruning.runtime.prune import freeze_thresholds, prune, record, set_budget, set_thresholds, unprune
 from token_pruning.runtime.regularize import regularize
 from token_pruning.runtime.trace import Trace
 
@@ -80,6 +80,7 @@ __all__ = [
     "prune",
     "record",
     "regularize",
+    "set_budget",
     "set_thresholds",
     "unprune",
     "vocabulary_gate",

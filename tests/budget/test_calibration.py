@@ -201,7 +201,11 @@ def test_an_embedding_model_with_cls_pooling_is_judged_by_first_tokens() -> None
 def test_a_budget_above_the_cost_of_everything_prunes_nothing() -> None:
     model = sharp_model()
     found = tp.calibrate(model, examples(), 1.0)
-    assert set(found.chosen.thresholds) == {0.0} and found.chosen.divergence == pytest.approx(0, abs=1e-6)
+    probed = found.pruner.probes.layers if found.pruner.probes else ()
+    assert all(
+        threshold == (-1e6 if layer in probed else 0) for layer, threshold in enumerate(found.pruner.thresholds, 1)
+    )
+    assert found.chosen.divergence == pytest.approx(0, abs=1e-6)
 
 
 def test_max_drop_takes_the_cheapest_that_keeps_the_metric() -> None:

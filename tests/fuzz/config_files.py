@@ -53,7 +53,12 @@ _METHODS: dict[str, dict[str, Any]] = {
     "distilbert": {"prune_mode": "threshold", "token_threshold": 0.3},
     "modernbert": {"prune_mode": "rising_threshold", "final_token_threshold": 0.4},
     "deberta-v2": {"prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "summary_tokens": "segment"},
-    "electra": {"prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "scoring_mode": "mean_norm"},
+    "electra": {
+        "prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "scoring_mode": "mean_norm",
+        "budgets": [
+            {"relative_flops": 0.5, "thresholds": [0.001, 0.002]}, {"relative_flops": 1.0, "thresholds": [0, 0]}
+        ],
+    },
     "ernie": {
         "prune_mode": "absolute_threshold", "thresholds": [0.001, 0.002], "protect": ["separators"],
         "received_from": "first_segment", "departed": "survivors", "max_tokens": 16,
@@ -82,7 +87,7 @@ _KEYS = [
     "rope_theta", "layer_types", "sliding_window", "embedding_size", "prune_kwargs", "prunemode", "token_keep_rates",
     "final_token_treshold", "scoringmode", "transformers_version", "_name_or_path", "initializer_range", "head_dim",
     "tokenizer_class", "max_length", "bos_token_id", "eos_token_id", "finetuning_task", "task_specific_params",
-    "base_model_tp_plan", "attribute_map", "sub_configs", "per_layer_config", "num_key_value_heads",
+    "base_model_tp_plan", "attribute_map", "sub_configs", "per_layer_config", "num_key_value_heads", "budgets",
 ]  # fmt: skip
 _VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, 7, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, 1.5, -0.1, 1e-9, 1e300,
@@ -99,7 +104,8 @@ _VALUES: list[Any] = [
     ["PreTrainedModel"], ["BertForMaskedLM"],
     {"AutoModel": "code.Own", "AutoTokenizer": ["code.Own", None], "AutoConfig": "code.Own"},
     {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"rope_type": "default", "rope_theta": 10.0},
-    {"special": True}, {"content": "[PAD]"}, {"type": "Nonsense"},
+    {"special": True}, {"content": "[PAD]"}, {"type": "Nonsense"}, [{"relative_flops": 0.5, "thresholds": [0, 1]}],
+    [{"relative_flops": 2, "thresholds": [0, 1]}], [{"relative_flops": 0.5, "thresholds": [0]}],
 ]  # fmt: skip
 _WORDS = [
     "", " ", "0", "-1", "-3", "1", "2", "nan", "inf", "-inf", "1e400", "abc", "none", "soft", "hard", "mixed", "topk",

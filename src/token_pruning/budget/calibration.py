@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from token_pruning.budget.clock import Clock, within_milliseconds
 from token_pruning.budget.comparison import Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
+from token_pruning.budget.elastic import check_targets, checked_targets, with_budgets
 from token_pruning.budget.examples import Examples, Texts, as_batch
 from token_pruning.budget.fitting import (
     Fit,
-    check_target,
     highest_flops,
     lowest_flops,
     outputs_in_parts,
@@ -55,6 +55,7 @@ class Calibration:
         drop_bound: with ``max_drop``: the estimated loss plus one standard error, in points.
         dense_ms: with ``target_ms``: milliseconds of a batch of the examples in the engine, nothing pruned.
         pruned_ms: with ``target_ms``: the same, pruned.
+        fits: with several budgets: the chosen rule at each, from the lowest on, but for those at which nothing leaves.
     """
 
     pruner: FixedThreshold
@@ -65,12 +66,13 @@ class Calibration:
     drop_bound: float | None = None
     dense_ms: float | None = None
     pruned_ms: float | None = None
+    fits: Sequence[Fit] = ()
 
 
 def calibrate(
     model: nn.Module,
     examples: Examples | Texts,
-    target_flops: float | None = None,
+    target_flops: float | Sequence[float] | None = None,
     *,
     target_ms: float | None = None,
     batch_size: int = 1,
@@ -97,7 +99,10 @@ def calibrate(
         examples: at least 32. For a model of sentence-transformers texts, or a reranker's pairs, several per query, or
             tokenized texts as dictionaries with ``input_ids``, or one padded batch of tensors
             ``[examples, width]`` with ``input_ids`` and ``attention_mask``; with ``max_drop`` also ``labels``.
-        target_flops: what the pruned model may cost, relative to the dense model on valid tokens.
+        target_flops: what the pruned model may cost, relative to the dense model on valid tokens. Of several budgets
+            the lowest is searched, and the model pruned to it; the rule that wins is then fitted to the others too, and
+            :func:`token_pruning.set_budget` takes any between the lowest and 1. A correction of pooled vectors, which
+            belongs to one budget, is not tried then.
         target_ms: instead: what a batch may take in the engine on this machine, in milliseconds, the mean over batches
             of the examples. The budget is the dearest that meets it; where the dense model does, nothing leaves.
             Tokenizing is not counted, nor what sentence-transformers does around the model.
@@ -131,6 +136,8 @@ def calibrate(
             labels that are all the same, a metric that is not a number, or a model that is pruned already.
     """
     _check_budget(target_flops, target_ms, max_drop)
+    several = isinstance(target_flops, Sequence) and not isinstance(target_flops, str)
+    targets = checked_targets(target_flops if several else [target_flops])
     inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
@@ -159,14 +166,18 @@ def calibrate(
         only_received=asked_for,
         gates=vocabulary is not False,
         halves=max_drop is not None,
+        corrections=not several,
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
         metric = metric or _default_metric
         if target_flops is not None:
-            check_target(runs, comparison.part(comparison.fitting), target_flops, allowed[0])
-            candidates = comparison.search(target_flops)
+            targets = check_targets(comparison, targets)
+            candidates = comparison.search(targets[0])
             result = Calibration(candidates[0].pruner, candidates[0], candidates)
+            if several:
+                pruner, fits = with_budgets(comparison, candidates[0], targets)
+                result = replace(result, pruner=pruner, fits=fits)
         elif target_ms is not None:
             clock = Clock(runs, batch, _batch_size(batch_size, len(batch["input_ids"])), engine or {}, seed)
             candidates, taken = within_milliseconds(comparison, clock, target_ms)
@@ -181,7 +192,7 @@ def calibrate(
     return result
 
 
-def _check_budget(target_flops: float | None, target_ms: float | None, max_drop: float | None) -> None:
+def _check_budget(target_flops: Any, target_ms: float | None, max_drop: float | None) -> None:
     if target_flops is not None and target_ms is not None:
         raise ConfigError("give target_flops or target_ms, not both")
     if target_flops is None and target_ms is None and max_drop is None:

@@ -73,6 +73,7 @@ class Plan:
         only_received: whether nothing else is tried: the caller said what to search.
         gates: whether rules with a vocabulary gate are tried.
         halves: whether half of the examples are held out, not fewer.
+        corrections: whether pooled vectors may be corrected.
     """
 
     schedules: Sequence[Schedule]
@@ -81,6 +82,7 @@ class Plan:
     only_received: bool
     gates: bool
     halves: bool
+    corrections: bool = True
 
 
 class _NativePass:
@@ -127,6 +129,7 @@ class Comparison:
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if halves else _FITTED, seed)
         self.dense = self._dense(self.held_out)
         self._observed: Observed | None = None
+        self._rules: dict[str, Rule] = {}  # that were searched, by their names
         self._dense_fitting: Tensor | None = None
 
     def part(self, rows: Tensor) -> dict[str, Tensor]:
@@ -209,6 +212,26 @@ class Comparison:
         found += [fit for each in found if (fit := self._corrected(each)) is not each]
         return [*sorted(found, key=likely_divergence), *fits]
 
+    def refit(self, fit: Fit, target: float) -> Fit | None:
+        """What was found for one budget, with thresholds for another; None where that needs none, or cannot be reached.
+
+        Args:
+            fit: one of :meth:`search`, without a correction.
+            target: relative FLOPs.
+        """
+        if self.plan.only_received:
+            threshold = self._vocabulary_thresholds(target)[-1] if fit.vocabulary_threshold else None
+            return self._by_attention(fit.schedule, target, threshold)
+        found = self._fit_rule(self._rules[fit.rule], target, self.held_out, self.observed, CLOSE_ENOUGH)
+        return None if found is None else self._judged(found, self.held_out, self.dense)
+
+    def cost(self, pruner: FixedThreshold) -> float:
+        """Relative FLOPs of a method on the examples that thresholds are fitted to."""
+        rows = self.fitting if self.plan.only_received else self.held_out
+        with using(self.model, pruner), record(self.model) as trace:
+            outputs_in_parts(self.model, self.part(self._for_thresholds(rows)))
+        return count_flops(self.model, trace).relative
+
     @property
     def observed(self) -> Observed:
         """What was fitted to the fitting part."""
@@ -244,6 +267,7 @@ class Comparison:
                 # Protected tokens may cost more than all that the budget leaves.
                 if fit is not None and fit.relative_flops <= target + _COMPARABLE:
                     tried[str(rule)] = rule, self._judged(fit, some, dense)
+                    self._rules[str(rule)] = rule
             return min(tried.values(), key=lambda pair: likely_divergence(pair[1]), default=(None, None))[0]
 
         departed = self._departed()
@@ -352,7 +376,7 @@ class Comparison:
 
     def _corrected(self, fit: Fit) -> Fit:
         """With a correction of the pooled vector, where it brings texts nearer to where they were to each other."""
-        if self.divergence.kind != "embedding":
+        if self.divergence.kind != "embedding" or not self.plan.corrections:
             return fit
         if self._dense_fitting is None:
             self._dense_fitting = self._dense(self.fitting)

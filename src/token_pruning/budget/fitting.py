@@ -19,6 +19,7 @@ from token_pruning.checks import number
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads, shape_of
 from token_pruning.pruners import FixedThreshold, LayerTokens, Pruner
+from token_pruning.pruners.budgets import DROP_EVERYTHING
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.flops import count_flops, relative_flops
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, reads_of, record
@@ -27,7 +28,6 @@ from token_pruning.runtime.token_pruner import TokenPruner
 
 CLOSE_ENOUGH = 0.003  # between a budget and what the examples cost
 _PASS_TOKENS = 16_000
-DROP_EVERYTHING = 1e6  # a threshold in relative units, where the mean score is 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
     return Fit(
         schedule,
         strength,
-        tuple(cut.found.get(layer, 0.0) for layer in range(1, layers + 1)),
+        tuple(cut.found.get(layer, nothing) for layer, nothing in enumerate(dropping_nothing(method, layers), start=1)),
         tuple(profile),
         count_flops(model, trace).relative,
         vocabulary_threshold=cut.vocabulary_threshold,
@@ -130,6 +130,12 @@ def fit_profile(model: Any, batch: Batch, schedule: Schedule, strength: float) -
         entering=float(trace.attention_lengths[0].sum() / trace.input_lengths.sum()),
         outputs=outputs,
     )
+
+
+def dropping_nothing(method: Pruner, layers: int) -> list[float]:
+    """A method's thresholds that drop nothing: attention received is never below 0, a probe may say anything."""
+    probed = () if method.probes is None else method.probes.layers
+    return [-DROP_EVERYTHING if layer in probed else 0.0 for layer in range(1, layers + 1)]
 
 
 def profile_of(model: Any, batch: Batch) -> Schedule:
@@ -273,7 +279,7 @@ class _Cut(Pruner, registered=False):
             candidates &= ~tokens.protected
         scores = tokens.scores[candidates].sort().values
         if kept >= len(scores):
-            threshold = -DROP_EVERYTHING if self.probes and tokens.layer in self.probes.layers else 0.0
+            threshold = dropping_nothing(self, tokens.num_layers)[tokens.layer - 1]
         elif kept <= 0:
             threshold = DROP_EVERYTHING
         else:

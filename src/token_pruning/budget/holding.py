@@ -12,7 +12,6 @@ from transformers.trainer_callback import ExportableState
 
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
-    DROP_EVERYTHING,
     Fit,
     fit_to_budget,
     in_parts,
@@ -23,6 +22,7 @@ from token_pruning.budget.fitting import (
 from token_pruning.budget.ridge import Ridge
 from token_pruning.budget.schedules import Schedule, schedules
 from token_pruning.pruners import FixedThreshold, Probes
+from token_pruning.pruners.budgets import DROP_EVERYTHING
 from token_pruning.ragged import Layout
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, prunable, set_thresholds

@@ -31,7 +31,7 @@ from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import MODULE_NAME
 from token_pruning.runtime.departed import Departures
 from token_pruning.runtime.inputs import check_arguments, check_ids, input_tables, model_output, pack_inputs
-from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of, set_budget
 from token_pruning.runtime.selection import select
 from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -218,7 +218,7 @@ class Engine:
         self._pools = model is not base and not self._one_each and name.endswith(family.first_token_heads)
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         pruner = self.token_pruner.pruner
-        needs_embeddings = bool(pruner.vocabulary_threshold) and reads != "first" and pruner.departed != "survivors"
+        needs_embeddings = pruner.has_gate and reads != "first" and pruner.departed != "survivors"
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._family, self._model_class = stub.family, type(model)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)
@@ -408,6 +408,14 @@ class Engine:
             linear: of another module than the engine's, such as one behind the pooling.
         """
         return self._encoder.head_linear(linear, -1)
+
+    def set_budget(self, budget: float) -> None:
+        """Prune to another of the budgets that the model was calibrated for, in place.
+
+        Args:
+            budget: relative FLOPs; errors as for :func:`token_pruning.set_budget`.
+        """
+        set_budget(self, budget)
 
     @property
     def is_dense(self) -> bool:

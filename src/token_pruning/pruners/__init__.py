@@ -10,6 +10,7 @@ from token_pruning.pruners.base import (
     methods,
     pruner_from_config,
 )
+from token_pruning.pruners.budgets import Budget
 from token_pruning.pruners.fitted import Correction, DepartureMaps, Probes
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
@@ -17,6 +18,7 @@ from token_pruning.pruners.unpruned import Unpruned
 from token_pruning.pruners.vocabulary import VocabularyGate
 
 __all__ = [
+    "Budget",
     "Correction",
     "DepartureMaps",
     "FixedThreshold",

@@ -1,7 +1,7 @@
 """Absolute thresholds: a token leaves when its importance is below its layer's threshold (Learned Token Pruning)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from token_pruning.checks import number
 from token_pruning.errors import ConfigError
 from token_pruning.pruners.base import LayerTokens, Pruner
+from token_pruning.pruners.budgets import Budget, as_json, checked_budgets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,12 @@ class FixedThreshold(Pruner):
     Args:
         final_token_threshold: the last layer's threshold; layer ``l`` of ``L`` gets ``final_token_threshold · l / L``.
         thresholds: one threshold per layer instead, first layer first.
+        budgets: thresholds for other costs, which rise (:class:`token_pruning.pruners.Budget`), for
+            :func:`token_pruning.set_budget`; None for none. :func:`token_pruning.calibrate` makes them.
 
     Raises:
-        ConfigError: for a value that is not a finite number, or a negative ``final_token_threshold``.
+        ConfigError: for a value that is not a finite number, a negative ``final_token_threshold``, or budgets that do
+            not rise, or have a vocabulary threshold where there is no gate.
     """
 
     prune_mode: ClassVar[str] = "absolute_threshold"
@@ -31,6 +35,7 @@ class FixedThreshold(Pruner):
 
     final_token_threshold: float = 0.01
     thresholds: Sequence[float] | None = None
+    budgets: Sequence[Budget] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the configuration."""
@@ -41,6 +46,11 @@ class FixedThreshold(Pruner):
                 raise ConfigError(f"thresholds is {self.thresholds!r}; it must be a list with one number per layer")
             values = tuple(number(f"thresholds[{i}]", value) for i, value in enumerate(self.thresholds))
             object.__setattr__(self, "thresholds", values)
+        if self.budgets is not None:
+            budgets = checked_budgets("budgets", self.budgets)
+            if self.vocabulary is None and any(budget.vocabulary_threshold for budget in budgets):
+                raise ConfigError("budgets has a vocabulary_threshold, but the model has no vocabulary scores")
+            object.__setattr__(self, "budgets", budgets)
 
     def initial_thresholds(self, num_layers: int) -> Sequence[float]:
         """The given thresholds, or the linear rule."""
@@ -48,12 +58,26 @@ class FixedThreshold(Pruner):
             return [self.final_token_threshold * layer / num_layers for layer in range(1, num_layers + 1)]
         if len(self.thresholds) != num_layers:
             raise ConfigError(f"thresholds has {len(self.thresholds)} values; the model has {num_layers} layers")
+        for i, budget in enumerate(self.budgets or ()):
+            if len(budget.thresholds) != num_layers:
+                raise ConfigError(
+                    f"budgets[{i}] has {len(budget.thresholds)} thresholds; the model has {num_layers} layers"
+                )
         return self.thresholds
 
     @property
     def stores_thresholds(self) -> bool:
         """The linear rule needs no tensor: an edit of ``config.json`` then decides."""
         return self.thresholds is not None
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a vocabulary threshold keeps tokens out, now or at another budget."""
+        return super().has_gate or any(budget.vocabulary_threshold for budget in self.budgets or ())
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Pruner.config`."""
+        return {**super().config(), "budgets": None if self.budgets is None else as_json(self.budgets)}
 
     def keep(self, tokens: LayerTokens) -> Tensor:
         """``s_i >= θ_l``."""
@@ -84,6 +108,7 @@ class LearnedThreshold(FixedThreshold):
         """Check the configuration."""
         super().__post_init__()
         number("temperature", self.temperature, above=0)
+        object.__setattr__(self, "budgets", None)  # what was fitted to others is nothing beside trained thresholds
 
     @property
     def stores_thresholds(self) -> bool:

@@ -210,6 +210,11 @@ class Pruner(ABC):
         """The score below which tokens never enter the first layer; None if all enter."""
         return None if self.vocabulary is None else self.vocabulary.threshold or None
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether tokens may be kept out of the first layer."""
+        return self.vocabulary_threshold is not None
+
     def config(self) -> dict[str, Any]:
         """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSOR_SETTINGS}

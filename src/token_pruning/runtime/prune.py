@@ -13,8 +13,9 @@ from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Reads, family_of, shape_of, supported_model_types
 from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.pruners.budgets import at_budget
 from token_pruning.runtime.adapters import adapter_of
-from token_pruning.runtime.attachment import Attachment, Execution
+from token_pruning.runtime.attachment import Attachment, Execution, write_keys
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import Trace, recording
 
@@ -181,6 +182,41 @@ def set_thresholds(model: nn.Module, thresholds: Sequence[float]) -> None:
         token_pruner.thresholds.copy_(torch.tensor(values, dtype=torch.float32, device=token_pruner.thresholds.device))
     token_pruner.pruner = pruner
     attachment.describe()
+
+
+def set_budget(model: Any, budget: float) -> None:
+    """Prune to another budget, in place: nothing is loaded, fitted or compiled again.
+
+    Thresholds of a budget that was fitted are taken as they are, those of others lie linearly between the neighbours'.
+    They are part of what ``save_pretrained`` writes, as the table of budgets is.
+
+    Args:
+        model: that :func:`token_pruning.calibrate` pruned for several budgets, a checkpoint of one, or what
+            :func:`token_pruning.compile` made of either. A call that another thread has begun may see both budgets.
+        budget: relative FLOPs, from the lowest that was fitted to 1; where the model costs less than that with nothing
+            dropped, nothing is.
+
+    Raises:
+        ConfigError: for a budget outside, or a model that is not pruned for several budgets.
+    """
+    token_pruner = token_pruner_of(model)
+    pruner = token_pruner.pruner
+    if not isinstance(pruner, FixedThreshold) or not pruner.budgets or token_pruner.thresholds is None:
+        raise ConfigError(
+            "this model is not pruned for several budgets: token_pruning.calibrate(model, examples, [0.75, 0.5, 0.35]) "
+            "does that"
+        )
+    found = at_budget(pruner.budgets, budget)
+    gate = None if pruner.vocabulary is None else pruner.vocabulary.at(found.vocabulary_threshold)
+    with torch.no_grad():
+        token_pruner.thresholds.copy_(torch.tensor(found.thresholds, dtype=torch.float32))
+    token_pruner.pruner = replace(pruner, thresholds=found.thresholds, vocabulary=gate)
+    if token_pruner.attachment is not None:
+        token_pruner.attachment.describe()
+        return
+    adapter = adapter_of(model)
+    engine = model if adapter is None else adapter.engine(model)
+    write_keys(engine.config, token_pruner.pruner)
 
 
 def reads_of(model: nn.Module, asked: Reads | None = None) -> Reads:

@@ -172,7 +172,7 @@ class TokenPruner(nn.Module):
         self.check_maps(reads)
 
     def check_maps(self, reads: Reads) -> None:
-        """See that every token that may leave has a map, with the thresholds there are now.
+        """See that every token that may leave has a map, with the thresholds there are now and at other budgets.
 
         Raises:
             ConfigError: for a layer that tokens may leave after without a map.
@@ -180,7 +180,10 @@ class TokenPruner(nn.Module):
         if self.pruner.departed != "map" or reads == "first":
             return
         needed = [layer for layer, drops in enumerate(self.dropping_layers(), start=1) if drops]
-        needed += [0] if self.pruner.vocabulary_threshold else []
+        if isinstance(self.pruner, FixedThreshold):
+            for budget in self.pruner.budgets or ():
+                needed += [layer for layer, threshold in enumerate(budget.thresholds, start=1) if threshold > 0]
+        needed += [0] if self.pruner.has_gate else []
         missing = sorted({*needed} - {*self.departure_maps})
         if missing:
             raise ConfigError(

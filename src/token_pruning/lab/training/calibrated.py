@@ -201,7 +201,8 @@ def calibration_report(result: Calibration) -> dict[str, Any]:
     """The content of :data:`REPORT`; tensors stand beside the model's weights."""
     found = {f.name: getattr(result, f.name) for f in fields(result)}
     found["pruner"] = {key: value for key, value in result.pruner.config().items() if value is not None}
-    return {**found, "chosen": _entry(result.chosen), "candidates": [_entry(fit) for fit in result.candidates]}
+    entries = {name: [_entry(fit) for fit in found[name]] for name in ("candidates", "fits")}
+    return {**found, "chosen": _entry(result.chosen), **entries}
 
 
 def _entry(fit: Fit) -> dict[str, Any]:
