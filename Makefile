@@ -43,7 +43,7 @@ sanitize-cases:  ## CASES random encoders on every level of this machine under t
 	for with in address,undefined thread; do BUILD=$$(mktemp -d); export BUILD; \
 	tests/native/build.sh $$with --quick || exit 1; \
 	for level in portable avx2 avx_vnni avx512 avx512_vnni avx512_bf16 amx neon dotprod i8mm; do \
-	$$BUILD/check --cases $(CASES) --level $$level; [ $$? -ne 1 ] || exit 1; done; rm -r $$BUILD; done
+	$$BUILD/check --cases $(CASES) --level $$level || [ $$? -eq 2 ] || exit 1; done; rm -r $$BUILD; done
 
 arm: .venv/installed  ## the native kernels as on 64-bit ARM processors, in an emulator; skipped where there is none
 	PYTHON=$(BIN)/python tests/native/arm.sh
