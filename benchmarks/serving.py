@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+os.environ.setdefault("RAY_worker_niceness", "0")  # by default replicas get what clients and others leave them
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # Ray's 5 are few where clients share the cores
 
 import backends
