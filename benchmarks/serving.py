@@ -300,10 +300,11 @@ def table(arguments: argparse.Namespace, found: Mapping[str, list[list[Measured]
         }
         for name, passes in found.items()
     ]
+    kind = "by top-k to about" if arguments.quick else "to"
     return comparison.table(
         f"{arguments.model.name}, {arguments.command}",
         f"{CLIENTS} clients on the same machine, {arguments.replicas} replicas; {arguments.passes} passes of "
-        f"{arguments.seconds:g} s; pruned to {arguments.target_flops} of the FLOPs.",
+        f"{arguments.seconds:g} s; pruned {kind} {arguments.target_flops} of the FLOPs.",
         "requests/s",
         rows,
         arguments,
@@ -340,10 +341,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="folder; for embed all-MiniLM-L6-v2 of token-pruning[demo]")
     parser.add_argument("--rows", nargs="*", choices=choices, help="besides installed and pruned; default: all")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--passes", type=int, help="default: 3")
+    parser.add_argument("--seconds", type=float, help="of a pass; default: 30")
     parser.add_argument("--target-flops", type=float, default=0.55)
-    parser.add_argument("--quick", action="store_true", help="to see that it runs: two rows, no calibration")
+    parser.add_argument("--quick", action="store_true", help="two rows, a short pass each; top-k, not calibrated")
     comparison.add_arguments(parser)
     parser.set_defaults(threads=1, data=None)
     arguments = parser.parse_args()
@@ -353,8 +354,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.model = find_minilm()
     if arguments.rows is None:
         arguments.rows = [] if arguments.quick else list(choices)
-    if arguments.quick:
-        arguments.passes, arguments.seconds = 1, 5
+    arguments.passes = arguments.passes or (1 if arguments.quick else 3)
+    arguments.seconds = arguments.seconds or (5 if arguments.quick else 30)
     return arguments
 
 
