@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all test-avx2 arm lint audit docs sanitize fuzz wheel bench gpu clean
+.PHONY: demo test test-all test-avx2 arm lint audit docs sanitize sanitize-cases fuzz wheel bench gpu clean
 
 demo: .venv/installed  ## the whole workflow on a task built on the spot, in a few minutes; opens nothing, needs no network
 	$(BIN)/token-pruning demo
@@ -37,6 +37,13 @@ docs: .venv/installed  ## this package's pages and API as a site, in site/
 sanitize:  ## the native kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	tests/native/build.sh address,undefined
 	tests/native/build.sh thread --quick
+
+CASES ?= 20000
+sanitize-cases:  ## CASES random encoders on every level of this machine under the sanitizers, which takes hours
+	for with in address,undefined thread; do BUILD=$$(mktemp -d); export BUILD; \
+	tests/native/build.sh $$with --quick || exit 1; \
+	for level in portable avx2 avx_vnni avx512 avx512_vnni avx512_bf16 amx neon dotprod i8mm; do \
+	$$BUILD/check --cases $(CASES) --level $$level || [ $$? -eq 2 ] || exit 1; done; rm -r $$BUILD; done
 
 arm: .venv/installed  ## the native kernels as on 64-bit ARM processors, in an emulator; skipped where there is none
 	PYTHON=$(BIN)/python tests/native/arm.sh

@@ -11,9 +11,9 @@ differs: sentence-transformers as installed, the same with its best batch size, 
 (backends.py), and this package's engine, unpruned and pruned. FOLDER is of ``benchmarks/reranking.py train``. Pruning
 is calibrated on other docstrings, without labels.
 
-Rows take turns, PASSES times: the server is started, warmed up, and measured for SECONDS. In the last pass it is asked
-for as long once more, and a replica is killed (SIGKILL) after a third of that time. Lost is what was not answered by
-200.
+All servers are there from the start, some hundred MB a replica; those that are not asked do nothing. They take turns,
+PASSES times: warmed up, and measured for SECONDS. At the end each is asked for as long once more, and one of its
+replicas is killed (SIGKILL) after a third of that time. Lost is what was not answered by 200.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+os.environ.setdefault("RAY_worker_niceness", "0")  # by default replicas get what clients and others leave them
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # Ray's 5 are few where clients share the cores
 
 import backends
 import comparison
@@ -221,30 +223,30 @@ def ask(path: str, bodies: Sequence[Any], seconds: float, kill: Callable[[], Non
     return Measured((len(took) - lost) / passed, float(p50), float(p99), len(took) - lost, lost)
 
 
-def replicas() -> list[psutil.Process]:
-    """The server's processes with models."""
+def replicas(application: str) -> list[psutil.Process]:
+    """A server's processes with models."""
     children = psutil.Process().children(recursive=True)
-    return [each for each in children if "ServeReplica:default:Models" in " ".join(each.cmdline())]
+    return [each for each in children if f"ServeReplica:{application}:Models" in " ".join(each.cmdline())]
 
 
-def measure(row: Row, arguments: argparse.Namespace, bodies: Sequence[Any], *, kill: bool) -> list[Measured]:
-    """One row's pass: without a kill, and where asked with one."""
-    name, path = ("reranker", "/rerank") if arguments.command == "rerank" else ("embedder", "/embed")
+def server(row: Row, number: int, arguments: argparse.Namespace) -> serve.RunTarget:
+    """What Ray is to run for a row; its routes begin with its number."""
     settings = serve_ray.Settings(
-        **{name: str(row.folder)},
+        **{"reranker" if arguments.command == "rerank" else "embedder": str(row.folder)},
         dtype="auto" if row.change else row.dtype,
         replicas=arguments.replicas,
         threads=arguments.threads,
         port=PORT,
     )
-    server = serve_ray.application(settings, partial(load, row, arguments.command))
-    serve.run(server, logging_config={"enable_access_log": False, "log_level": "ERROR"})
-    ask(path, bodies, arguments.seconds / 5)
-    found = [ask(path, bodies, arguments.seconds)]
-    if kill:
-        found.append(ask(path, bodies, arguments.seconds, lambda: replicas()[0].send_signal(signal.SIGKILL)))
-    serve.delete("default")
-    return found
+    made = serve_ray.application(settings, partial(load, row, arguments.command))
+    quiet = {"enable_access_log": False, "log_level": "ERROR"}
+    return serve.RunTarget(made, f"row{number}", f"/row{number}", quiet)
+
+
+def wait_for(application: str, count: int) -> None:
+    """Until so many replicas run."""
+    while serve.status().applications[application].deployments["Models"].replica_states.get("RUNNING") != count:
+        time.sleep(1)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -256,13 +258,23 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = rows_of(arguments, Path(scratch), texts, sample)
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # of replicas, which import these modules
-        ray.init(num_cpus=arguments.replicas * arguments.threads, include_dashboard=False, log_to_driver=False)
+        cores = len(rows) * arguments.replicas * arguments.threads  # those of one server at a time
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        serve.run_many([server(row, number, arguments) for number, row in enumerate(rows)])
+        path, seconds = "/rerank" if arguments.command == "rerank" else "/embed", arguments.seconds
         found: dict[str, list[list[Measured]]] = {row.name: [] for row in rows}
-        for number in range(arguments.passes):
-            for row in rows:
-                found[row.name].append(measure(row, arguments, bodies, kill=number == arguments.passes - 1))
+        for _ in range(arguments.passes):
+            for number, row in enumerate(rows):
+                ask(f"/row{number}{path}", bodies, seconds / 5)
+                found[row.name].append([ask(f"/row{number}{path}", bodies, seconds)])
                 print(f"{row.name}: {found[row.name][-1]}", file=sys.stderr, flush=True)
+        for number, row in enumerate(rows):
+            victim = replicas(f"row{number}")[0]
+            killed = ask(f"/row{number}{path}", bodies, seconds, partial(victim.send_signal, signal.SIGKILL))
+            found[row.name][-1].append(killed)
+            print(f"{row.name}, a replica killed: {killed}", file=sys.stderr, flush=True)
+            wait_for(f"row{number}", arguments.replicas)  # a new one loads its model, which takes the others' time
         serve.shutdown()
         ray.shutdown()
     comparison.publish(table(arguments, found), arguments, lines, whole=True)
@@ -288,10 +300,11 @@ def table(arguments: argparse.Namespace, found: Mapping[str, list[list[Measured]
         }
         for name, passes in found.items()
     ]
+    kind = "by top-k to about" if arguments.quick else "to"
     return comparison.table(
         f"{arguments.model.name}, {arguments.command}",
         f"{CLIENTS} clients on the same machine, {arguments.replicas} replicas; {arguments.passes} passes of "
-        f"{arguments.seconds:g} s; pruned to {arguments.target_flops} of the FLOPs.",
+        f"{arguments.seconds:g} s; pruned {kind} {arguments.target_flops} of the FLOPs.",
         "requests/s",
         rows,
         arguments,
@@ -326,14 +339,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("embed", "rerank"))
     parser.add_argument("--model", type=Path, help="folder; for embed all-MiniLM-L6-v2 of token-pruning[demo]")
-    parser.add_argument(
-        "--rows", nargs="*", choices=choices, default=list(choices), help="besides installed and pruned"
-    )
+    parser.add_argument("--rows", nargs="*", choices=choices, help="besides installed and pruned; default: all")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--passes", type=int, help="default: 3")
+    parser.add_argument("--seconds", type=float, help="of a pass; default: 30")
     parser.add_argument("--target-flops", type=float, default=0.55)
-    parser.add_argument("--quick", action="store_true", help="to see that it runs: two rows, no calibration")
+    parser.add_argument("--quick", action="store_true", help="two rows, a short pass each; top-k, not calibrated")
     comparison.add_arguments(parser)
     parser.set_defaults(threads=1, data=None)
     arguments = parser.parse_args()
@@ -342,9 +353,9 @@ def parse_arguments() -> argparse.Namespace:
             parser.error("rerank needs --model")
         arguments.model = find_minilm()
     if arguments.rows is None:
-        arguments.rows = [] if arguments.quick else choices
-    if arguments.quick:
-        arguments.passes, arguments.seconds = 1, 5
+        arguments.rows = [] if arguments.quick else list(choices)
+    arguments.passes = arguments.passes or (1 if arguments.quick else 3)
+    arguments.seconds = arguments.seconds or (5 if arguments.quick else 30)
     return arguments
 
 

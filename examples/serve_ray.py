@@ -225,7 +225,8 @@ class Ingress:
         self.computing = prometheus.Histogram("te_request_inference_duration", "Seconds of a batch", registry=all_)
 
     async def __call__(self, request: Request) -> Response:
-        path, name = request.url.path, "embedder" if self.settings.embedder else "reranker"
+        path = request.url.path.removeprefix(request.scope.get("root_path", "").rstrip("/"))  # Serve's route_prefix
+        name = "embedder" if self.settings.embedder else "reranker"
         for each in ("embedder", "reranker"):  # TEI has one model: /reranker/info is what its clients ask for here
             if path.startswith(f"/{each}/"):
                 path, name = path.removeprefix(f"/{each}"), each

@@ -636,3 +636,72 @@ def test_a_head_that_pools_gives_a_text_the_same_in_any_company() -> None:
     for text in range(3):
         alone = engine.run_packed(ids[text][mask[text]], torch.tensor([0, int(mask[text].sum())])).logits
         assert_close(alone, together[text : text + 1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "ernie", "megatron-bert", "roberta", "data2vec-text", "mpnet", "electra", "distilbert"]
+)
+def test_known_heads_run_without_transformers_around_them(family: str) -> None:
+    """To the last bit what the model's own head gives; also copied, pickled, and where it is asked for more."""
+    model = tiny_model(family, "sequence")
+    batch = ragged_batch((5, 0, 9))
+    with pruned(model, tp.TopK(token_keep_rate=0.5)):
+        engine = tp.compile(model, "float32")
+    assert engine._steps is not None
+    for one in (engine, copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        for inputs in (batch, {name: rows[2:] for name, rows in batch.items()}):
+            found = one(**inputs)
+            with torch.inference_mode():
+                expected = one._head(**inputs)
+            assert type(found) is type(expected) and list(found) == list(expected)
+            assert torch.equal(found.logits, expected.logits)
+    ids, cu_seqlens = batch["input_ids"][batch["attention_mask"] == 1], torch.tensor([0, 5, 5, 14])
+    assert torch.equal(engine.run_packed(ids, cu_seqlens).logits, engine(**batch).logits)
+    assert engine(**batch, labels=torch.tensor([0, 1, 1])).loss.isfinite()
+    assert isinstance(engine(**batch, return_dict=False), tuple)
+    with pytest.raises(tp.ConfigError, match="input_ids is missing"):
+        engine(attention_mask=batch["attention_mask"])
+
+
+def test_heads_that_were_changed_run_as_they_are() -> None:
+    def compiled(change: Any) -> tuple[Any, Any]:
+        model = tiny_model("bert", "sequence")
+        change(model)
+        return model, tp.compile(model, "float32")
+
+    def hooked(model: Any) -> None:
+        model.classifier.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    def replaced(model: Any) -> None:
+        model.classifier = torch.nn.Sequential(model.classifier, torch.nn.Tanh())
+
+    def activated(model: Any) -> None:
+        model.bert.pooler.activation = torch.nn.Sigmoid()
+
+    def patched(model: Any) -> None:
+        model.bert.pooler.forward = lambda states: states[:, 0] * 2
+
+    def as_tuples(model: Any) -> None:
+        model.config.return_dict = False
+
+    batch = ragged_batch((5, 9))
+    for change in (hooked, replaced, activated, patched, as_tuples):
+        model, engine = compiled(change)
+        assert engine._steps is None
+        with torch.no_grad():
+            assert_close(engine(**batch)[0], model(**batch)[0], message=change.__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.bfloat16])
+def test_batches_without_padding_are_packed_as_others(dtype: torch.dtype) -> None:
+    """A mask of ones, or none, changes nothing; neither do positions that are given."""
+    for family in ("bert", "roberta"):
+        model = tiny_model(family, "encoder")
+        engine = tp.compile(model, "float32")
+        ids = torch.randint(5, 60, (3, 7))
+        padded = torch.nn.functional.pad(ids, (0, 2), value=model.config.pad_token_id)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 2))
+        expected = engine(input_ids=padded, attention_mask=mask.to(dtype)).last_hidden_state[:, :7]
+        for masks in ({}, {"attention_mask": torch.ones(3, 7, dtype=dtype)}):
+            assert torch.equal(engine(input_ids=ids, **masks).last_hidden_state, expected)
+            assert torch.equal(engine(input_ids=ids[1:2], **{n: m[:1] for n, m in masks.items()})[0], expected[1:2])

@@ -156,6 +156,33 @@ def test_tokens_are_gone(tmp_path: Path) -> None:
     assert rows[0] > rows[1] > rows[2] > rows[3] == 3  # the last layer's are of first tokens alone
 
 
+def test_probabilities_are_read_twice_only_where_importance_is_made_of_them(tmp_path: Path) -> None:
+    """Elsewhere attention has the form that OpenVINO computes in one operation: logits, mask, softmax, product."""
+    pruner = tp.FixedThreshold(
+        thresholds=[0.0, 0.7, 0.9, 0.0], scoring_mode="relative", probes=tp.Probes([3], _affine(1))
+    )
+    graph = onnx.load(tp.export(tp.prune(tiny_model("bert", "encoder"), pruner), tmp_path / "model.onnx")).graph
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    softmaxes = [node for node in graph.node if node.op_type == "Softmax"]
+    readers = [[node.op_type for node in graph.node if each.output[0] in node.input] for each in softmaxes]
+    assert readers == [["MatMul"], ["MatMul", "MatMul"], ["MatMul"], ["MatMul"]]
+    assert [made[each.input[0]] for each in softmaxes] == ["Add", "MatMul", "Add", "Add"]
+
+
+def test_a_token_among_many_others_padding(tmp_path: Path) -> None:
+    """The mask holds where most places of a text are padding, and where logits are large."""
+    model = tiny_model("bert", "encoder")
+    for layer in model.encoder.layer:
+        layer.attention.self.query.weight.data *= 30
+    tp.prune(model, PRUNER)
+    runs = [in_onnx_runtime(tp.export(model, tmp_path / "m.onnx")), in_openvino(tp.export(model, tmp_path / "m.xml"))]
+    batch = ragged_batch([2, 60, 3, 59, 1], seed=2)
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state.numpy()
+    for run in runs:
+        np.testing.assert_allclose(run(feed_of(batch))["last_hidden_state"], expected, rtol=0, atol=1e-4)
+
+
 ALONE = """
 import sys
 import numpy as np

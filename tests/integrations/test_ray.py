@@ -405,6 +405,28 @@ def test_a_wrong_command_line_ends_in_one_line(arguments: str, sentence: str) ->
     assert done.returncode == 2 and sentence in done.stderr.splitlines()[-1]
 
 
+def test_routes_under_a_prefix_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_ray = module("examples", "serve_ray", monkeypatch)
+
+    async def run(path: str, prefix: str) -> int:
+        scope = {"type": "http", "method": "GET", "path": path, "root_path": prefix, "headers": [], "query_string": b""}
+        ingress = serve_ray.Ingress(None, serve_ray.Settings(embedder="any"))
+        return int((await ingress(serve_ray.Request({**scope, "server": ("host", 80), "scheme": "http"}))).status_code)
+
+    assert asyncio.run(run("/some/metrics", "/some")) == asyncio.run(run("/metrics", "")) == 200
+    assert asyncio.run(run("/some/metrics", "")) == 404
+
+
+def test_the_benchmark_s_rows_are_servers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = module("benchmarks", "serving", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/serving.py", "embed", "--quick", "--model", "any"])
+    arguments = serving.parse_arguments()
+    assert arguments.rows == [] and arguments.passes == 1
+    rows = [serving.Row("one", "float32", Path("a"), lambda model: model), serving.Row("two", "int8", Path("b"))]
+    targets = [serving.server(row, number, arguments) for number, row in enumerate(rows)]
+    assert [(each.name, each.route_prefix) for each in targets] == [("row0", "/row0"), ("row1", "/row1")]
+
+
 def test_a_folder_is_embedded_once_however_often_it_is_killed(
     home: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from token_pruning.checks import choice, positive_integer
 from token_pruning.engine.adapters import with_merged_adapters
 from token_pruning.engine.encoder import Encoder, TorchEncoder
+from token_pruning.engine.heads import first_token_steps
 from token_pruning.engine.library import (
     ACTIVATIONS,
     KERNELS_VARIABLE,
@@ -26,13 +28,13 @@ from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.families import Family, Reads, family_of
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
 from token_pruning.pruners import Unpruned
-from token_pruning.ragged import Layout, layout_from_mask
+from token_pruning.ragged import Layout, PackedTokens, layout_from_mask
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.attachment import MODULE_NAME
-from token_pruning.runtime.departed import Departures
+from token_pruning.runtime.departed import Departures, LastStates
 from token_pruning.runtime.inputs import check_arguments, check_ids, input_tables, model_output, pack_inputs
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, reads_of, set_budget
-from token_pruning.runtime.selection import select
+from token_pruning.runtime.selection import Selection, select
 from token_pruning.runtime.spans import answers_with_spans, with_span_loss
 from token_pruning.runtime.token_pruner import TokenPruner
 
@@ -45,7 +47,7 @@ _STATES = "token_pruning_states"
 _POOLED = "token_pruning_pooled"
 
 
-@memory_errors()
+@memory_errors
 def compile(
     model: nn.Module, dtype: EngineDtype = "auto", threads: int | None = None, *, reads: Reads | None = None
 ) -> Any:
@@ -227,6 +229,8 @@ class Engine:
         self._head = stub if model is base else _unpruned_copy(model, {base: stub})
         self._head.to("cpu", torch.float32).eval().requires_grad_(False)
         _replace_linears(self._head, self._encoder, getattr(base.config, "vocab_size", -1))
+        self._base = stub
+        self._steps = first_token_steps(self._head, stub.rest) if self._first_only else None
 
     def _make_departures(self) -> Departures:
         """What departed tokens count as, by products whose rows do not depend on the others of a batch."""
@@ -241,7 +245,7 @@ class Engine:
         correction = None if weights is None else affine(weights)
         return Departures(self.token_pruner, maps=maps, correction=correction)
 
-    @memory_errors()
+    @memory_errors
     @torch.inference_mode()
     def __call__(
         self,
@@ -277,11 +281,21 @@ class Engine:
         }
         given = {name: value for name, value in inputs.items() if value is not None} | kwargs
         check_arguments(self._family, given, self._model_class)
+        if self._steps is not None and input_ids is not None and not kwargs:
+            return self._classified(**inputs)
         if answers_with_spans(self._head):
             return with_span_loss(self._head, self.config, given)
         return self._head(**given)
 
     forward = __call__
+
+    def _classified(self, **inputs: Tensor | None) -> SequenceClassifierOutput:
+        """The output of a head whose steps are known, asked for nothing but logits."""
+        assert self._steps is not None
+        states = self._base.first_states(**inputs)
+        for step in self._steps:
+            states = step.forward(states)
+        return SequenceClassifierOutput(logits=states)
 
     def to(self, device: Any) -> "Engine":
         """The engine itself: a pipeline asks for its own device.
@@ -308,7 +322,7 @@ class Engine:
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_engine, (type(self).__name__,), self.__dict__
 
-    @memory_errors()
+    @memory_errors
     @torch.inference_mode()
     def run_packed(
         self,
@@ -334,6 +348,8 @@ class Engine:
         if self._needs_padding:
             raise ConfigError(f"run_packed cannot run a {type(self._head).__name__}, whose head needs a padded batch")
         inputs = self._padded(input_ids, cu_seqlens, token_type_ids, position_ids)
+        if self._steps is not None:
+            return self._classified(**inputs)
         if self._pools:
             return self._text_by_text(inputs, cu_seqlens.diff().tolist())
         output = self._head(**inputs, **{_PACKED: True})
@@ -353,7 +369,7 @@ class Engine:
             outputs.append(self._head(**alone, **{_STATES: own}))
         return type(outputs[0])(**{name: torch.cat([output[name] for output in outputs]) for name in outputs[0]})
 
-    @memory_errors()
+    @memory_errors
     @torch.inference_mode()
     def run_pooled(
         self,
@@ -488,6 +504,35 @@ class _CompiledBase(nn.Module):
             layout = layout_from_mask(torch.ones(1, known.shape[0], dtype=torch.bool, device="cpu"))
             return self._output(known, layout, packed, kwargs.get("return_dict"))
         self._check_options(input_ids, kwargs)
+        engine = self._engine
+        tokens, selection, last = self._run(input_ids, attention_mask, token_type_ids, position_ids)
+        entering = tokens if selection is None else selection.tokens
+        departures = engine._departures
+        states = None
+        if pooled != "vectors" or engine.reads == "first":
+            states = departures.states(last, entering.layout, engine.reads, selection, tokens.layout)
+        if pooled is None:
+            assert states is not None
+            return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
+        if states is not None and engine.reads == "first":
+            return Pooled(states, states)
+        texts = None if selection is None else selection.cu_texts
+        return Pooled(departures.pooled(last, entering.layout, cu_texts=texts), states)
+
+    def first_states(self, **inputs: Tensor | None) -> Tensor:
+        """First tokens' last states, ``[batch, dim]``, where only these are read; arguments as of :meth:`forward`."""
+        tokens, selection, last = self._run(**inputs)
+        entering = tokens if selection is None else selection.tokens
+        return self._engine._departures.states(last, entering.layout, "first", selection, tokens.layout)
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[PackedTokens, Selection | None, LastStates]:
+        """The valid tokens, what was chosen of them, and the encoder's last states of that."""
         for name, value in (
             ("input_ids", input_ids),
             ("token_type_ids", token_type_ids),
@@ -508,18 +553,7 @@ class _CompiledBase(nn.Module):
         )
         selection = select(tokens, pruner)
         entering = tokens if selection is None else selection.tokens
-        last = engine._encoder.run(entering, engine.token_pruner, reads=engine.reads)
-        departures = engine._departures
-        states = None
-        if pooled != "vectors" or engine.reads == "first":
-            states = departures.states(last, entering.layout, engine.reads, selection, tokens.layout)
-        if pooled is None:
-            assert states is not None
-            return self._output(states, tokens.layout, packed, kwargs.get("return_dict"))
-        if states is not None and engine.reads == "first":
-            return Pooled(states, states)
-        texts = None if selection is None else selection.cu_texts
-        return Pooled(departures.pooled(last, entering.layout, cu_texts=texts), states)
+        return tokens, selection, engine._encoder.run(entering, engine.token_pruner, reads=engine.reads)
 
     def _output(self, states: Tensor, layout: Layout, packed: bool, return_dict: bool | None) -> Any:
         first_only, one_each = self._engine._first_only, self._engine._one_each
@@ -544,7 +578,7 @@ class _CompiledBase(nn.Module):
 
 def _check_on_cpu(name: str, value: Any) -> None:
     """Raises ConfigError for a tensor elsewhere."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if isinstance(value, Tensor) and not value.is_cpu:
         raise ConfigError(f"{name} is on {value.device}; an engine takes tensors on the CPU")
 
 

@@ -5,16 +5,18 @@ import ctypes
 import functools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 KERNELS_VARIABLE = "TOKEN_PRUNING_KERNELS"
 LEVELS = (
@@ -182,15 +184,19 @@ def check(library: ctypes.CDLL, failed: bool) -> None:
     raise TokenPruningError(f"native engine: {message}")
 
 
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
+def memory_errors(function: F) -> F:
     """What PyTorch says when memory runs out becomes a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error) and "std::bad_alloc" not in str(error):
-            raise
-        raise MemoryError(str(error)) from error
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error) and "std::bad_alloc" not in str(error):
+                raise
+            raise MemoryError(str(error)) from error
+
+    return called  # type: ignore[return-value]
 
 
 def as_float32(tensor: Tensor | None) -> Tensor | None:
@@ -205,7 +211,7 @@ def sized(tensor: Tensor | None, dtype: torch.dtype, count: int) -> int | None:
     """A tensor's address, once it is what the native side takes it for."""
     if tensor is None:
         return None
-    if tensor.dtype != dtype or tensor.numel() != count or tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if tensor.dtype != dtype or tensor.numel() != count or not tensor.is_cpu or not tensor.is_contiguous():
         raise TokenPruningError(
             f"native engine: a {tensor.dtype} tensor of {tensor.numel()} numbers on {tensor.device} where {count} of "
             f"{dtype} are needed"

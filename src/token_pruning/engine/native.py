@@ -52,7 +52,7 @@ from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
 
-_STATE_FORMAT = 4  # of a pickled engine
+_STATE_FORMAT = 5  # of a pickled engine
 _WORTHWHILE = 1.1  # how many times as fast bfloat16 products must be
 
 
@@ -146,13 +146,15 @@ class NativeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias``, float32."""
-        rows = x.to(torch.float32).reshape(-1, self.in_features).contiguous()
+        rows = x if x.dtype == torch.float32 else x.float()  # asking costs less than a call that changes nothing
+        if rows.dim() != 2 or rows.shape[1] != self.in_features or not rows.is_contiguous():
+            rows = rows.reshape(-1, self.in_features).contiguous()
         out = torch.empty(rows.shape[0], self.out_features, dtype=torch.float32, device="cpu")
         failed = self._library.tp_linear_apply(
             self._handle, rows.data_ptr(), rows.shape[0], out.data_ptr(), self._threads
         )
         check(self._library, failed)
-        return out.view(*x.shape[:-1], self.out_features)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NativeLinear":
         copied = NativeLinear.__new__(NativeLinear)
@@ -604,7 +606,7 @@ class NativeEncoder:
             token survived; and a record per layer (1-based) if they are asked for, else none.
         """
         layout, layers = tokens.layout, self.shape.num_layers
-        cu_seqlens = layout.cu_seqlens.to(torch.int32).contiguous()
+        cu_seqlens = layout.cu_seqlens
         if 0 in layout.lengths:  # the native side knows no empty sequences
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:][cu_seqlens.diff() > 0]])
         total, sequences = layout.total, cu_seqlens.numel() - 1
@@ -769,9 +771,9 @@ def _scores(pruner: TokenPruner, layer: int, received: Tensor, layout: Layout) -
 
 def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None]:
     """Every layer's probe, ``[layers, size + 1]`` float32, and which layers have one; None for both without any."""
-    probes = [pruner.probe(layer) for layer in range(1, pruner.num_layers + 1)]
-    if all(probe is None for probe in probes):
+    if pruner.pruner.probes is None:
         return None, None
+    probes = [pruner.probe(layer) for layer in range(1, pruner.num_layers + 1)]
     nothing = torch.zeros(size + 1, dtype=torch.float32, device="cpu")
     weights = torch.stack([nothing if probe is None else probe for probe in probes])
     return weights, bytes(probe is not None for probe in probes)

@@ -1,6 +1,6 @@
 """Ragged batches, tensors only: packing, dropping rows, and attention that says how much of it every token received."""
 
-from token_pruning.ragged.layout import Layout, drop, layout_from_mask, pack, row_bucket, unpack
+from token_pruning.ragged.layout import Layout, drop, full_layout, layout_from_mask, pack, row_bucket, unpack
 from token_pruning.ragged.logits import NO_TERMS, LogitTerms
 from token_pruning.ragged.packed import first_token_attention, packed_attention
 from token_pruning.ragged.padded import masked_attention
@@ -13,6 +13,7 @@ __all__ = [
     "PackedTokens",
     "drop",
     "first_token_attention",
+    "full_layout",
     "layout_from_mask",
     "masked_attention",
     "pack",

@@ -128,17 +128,17 @@ def layout_from_mask(mask: Tensor) -> Layout:
         mask: ``[batch, width]`` bool, True for a valid token.
     """
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and mask.numel() and bool(mask.all()):
-        return _full_layout(*mask.shape)
+        return full_layout(*mask.shape)
     lengths = mask.sum(-1)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return Layout(mask.flatten().nonzero().squeeze(-1), cu_seqlens, mask.shape[1])
 
 
-def _full_layout(batch_size: int, width: int) -> Layout:
-    """That of a batch without padding: a small one is computed faster than a mask is gone through."""
+def full_layout(batch_size: int, width: int) -> Layout:
+    """That of a batch without padding on a CPU: a small one is computed faster than a mask is gone through."""
     tokens = batch_size * width
     cu_seqlens = torch.arange(0, tokens + 1, width, dtype=torch.int32, device="cpu")
-    layout = Layout(torch.arange(tokens, dtype=torch.int64, device="cpu"), cu_seqlens, width)
+    layout = Layout(torch.arange(tokens, device="cpu"), cu_seqlens, width)
     layout.__dict__["lengths"] = [width] * batch_size
     return layout
 

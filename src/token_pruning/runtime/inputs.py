@@ -10,7 +10,7 @@ from torch import Tensor
 
 from token_pruning.errors import ConfigError
 from token_pruning.families import Family
-from token_pruning.ragged import Layout, PackedTokens, layout_from_mask, pack, unpack
+from token_pruning.ragged import Layout, PackedTokens, full_layout, layout_from_mask, pack, unpack
 
 _INTEGERS = (torch.int64, torch.int32)
 # What heads and trainers hand to any base model, whose forward takes it as one of **kwargs.
@@ -95,11 +95,8 @@ def pack_inputs(
     shape, device = given.shape[:2], given.device
     if not shape[1]:
         raise ConfigError(f"the input has shape {list(shape)}, without a place for any token")
-    if attention_mask is None:
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
-    else:
-        mask = _valid(attention_mask, given)
-    layout = layout_from_mask(mask)
+    mask = _valid(attention_mask, given)
+    layout = full_layout(*shape) if mask is None else layout_from_mask(mask)
     most = family.max_positions
     longest = max(layout.lengths, default=0) if shape[1] > min(most or shape[1], max_tokens or shape[1]) else 0
     some_chosen = max_tokens is not None and longest > max_tokens
@@ -114,24 +111,35 @@ def pack_inputs(
     def packed(name: str, values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        try:
-            wide = values.to(device).expand(*shape, *values.shape[2:])
-        except RuntimeError:
-            raise ConfigError(
-                f"{name} has shape {list(values.shape)}; it must be {list(shape)}, as the input"
-            ) from None
-        rows = pack(wide, layout)
+        if values.shape[:2] != shape or values.device != device:
+            try:
+                values = values.to(device).expand(*shape, *values.shape[2:])
+            except RuntimeError:
+                raise ConfigError(
+                    f"{name} has shape {list(values.shape)}; it must be {list(shape)}, as the input"
+                ) from None
+        rows = pack(values, layout)
         if not (some_chosen and name == "position_ids"):  # those are numbered anew
             _check_range(name, rows, tables.get(name), most)
         return rows
 
     types = None if token_type_ids is None else check_ids("token_type_ids", token_type_ids)
-    positions = family.positions(input_ids, mask) if position_ids is None else check_ids("position_ids", position_ids)
-    packed_positions = packed("position_ids", positions)
-    assert packed_positions is not None
+    positions: Tensor | None
+    if mask is None and position_ids is None and type(family).positions is Family.positions:
+        positions = layout.indices if shape[0] == 1 else layout.indices % shape[1]  # without padding: the columns
+        if not some_chosen:
+            _check_between("position_ids", 0, shape[1] - 1, tables.get("position_ids"), most)
+    else:
+        everywhere = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
+        own = position_ids is None
+        positions = packed(
+            "position_ids",
+            family.positions(input_ids, everywhere) if own else check_ids("position_ids", position_ids),
+        )
+        assert positions is not None
     return PackedTokens(
         packed("input_ids", input_ids),
-        packed_positions,
+        positions,
         packed("token_type_ids", types),
         layout,
         embeds=packed("inputs_embeds", inputs_embeds),
@@ -161,16 +169,21 @@ def _check_embeds(embeds: Any) -> Tensor:
     return embeds
 
 
-def _valid(attention_mask: Any, given: Tensor) -> Tensor:
-    """The mask as ``[batch, width]`` bool."""
+def _valid(attention_mask: Any, given: Tensor) -> Tensor | None:
+    """The mask as ``[batch, width]`` bool; None where every place has a token, as far as that is known on a CPU."""
     shape = given.shape[:2]
+    known = given.is_cpu and shape[0] > 0 and not torch.compiler.is_compiling()
+    if attention_mask is None:
+        return None if known else torch.ones(shape, dtype=torch.bool, device=given.device)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
         found = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ConfigError(f"attention_mask has shape {found}; it must be {list(shape)}, as the input")
-    mask = attention_mask.to(given.device, torch.bool)
-    if attention_mask.device.type != "cpu" or attention_mask.dtype == torch.bool or torch.compiler.is_compiling():
-        return mask
-    if not torch.equal(attention_mask, mask.to(attention_mask.dtype)):
+    if not known or not attention_mask.is_cpu:
+        return attention_mask.to(given.device, torch.bool)
+    mask = attention_mask == 1
+    if bool(mask.all()):
+        return None
+    if attention_mask.dtype != torch.bool and not torch.equal(attention_mask, mask.to(attention_mask.dtype)):
         odd = attention_mask[attention_mask != mask]  # added to logits, as some do, or numbers of packed texts
         raise ConfigError(f"attention_mask holds {odd[0].item():g}; it must be 1 for a token and 0 for padding")
     return mask
@@ -192,10 +205,15 @@ def _check_range(name: str, values: Tensor, size: int | None, max_positions: int
 
     On another device than the CPU that would wait for it; what is compiled checks by itself.
     """
-    if size is None or values.numel() == 0 or values.device.type != "cpu" or torch.compiler.is_compiling():
+    if size is None or values.numel() == 0 or not values.is_cpu or torch.compiler.is_compiling():
         return
-    low, high = (int(x) for x in values.aminmax())
-    if low >= 0 and high < size:
+    low, high = values.aminmax()
+    _check_between(name, int(low), int(high), size, max_positions)
+
+
+def _check_between(name: str, low: int, high: int, size: int | None, max_positions: int | None) -> None:
+    """The same for the least and the greatest value."""
+    if size is None or (low >= 0 and high < size):
         return
     wrong = high if high >= size else low
     if name == "position_ids":
@@ -232,8 +250,9 @@ def model_output(
         first, padded = states, states[:, None]
     else:
         first = layout.per_sequence(states[layout.first_rows])
-        padded = unpack(states, layout.indices, layout.batch_size, layout.width)
         if for_first_token_head:
             padded = first[:, None]
+        else:
+            padded = unpack(states, layout.indices, layout.batch_size, layout.width)
     output = family.output(padded, first, **fields)
     return family.as_tuple(output) if return_dict is False else output

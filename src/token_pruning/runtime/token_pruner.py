@@ -144,13 +144,13 @@ class TokenPruner(nn.Module):
         Attention received is never negative, so nothing is below a threshold of zero; a probe may say anything. One
         device synchronisation.
         """
-        layers = range(1, self.num_layers + 1)
-        drops = [self.pruner.prunes(layer, self.num_layers) for layer in layers]
-        if self.thresholds is None or type(self.pruner).keep is not FixedThreshold.keep:
+        pruner, thresholds, layers = self.pruner, self.thresholds, range(1, self.num_layers + 1)
+        drops = [pruner.prunes(layer, self.num_layers) for layer in layers]
+        if thresholds is None or type(pruner).keep is not FixedThreshold.keep:
             return drops
         return [
             can and (threshold > 0 or self.probe(layer) is not None)
-            for layer, can, threshold in zip(layers, drops, self.thresholds.tolist(), strict=True)
+            for layer, can, threshold in zip(layers, drops, thresholds.tolist(), strict=True)
         ]
 
     def check_fit(self, hidden_size: int, reads: Reads) -> None:

@@ -198,13 +198,19 @@ class GraphLoop(PackedLoop):
         assert isinstance(layout, GraphLayout)
         rows = layout.grid_rows
         key_rows = key.shape[0]
+        scores = self.decisions.prunes(number) and not self.decisions.probes(number)
         query = query * family.scale(layer)
         query = query[:, :, None] if asking is not None else query[rows].transpose(1, 2)
         key, value = key[rows].transpose(1, 2), value[rows].transpose(1, 2)
-        logits = query @ key.transpose(-1, -2) + (~layout.grid_mask).float()[:, None, None] * _MASKED
-        if terms := self.terms(number, layer):
-            columns = layout.columns[rows]
-            logits = logits + terms.of(query, key, columns if asking is None else columns[:, :1], columns)
+        terms, columns = self.terms(number, layer), layout.columns[rows]
+        added = terms.of(query, key, columns if asking is None else columns[:, :1], columns) if terms else None
+        masked = (~layout.grid_mask).float() * _MASKED
+        if scores:  # the mask is one more number of every query and key, which saves a pass over all logits
+            masked = masked[:, None, :, None].expand(-1, key.shape[1], -1, 1)
+            logits = torch.cat([query, torch.ones_like(masked)], 3) @ torch.cat([key, masked], 3).transpose(-1, -2)
+        else:  # in this form OpenVINO computes attention in one operation
+            logits = query @ key.transpose(-1, -2) + masked[:, None, None]
+        logits = logits if added is None else logits + added
         probabilities = logits.softmax(-1)
         context = probabilities @ value
         if asking is not None:
@@ -214,7 +220,7 @@ class GraphLoop(PackedLoop):
         if self._rounded:
             places = pad(places, (0, key_rows - places.shape[0]))
         context = context.transpose(1, 2).flatten(0, 1)[places]
-        if not self.decisions.prunes(number) or self.decisions.probes(number):
+        if not scores:
             return context, None
         paid = self.decisions.paid(number)
         weights = layout.grid_mask.float()
