@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -135,24 +136,29 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
 
 
-def calibrated(load: Callable[[], Any], texts: Sequence[Any], target: float, name: str, folder: Path | None) -> Any:
-    """A model calibrated to a budget.
+def distilled(
+    load: Callable[[], Any], task: Any, target: float, name: str, arguments: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """A model calibrated to a budget on a task's calibration texts, then trained on others; and cells about that.
 
     Args:
         load: gives the dense one.
-        texts: to calibrate on.
+        task: with ``calibration`` and ``distillation``.
         target: relative FLOPs.
-        name: what it is kept under.
-        folder: where it is kept; None for nowhere.
+        name: what the calibrated model is kept under, where ``arguments.calibrated`` names a folder.
+        arguments: with what :func:`add_training` adds.
     """
-    kept = None if folder is None else folder / f"{name}-{target}"
+    kept = None if arguments.calibrated is None else arguments.calibrated / f"{name}-{target}"
     if kept is not None and kept.exists():
-        return tp.from_pretrained(kept)
-    model = load()
-    tp.calibrate(model, texts, target_flops=target)
-    if kept is not None:
-        model.save_pretrained(str(kept))
-    return model
+        model = tp.from_pretrained(kept)
+    else:
+        model = load()
+        tp.calibrate(model, task.calibration, target_flops=target)
+        if kept is not None:
+            model.save_pretrained(str(kept))
+    started = time.perf_counter()
+    tp.distill(model, task.distillation, target, bf16=arguments.bf16, seed=arguments.seed)
+    return model, {"training_seconds": time.perf_counter() - started, "seed": arguments.seed}
 
 
 def machine_of(threads: int) -> dict[str, Any]:

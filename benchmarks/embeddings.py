@@ -216,17 +216,8 @@ def distilled(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """The cells of a model that was calibrated on the same texts as a pruned one, and then trained on others."""
-    model = comparison.calibrated(
-        lambda: load(name), task.calibration, target, f"{name}-{task.name}", arguments.calibrated
-    )
-    started = time.perf_counter()
-    tp.distill(model, task.distillation, target, bf16=arguments.bf16, seed=arguments.seed)
-    seconds = time.perf_counter() - started
-    return {
-        **cells(model, task, base, outcome),
-        "training_seconds": seconds,
-        "seed": arguments.seed,
-    }
+    model, more = comparison.distilled(lambda: load(name), task, target, f"{name}-{task.name}", arguments)
+    return {**cells(model, task, base, outcome), **more}
 
 
 def table(name: str, task: Similarity | Retrieval, rows: Rows, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -141,17 +141,8 @@ def distilled(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """The cells of a model that was calibrated on the same pairs as a pruned one, and then trained on others."""
-    model = comparison.calibrated(
-        lambda: cross_encoder.load(arguments.model), task.calibration, target, "reranker", arguments.calibrated
-    )
-    started = time.perf_counter()
-    tp.distill(model, task.distillation, target, bf16=arguments.bf16, seed=arguments.seed)
-    seconds = time.perf_counter() - started
-    return {
-        **cells(model, outcome),
-        "training_seconds": seconds,
-        "seed": arguments.seed,
-    }
+    model, more = comparison.distilled(lambda: cross_encoder.load(arguments.model), task, target, "reranker", arguments)
+    return {**cells(model, outcome), **more}
 
 
 # Speed

@@ -266,6 +266,10 @@ def test_a_loss_that_cannot_be_estimated_is_refused_and_one_that_is_no_number_is
     labelled = {**batch, "labels": torch.arange(40.0)}
     with pytest.raises(ConfigError, match="metric of the dense model on 20 held-out examples is not a number"):
         tp.calibrate(model, labelled, max_drop=1.0, metric=lambda *_: float("nan"))
+    asked = iter([0.5])  # the dense model's
+
+    with pytest.raises(ConfigError, match="metric of the dense model on 20 held-out examples is not a number"):
+        tp.calibrate(model, labelled, max_drop=1.0, metric=lambda *_: next(asked, float("nan")), search=FEW)
     with torch.no_grad():
         dense = {round(float(value), 4) for value in model(**batch).logits[:, 0]}
 

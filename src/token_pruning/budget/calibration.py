@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from token_pruning.budget.clock import Clock, within_milliseconds
 from token_pruning.budget.comparison import Comparison, Plan
 from token_pruning.budget.divergence import divergence_of
-from token_pruning.budget.elastic import check_targets, checked_targets, with_budgets
+from token_pruning.budget.elastic import checked_targets, with_budgets
 from token_pruning.budget.examples import Examples, Texts, as_batch
 from token_pruning.budget.fitting import (
     Fit,
@@ -137,7 +137,6 @@ def calibrate(
     """
     _check_budget(target_flops, target_ms, max_drop)
     several = isinstance(target_flops, Sequence) and not isinstance(target_flops, str)
-    targets = checked_targets(target_flops if several else [target_flops])
     inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
         raise ConfigError(f"this {type(inner).__name__} is pruned already; call unprune(model) first")
@@ -172,7 +171,8 @@ def calibrate(
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
         metric = metric or _default_metric
         if target_flops is not None:
-            targets = check_targets(comparison, targets)
+            given: Any = target_flops if several else [target_flops]
+            targets = checked_targets(comparison, given)
             candidates = comparison.search(targets[0])
             result = Calibration(candidates[0].pruner, candidates[0], candidates)
             if several:
@@ -301,10 +301,11 @@ def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibr
     """The cheapest budget whose estimated loss stays inside the bound, by halving what there is to save."""
     model, fitting = comparison.model, comparison.part(comparison.fitting)
     loss = _Loss(comparison, metric)
+    no_number = ConfigError(
+        f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
+    )
     if math.isnan(loss.dense):
-        raise ConfigError(
-            f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
-        )
+        raise no_number
     highest = highest_flops(model, fitting)
     lowest = lowest_flops(model, fitting, comparison.plan.allowed[0])
     steps = math.ceil((highest - lowest) / _METRIC_STEP)
@@ -326,7 +327,8 @@ def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibr
         found = inside(max(lowest, highest - middle * _METRIC_STEP))
         best, kept, lost = (best, kept, middle) if found is None else (found, middle, lost)
     best = best or inside(highest)
-    assert best is not None  # the dearest budget drops nothing, and so loses nothing
+    if best is None:  # the dearest budget drops nothing, and so loses nothing: the bootstrap met what is no number
+        raise no_number
     return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
 
 

@@ -14,13 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES, Calibration, calibrate
 from token_pruning.budget.divergence import Divergence, divergence_of
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import check_target, outputs_in_parts
-from token_pruning.budget.holding import CalibratedHolder
 from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.pruners import FixedThreshold
@@ -178,6 +176,8 @@ class Course:
         self._held_out = held_out
         self._dense = adapter.outputs(self.teacher, held_out)
         self.before = self._differs()
+        from token_pruning.budget.holding import CalibratedHolder  # transformers' trainers take long to import
+
         self.holder = CalibratedHolder(inner, hugging_face_model(self.teacher), self.batch, target_flops, bf16)
 
     def trainer(
@@ -202,6 +202,10 @@ class Course:
             callbacks: besides what holds the budget.
             **arguments: for the trainer's arguments.
         """
+        from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+        from token_pruning.budget.holding import Bar
+
         cpu = hugging_face_model(self.model).device.type == "cpu"
         given = {
             "output_dir": output_dir,
@@ -229,7 +233,7 @@ class Course:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         if self.shows and not any(isinstance(callback, ProgressCallback) for callback in callbacks):
-            trainer.add_callback(_Bar)
+            trainer.add_callback(Bar)
         return trainer
 
     def train(self, trainer: Any, **options: Any) -> Distilled:
@@ -255,13 +259,6 @@ class Course:
         now = self.adapter.outputs(self.model.eval(), self._held_out)
         self.model.train(training)
         return self._divergence.between(self._dense, now, self._divergence.groups)[0]
-
-
-class _Bar(ProgressCallback):  # type: ignore[misc]
-    """A bar, and no dictionaries."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Say nothing."""
 
 
 def _divided(texts: Sequence[Any], pairs: bool, examples: int, seed: int) -> tuple[list[Any], list[Any]]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil
-from typing import Any
 
 from token_pruning.budget.comparison import Comparison
 from token_pruning.budget.fitting import Fit, check_target, dropping_nothing, highest_flops, using
@@ -17,30 +16,20 @@ _FINEST = 0.025  # between entries: nearer ones are not put between them
 _STRAIGHT = 0.008  # how far from a straight line the cost halfway between two entries may be
 
 
-def checked_targets(targets: Any) -> list[float]:
+def checked_targets(comparison: Comparison, targets: Sequence[float]) -> list[float]:
     """Several budgets, the lowest first.
 
     Raises:
-        ConfigError: for none, or the same one twice; each by itself is checked by :func:`check_targets`.
+        ConfigError: for none, the same one twice, or one that is refused by
+            :func:`token_pruning.budget.fitting.check_target`.
     """
-    found = [*targets]
-    if not found:
+    if not targets:
         raise ConfigError("target_flops is empty; it must be a budget or a list of budgets")
-    for value in found:
-        if found.count(value) > 1:
-            raise ConfigError(f"target_flops names {value!r} twice")
-    return found
-
-
-def check_targets(comparison: Comparison, targets: Sequence[float]) -> list[float]:
-    """Raises ConfigError as :func:`token_pruning.budget.fitting.check_target` does for each.
-
-    Returns:
-        The budgets, the lowest first.
-    """
     batch = comparison.part(comparison.fitting)
     for target in targets:
         check_target(comparison.model, batch, target, comparison.plan.allowed[0])
+        if targets.count(target) > 1:
+            raise ConfigError(f"target_flops names {target!r} twice")
     return sorted(targets)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
@@ -186,6 +186,13 @@ class CalibratedHolder(BudgetHolder):
                 ridges[layer].add(states, (wanted - now)[:, None])
         own += torch.stack([ridge.solve(_PENALTY)[0] for ridge in ridges.values()]).to(own)
         token_pruner.pruner = replace(token_pruner.pruner, probes=Probes(probes.layers, own.clone()))
+
+
+class Bar(ProgressCallback):  # type: ignore[misc]
+    """A bar, and no dictionaries."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Say nothing."""
 
 
 class _Probed(PackedLoop):
