@@ -220,7 +220,8 @@ def _train_options(arguments: argparse.Namespace, task: str, **defaults: Any) ->
 def _train(arguments: argparse.Namespace) -> None:
     settle_aliases(arguments)
     restore = given(arguments, TrainOptions).get("restore", "")
-    if given(arguments, DistillOptions) or (restore and adapter_for(Path(restore)) is not None):
+    labelled = given(arguments, DataOptions)  # then a model of sentence-transformers is where a classifier starts from
+    if given(arguments, DistillOptions) or (restore and not labelled and adapter_for(Path(restore)) is not None):
         _distill(arguments)
         return
     data = build(arguments, DataOptions)
