@@ -243,7 +243,7 @@ class Course:
         with _learning(token_pruner), _without_dropout(self.model), _same_embeddings(self.model):
             trainer.train(**options)
         self.model.train(training)
-        self.holder.fit(self.model)
+        self.holder.finish(self.model)
         return Distilled(self.calibration, self._cost(), self.before, self._differs())
 
     def _cost(self) -> float:

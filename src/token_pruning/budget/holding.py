@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, prunable, set_thresholds
 
 REFITS = 30  # over a training
+_REFIT_TOKENS, _FEWEST = 5000, 64  # of the held-out texts that each but the last is fitted to, and texts
 _PENALTY = 1e-3  # of a probe's change
 
 
@@ -70,7 +72,7 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.fit(model)
             self.schedule = schedule
             return
-        every = max(1, state.max_steps // REFITS)
+        every = max(1, ceil(state.max_steps / REFITS))
         if self.schedule is None or state.global_step % every == 0:
             self.fit(model)
 
@@ -118,8 +120,8 @@ class CalibratedHolder(BudgetHolder):
             target: relative FLOPs.
             bf16: whether the model is run in bfloat16 autocast.
         """
-        super().__init__(batch, target, None, bf16)
-        self.dense = dense
+        super().__init__(_some(batch), target, None, bf16)
+        self.dense, self.whole = dense, batch
         self.pruner = attachment_of(model).token_pruner.pruner
         self._said: list[dict[int, Tensor]] | None = None
 
@@ -160,6 +162,11 @@ class CalibratedHolder(BudgetHolder):
             set_thresholds(inner, fit.thresholds)
         return fit
 
+    def finish(self, model: Any) -> None:
+        """Fit to all of the held-out texts, once training is over."""
+        self.batch, self._said = self.whole, None
+        self.fit(model)
+
     def _fit_probes(self, model: Any) -> None:
         """By least squares on what is missing of what they said at first, so that few texts change little."""
         if self._said is None:
@@ -186,6 +193,13 @@ class CalibratedHolder(BudgetHolder):
                 ridges[layer].add(states, (wanted - now)[:, None])
         own += torch.stack([ridge.solve(_PENALTY)[0] for ridge in ridges.values()]).to(own)
         token_pruner.pruner = replace(token_pruner.pruner, probes=Probes(probes.layers, own.clone()))
+
+
+def _some(batch: Batch) -> dict[str, Tensor]:
+    """The first texts: as many as have 5,000 tokens, at least 64. More would take longer than the training."""
+    tokens = batch["attention_mask"].sum(1).cumsum(0)
+    count = max(_FEWEST, int((tokens <= _REFIT_TOKENS).sum()))
+    return {name: values[:count] for name, values in batch.items()}
 
 
 class Bar(ProgressCallback):  # type: ignore[misc]
