@@ -82,7 +82,8 @@ def main() -> None:
                 report = compile_kernel(kernel, constants, warps, capability, f"*{dtype}")
                 print(f"sm_{capability} {kernel.__name__} {dtype} {dim} windowed {windowed}: {report}", flush=True)
         wanted: list[tuple[Any, dict[str, Any]]] = [
-            (compaction._count, {}), (compaction._decide, {}), (compaction._decide, {"protected": None, "scores": None}),
+            (compaction._count, {}),
+            (compaction._decide, {}), (compaction._decide, {"protected": None, "scores": None}),
             (compaction._split, {"DROPPED": True}), (compaction._split, {"DROPPED": False}),
         ]  # fmt: skip
         for kernel, constants in wanted:
