@@ -78,7 +78,9 @@ class PackedLoop:
         Returns:
             What enters the next layer.
         """
-        positions = self.positions(number, layer, rows)
+        # Where nothing is rotated nobody reads them, so that any will do.
+        rotated = self.family.rotation(layer) is not None
+        positions = self.positions(number, rows) if rotated else self.tokens.positions
         asking = self.asking(number)
         query, key, value = self.family.project(layer, rows, positions, asking)
         context, received = self.attend(number, layer, query, key, value, asking)
@@ -114,14 +116,9 @@ class PackedLoop:
         total = self.decisions.entering(number).total
         return rows if total == rows.shape[0] else rows[:total]
 
-    def positions(self, number: int, layer: nn.Module, rows: Tensor) -> Tensor:
-        """Position ids of the rows, ``[rows]`` integers; 0 for filler.
-
-        Where nothing is rotated nobody reads them: then those of all valid tokens, which cost nothing.
-        """
+    def positions(self, number: int, rows: Tensor) -> Tensor:
+        """Position ids of the rows, ``[rows]`` integers; 0 for filler."""
         layout, found = self.decisions.entering(number), self.tokens.positions
-        if self.family.rotation(layer) is None:
-            return found
         if layout is not self.tokens.layout:
             found = self._position_grid.index_select(0, layout.indices)
         filler = rows.shape[0] - layout.total
@@ -311,7 +308,7 @@ class PaddedLoop(PackedLoop):
         """See :class:`PackedLoop`."""
         return rows[self.decisions.entering(number).indices]
 
-    def positions(self, number: int, layer: nn.Module, rows: Tensor) -> Tensor:
+    def positions(self, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
         return self._position_grid
 
