@@ -21,10 +21,11 @@ from token_pruning.ragged.triton import attention, compaction
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = ("cu_queries", "cu_keys", "cu_seqlens", "counts", "kept_cu_seqlens")
-PLACES = ("query_positions", "key_positions", "positions", "places", "kept", "dropped", "kept_places")
+PLACES = ("query_positions", "key_positions", "positions", "places", "found")
+FLAGS = ("keep", "protected")
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, capability: int, pointer: str = "*u8") -> str:
+def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, capability: int, pointer: str = "") -> str:
     """Compile with the types and the alignment of a real call; returns the compiler's report on registers."""
 
     def type_of(name: str) -> str:
@@ -34,11 +35,13 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, capabilit
             return "*i32"
         if name in PLACES:
             return "*i64"
-        if name in ("lse", "sums"):
+        if name in FLAGS:
+            return "*i1"
+        if name in ("lse", "sums", "received", "thresholds", "scores"):
             return "*fp32"
-        if name == "scale":
+        if name in ("scale", "divisor"):
             return "fp32"
-        return "i32" if name == "window" or re.search("_(row|head)$", name) else pointer
+        return "i32" if name in ("window", "step", "layer") or re.search("_(row|head)$", name) else pointer
 
     names = kernel.arg_names
     types = {name: type_of(name) for name in names}
@@ -78,9 +81,14 @@ def main() -> None:
                 }  # fmt: skip
                 report = compile_kernel(kernel, constants, warps, capability, f"*{dtype}")
                 print(f"sm_{capability} {kernel.__name__} {dtype} {dim} windowed {windowed}: {report}", flush=True)
-        for kernel in (compaction._count, compaction._split):
-            report = compile_kernel(kernel, {"BLOCK": compaction._BLOCK}, 4, capability)
-            print(f"sm_{capability} {kernel.__name__}: {report}", flush=True)
+        wanted: list[tuple[Any, dict[str, Any]]] = [
+            (compaction._count, {}),
+            (compaction._decide, {}), (compaction._decide, {"protected": None, "scores": None}),
+            (compaction._split, {"DROPPED": True}), (compaction._split, {"DROPPED": False}),
+        ]  # fmt: skip
+        for kernel, constants in wanted:
+            report = compile_kernel(kernel, {"BLOCK": compaction._BLOCK, **constants}, 4, capability)
+            print(f"sm_{capability} {kernel.__name__} {constants}: {report}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
 import token_pruning as tp
 from tests.tiny import FAMILIES, assert_close, assert_equal, pruned, ragged_batch, same_survivors, tiny_model
-from token_pruning.ragged import first_token_attention, fused, packed_attention
+from token_pruning.pruners.fitted import Probes
+from token_pruning.pruners.importance import SCORING_MODES, ScoringMode, common_normalizer, importance_scores
+from token_pruning.ragged import drop_below, first_token_attention, fused, packed_attention
 from token_pruning.ragged import triton as kernels
 from token_pruning.ragged.layout import Layout, drop, layout_from_mask, pack
+from token_pruning.ragged.triton import compaction
 from token_pruning.ragged.triton.attention import attend, column_sums
 
 GPU = torch.cuda.is_available()
@@ -189,13 +195,67 @@ def check_compaction(layout: Layout, keep: Tensor) -> None:
         expected, expected_kept, expected_dropped = drop(layout, keep)
         patch.setattr(kernels, "usable", lambda device: True)
         fewer, kept, dropped = drop(layout, keep)
+    assert_same_layout(fewer, expected)
+    for one, two in ((kept, expected_kept), (dropped, expected_dropped)):
+        assert one.dtype == two.dtype and torch.equal(one, two)
+
+
+def assert_same_layout(actual: Layout, expected: Layout) -> None:
     for one, two in (
-        (fewer.indices, expected.indices), (fewer.cu_seqlens, expected.cu_seqlens), (kept, expected_kept),
-        (dropped, expected_dropped), (fewer.lengths_tensor, expected.lengths_tensor),
-        (fewer.first_rows, expected.first_rows),
+        (actual.indices, expected.indices), (actual.cu_seqlens, expected.cu_seqlens),
+        (actual.lengths_tensor, expected.lengths_tensor), (actual.first_rows, expected.first_rows),
     ):  # fmt: skip
         assert one.dtype == two.dtype and torch.equal(one, two)
-    assert fewer.lengths == expected.lengths and fewer.width == expected.width
+    assert actual.lengths == expected.lengths and actual.width == expected.width
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=5),
+    mode=st.sampled_from(SCORING_MODES),
+    protects=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(lengths=[0, 0], mode="mean", protects=True, seed=0)
+@example(lengths=[100, 0, 16, 17, 1], mode="mean_norm", protects=True, seed=0)
+@example(lengths=[1, 2] * 20, mode="mean", protects=False, seed=0)  # more sequences than a block
+def test_thresholds_by_kernel_decide_as_plain_ones(
+    lengths: list[int], mode: ScoringMode, protects: bool, seed: int
+) -> None:
+    layout, generator = layout_of(lengths), torch.Generator().manual_seed(seed)
+    received = (torch.rand(layout.total, generator=generator) * 2).to(DEVICE)
+    expected_scores = importance_scores(received.cpu(), layout_on_cpu(layout), mode, 83).to(DEVICE)  # 1/83 is inexact
+    # One score is the threshold, and so stays: a quotient that is rounded otherwise falls on the wrong side.
+    of = expected_scores[int(torch.randint(layout.total, (), generator=generator))] if layout.total else torch.tensor(0)
+    thresholds = torch.stack([torch.inf * torch.ones_like(of), of]).float().to(DEVICE)
+    protected = None
+    keep = expected_scores >= thresholds[1]
+    keep[layout.first_rows] = True
+    if protects:
+        protected = (torch.rand(layout.batch_size * layout.width, generator=generator) < 0.2).to(DEVICE)
+        keep |= protected[layout.indices]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda device: False)
+        expected, expected_kept, expected_dropped = drop(layout, keep)
+
+    divisor = common_normalizer(mode, 83)
+    for wanted in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compaction, "_BLOCK", 16)
+            fewer, kept, dropped, scores = drop_below(
+                layout, received, thresholds, 1, divisor=divisor, protected=protected, dropped=wanted, scores=wanted
+            )
+        assert_same_layout(fewer, expected)
+        assert torch.equal(kept, expected_kept)
+        if wanted:
+            assert dropped is not None and torch.equal(dropped, expected_dropped)
+            assert scores is not None and torch.equal(scores, expected_scores)
+        else:
+            assert dropped is None and scores is None
+
+
+def layout_on_cpu(layout: Layout) -> Layout:
+    return Layout(layout.indices.cpu(), layout.cu_seqlens.cpu(), layout.width)
 
 
 # Whole models. Without a GPU the fused path is switched on by hand.
@@ -220,6 +280,14 @@ def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 METHODS = {
     "absolute": tp.FixedThreshold(final_token_threshold=1.1, scoring_mode="relative"),
     "absolute, by length": tp.FixedThreshold(final_token_threshold=0.05, scoring_mode="mean_norm"),
+    "absolute, of so many": tp.FixedThreshold(final_token_threshold=0.05, max_seq_length=21),
+    "learned": tp.LearnedThreshold(final_token_threshold=1.1, scoring_mode="relative"),
+    "protected": tp.FixedThreshold(final_token_threshold=1.3, scoring_mode="relative", protect=["separators"]),
+    "probes": tp.FixedThreshold(
+        thresholds=[0.5, 0.1, 0.5],
+        scoring_mode="mean_norm",
+        probes=Probes([2], torch.randn(1, 33, generator=torch.Generator().manual_seed(0))),
+    ),
     "top-k": tp.TopK(token_keep_rate=0.2, keep_all_layers=1),
     "relative": tp.RelativeThreshold(token_threshold=0.4),
     "summaries": tp.FixedThreshold(final_token_threshold=1.1, scoring_mode="relative", summary_tokens="segment"),
@@ -385,6 +453,49 @@ def test_soft_stage_learns_thresholds_beside_the_kernels(fuse: None) -> None:
     assert model.token_pruner.thresholds.grad.abs().sum() > 0
 
 
+class Operations(TorchDispatchMode):
+    """Counts what PyTorch is asked for, by name, and the kernels launched; what the interpreter does is left out."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        run = GridExecutor.__call__
+
+        def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            self.launches[executor.fn.__name__] += 1
+            with _disable_current_modes():
+                return run(executor, *args, **kwargs)
+
+        patch.setattr(GridExecutor, "__call__", launch)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(GPU, reason="counts under the interpreter")
+@pytest.mark.parametrize("mode", SCORING_MODES)
+def test_a_pruning_layer_asks_for_little(fuse: None, monkeypatch: pytest.MonkeyPatch, mode: ScoringMode) -> None:
+    """All that stands between the host and the next layer: a GPU waits for it, however small the kernels are."""
+    model, batch = tiny_model("bert", "sequence"), ragged_batch([40, 7, 25])
+    found = []
+    threshold = {"relative": 1.1, "mean_norm": 1.1 / 40, "mean": 1.1 / 128}[mode]
+    for layers in ([], [1], [1, 2], [1, 2, 3]):
+        thresholds = [threshold * (layer in layers) for layer in range(1, 5)]
+        method = tp.FixedThreshold(thresholds=thresholds, scoring_mode=mode)
+        with pruned(model, method), torch.inference_mode(), monkeypatch.context() as patch:
+            operations = Operations(patch)
+            with operations:
+                model(**batch)
+        found.append(operations)
+    for before, after in itertools.pairwise(found):
+        added = after.names - before.names
+        assert after.launches - before.launches == Counter(["_column_sums", "_decide", "_split"])
+        assert added.total() <= 16, added
+    assert added.keys().isdisjoint({"nonzero", "_local_scalar_dense"}), added  # what would wait for the GPU
+
+
 def test_first_tokens_by_the_library(fuse: None, library: None) -> None:
     layout = layout_of([5, 1, 40])
     query, key, value = random_rows(layout.total, 2, 32)
@@ -405,7 +516,7 @@ def test_kernels_compile_for_gpus_and_fit_their_registers() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 * (6 * 2 + 2 + 2)
+    assert len(lines) == 2 * (6 * 2 + 2 + 5)
     for line in lines:
         found = re.search(r"stack (\d+)", line)
         assert found and int(found[1]) <= 128, line  # bytes per thread; an unlucky shape of blocks needs hundreds

@@ -20,6 +20,11 @@ SCORING_MODES: tuple[str, ...] = get_args(ScoringMode)
 ScoresT = TypeVar("ScoresT", float, Tensor)
 
 
+def common_normalizer(scoring_mode: ScoringMode, max_seq_length: int) -> int | None:
+    """The ``N`` of :func:`normalizer` that all sequences share; None where it is each one's number of tokens."""
+    return {"mean": max_seq_length, "mean_norm": None, "relative": 1}[scoring_mode]
+
+
 def normalizer(layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -> Tensor:
     """The ``N`` that divides received attention, per sequence.
 
@@ -33,9 +38,9 @@ def normalizer(layout: Layout, scoring_mode: ScoringMode, max_seq_length: int) -
     Returns:
         ``[batch]`` float32.
     """
-    if scoring_mode == "mean_norm":
+    divisor = common_normalizer(scoring_mode, max_seq_length)
+    if divisor is None:
         return layout.lengths_tensor.to(torch.float32)
-    divisor = max_seq_length if scoring_mode == "mean" else 1
     return torch.full((layout.batch_size,), divisor, dtype=torch.float32, device=layout.indices.device)
 
 

@@ -1,6 +1,15 @@
 """Ragged batches, tensors only: packing, dropping rows, and attention that says how much of it every token received."""
 
-from token_pruning.ragged.layout import Layout, drop, full_layout, layout_from_mask, pack, row_bucket, unpack
+from token_pruning.ragged.layout import (
+    Layout,
+    drop,
+    drop_below,
+    full_layout,
+    layout_from_mask,
+    pack,
+    row_bucket,
+    unpack,
+)
 from token_pruning.ragged.logits import NO_TERMS, LogitTerms
 from token_pruning.ragged.packed import first_token_attention, packed_attention
 from token_pruning.ragged.padded import masked_attention
@@ -12,6 +21,7 @@ __all__ = [
     "LogitTerms",
     "PackedTokens",
     "drop",
+    "drop_below",
     "first_token_attention",
     "full_layout",
     "layout_from_mask",

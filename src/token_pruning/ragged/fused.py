@@ -81,9 +81,7 @@ def fused_attention(
         return context, None
     from token_pruning.ragged.triton.attention import column_sums
 
-    sums = column_sums(
-        query.detach(), key.detach(), lse.detach(), cu_seqlens, longest, scaling, window=window, positions=positions
-    )
+    sums = column_sums(query, key, lse, cu_seqlens, longest, scaling, window=window, positions=positions)
     return context, sums.mean(0)
 
 

@@ -169,14 +169,55 @@ def drop(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor, Tensor]:
         from token_pruning.ragged.triton.compaction import compact
 
         kept, dropped, places, cu_seqlens, lengths = compact(keep, layout.indices, layout.cu_seqlens)
-        fewer = Layout(places, cu_seqlens, layout.width)
-        fewer.__dict__["lengths"] = lengths  # known already: no second synchronisation
-        return fewer, kept, dropped
+        return _known(places, cu_seqlens, layout.width, lengths), kept, dropped
     kept = keep.nonzero().squeeze(-1)
     dropped = (~keep).nonzero().squeeze(-1)
     kept_before = torch.nn.functional.pad(keep.long().cumsum(0), (1, 0))
     cu_seqlens = kept_before[layout.cu_seqlens.long()].to(torch.int32)
     return replace(layout, indices=layout.indices[kept], cu_seqlens=cu_seqlens), kept, dropped
+
+
+def drop_below(
+    layout: Layout,
+    received: Tensor,
+    thresholds: Tensor,
+    layer: int,
+    *,
+    divisor: int | None,
+    protected: Tensor | None = None,
+    dropped: bool = True,
+    scores: bool = True,
+) -> tuple[Layout, Tensor, Tensor | None, Tensor | None]:
+    """Remove the tokens whose score is below a threshold, in two launches of Triton's kernels; first tokens stay.
+
+    Args:
+        layout: the tokens present.
+        received: ``[tokens]`` float32.
+        thresholds: ``[layers]`` float32.
+        layer: which of them, 0 for the first.
+        divisor: what makes ``received`` a score; None for the sequence's number of tokens.
+        protected: ``[batch * width]`` bool: places whose tokens stay. None for none.
+        dropped: whether the rows that leave are wanted.
+        scores: whether the scores are.
+
+    Returns:
+        The layout of the kept tokens, the rows (int64, into the old layout) that stay and that leave, and the scores
+        ``[tokens]`` float32; None for what is not wanted.
+    """
+    from token_pruning.ragged.triton.compaction import compact_below
+
+    (kept, gone, places, cu_seqlens, lengths), found = compact_below(
+        received, layout.indices, layout.cu_seqlens, thresholds, layer,
+        divisor=divisor, protected=protected, dropped=dropped, scores=scores,
+    )  # fmt: skip
+    return _known(places, cu_seqlens, layout.width, lengths), kept, gone, found
+
+
+def _known(indices: Tensor, cu_seqlens: Tensor, width: int, lengths: list[int]) -> Layout:
+    """A layout whose lengths are on the host already: no second synchronisation."""
+    layout = Layout(indices, cu_seqlens, width)
+    layout.__dict__["lengths"] = lengths
+    return layout
 
 
 def row_bucket(rows: int) -> int:

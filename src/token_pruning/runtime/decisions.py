@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from token_pruning.families import Reads
-from token_pruning.pruners import LayerTokens, LearnedThreshold
+from token_pruning.pruners import FixedThreshold, LayerTokens, LearnedThreshold
 from token_pruning.pruners.fitted import apply_affine
-from token_pruning.pruners.importance import importance_scores
+from token_pruning.pruners.importance import common_normalizer, importance_scores
 from token_pruning.pruners.summary import Summaries, plan_merge
-from token_pruning.ragged import Layout, PackedTokens, drop
+from token_pruning.ragged import Layout, PackedTokens, drop, drop_below, triton
 from token_pruning.runtime.roles import asking, first_segment, protected
 from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord, PassRecord, recording
@@ -39,6 +39,17 @@ class Decisions:
             None if found is None else tokens.layout.grid(found).flatten()
             for found in (protected(tokens, token_pruner.pruner), asking(tokens, token_pruner.pruner))
         )
+        pruner = token_pruner.pruner
+        self._probed = () if pruner.probes is None or token_pruner.probe_weights is None else pruner.probes.layers
+        # One kernel scores, compares and keeps what must stay. It has no gradient, and knows no summaries.
+        self._by_kernel = (
+            not self.soft
+            and type(pruner).keep is FixedThreshold.keep
+            and pruner.summary_tokens == "none"
+            and triton.usable(entering.indices.device)
+        )
+        # Where first tokens alone are read, nobody asks which others left, but for a trace and a correction.
+        self._names_dropped = bool(self.traces) or reads != "first" or pruner.correction is not None
         self.segments: Tensor | None = None
         if token_pruner.pruner.summary_tokens == "segment" and tokens.ids is not None:
             second = ~first_segment(tokens.ids, tokens.layout)
@@ -64,7 +75,7 @@ class Decisions:
 
     def probes(self, layer: int) -> bool:
         """Whether a probe takes ``layer``'s decision, from states after its attention block."""
-        return self.token_pruner.probe(layer) is not None and self.prunes(layer)
+        return layer in self._probed and self.prunes(layer)
 
     def probe_scores(self, layer: int, states: Tensor) -> Tensor:
         """What the layer's probe says of states ``[rows, dim]`` after its attention block: ``[rows]`` float32."""
@@ -103,6 +114,8 @@ class Decisions:
         summaries = None if layer == 1 else layers[layer - 1].summaries
         if received is None:
             return layers.setdefault(layer, LayerRecord(entering, entering, summaries=summaries))
+        if self._by_kernel:  # when gradient checkpointing runs the layer again, as decided before
+            return layers.get(layer) or layers.setdefault(layer, self._drop_below(layer, received))
         pruner = self.token_pruner.pruner
         tokens = self._layer_tokens(layer, received, summaries)
         if self.soft:
@@ -136,6 +149,18 @@ class Decisions:
         """Give the pass to those who record."""
         for trace in self.traces:
             trace.passes.append(self.record)
+
+    def _drop_below(self, layer: int, received: Tensor) -> LayerRecord:
+        """The layer's decision by its threshold, in as few launches as can be."""
+        module, entering = self.token_pruner, self.entering(layer)
+        pruner = module.pruner
+        assert module.thresholds is not None
+        divisor = 1 if self.probes(layer) else common_normalizer(pruner.scoring_mode, pruner.max_seq_length)
+        leaving, kept, dropped, scores = drop_below(
+            entering, received, module.thresholds, layer - 1, divisor=divisor, protected=self._stays,
+            dropped=self._names_dropped, scores=bool(self.traces),
+        )  # fmt: skip
+        return LayerRecord(entering, leaving, kept, dropped, scores=scores)
 
     def _layer_tokens(self, layer: int, received: Tensor, summaries: Summaries | None) -> LayerTokens:
         module, entering = self.token_pruner, self.entering(layer)

@@ -21,6 +21,7 @@ from token_pruning.ragged import (
     packed_attention,
     row_bucket,
 )
+from token_pruning.ragged.layout import computed_once
 from token_pruning.runtime.decisions import Decisions
 from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -77,7 +78,9 @@ class PackedLoop:
         Returns:
             What enters the next layer.
         """
-        positions = self.positions(number, rows)
+        # Where nothing is rotated nobody reads them, so that any will do.
+        rotated = self.family.rotation(layer) is not None
+        positions = self.positions(number, rows) if rotated else self.tokens.positions
         asking = self.asking(number)
         query, key, value = self.family.project(layer, rows, positions, asking)
         context, received = self.attend(number, layer, query, key, value, asking)
@@ -110,16 +113,16 @@ class PackedLoop:
 
     def states(self, number: int, rows: Tensor) -> Tensor:
         """The rows of the tokens that entered the layer, ``[entering.total, dim]``."""
-        return rows[: self.decisions.entering(number).total]
+        total = self.decisions.entering(number).total
+        return rows if total == rows.shape[0] else rows[:total]
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Position ids of the rows, ``[rows]`` integers; 0 for filler."""
-        layout = self.decisions.entering(number)
-        if layout is self.tokens.layout:
-            found = self.tokens.positions
-        else:
-            found = self._position_grid().index_select(0, layout.indices)
-        return pad(found, (0, rows.shape[0] - layout.total))
+        layout, found = self.decisions.entering(number), self.tokens.positions
+        if layout is not self.tokens.layout:
+            found = self._position_grid.index_select(0, layout.indices)
+        filler = rows.shape[0] - layout.total
+        return pad(found, (0, filler)) if filler else found
 
     def asking(self, number: int) -> Tensor | None:
         """The rows whose queries are wanted: first tokens in a last layer that computes nothing else; None for all."""
@@ -176,7 +179,7 @@ class PackedLoop:
             return self._with_filler(family.join(layer, context, rows[asking]))
         stay = self._staying(number, record)
         if stay is not None and record.merge is None and not self.keeps_departed:
-            return self._with_filler(family.join(layer, context[stay], rows[stay]))
+            return self._with_filler(family.join(layer, context.index_select(0, stay), rows.index_select(0, stay)))
         return self.remove(number, record, family.join(layer, context, rows))
 
     def remove(self, number: int, record: LayerRecord, joined: Tensor) -> Tensor:
@@ -185,11 +188,12 @@ class PackedLoop:
         if stay is None:
             return joined
         if self.keeps_departed and record.dropped_rows is not None:
-            self.beside[number] = joined[record.dropped_rows]
-            self.departed[number] = (record.entering.indices[record.dropped_rows], self.beside[number])
+            self.beside[number] = joined.index_select(0, record.dropped_rows)
+            places = record.entering.indices.index_select(0, record.dropped_rows)
+            self.departed[number] = (places, self.beside[number])
         if record.merge is not None:
             joined = record.merge.apply(joined)
-        return self._with_filler(joined[stay])
+        return self._with_filler(joined.index_select(0, stay))
 
     def _staying(self, number: int, record: LayerRecord) -> Tensor | None:
         return record.entering.first_rows if self.decisions.first_only(number) else record.kept_rows
@@ -235,7 +239,9 @@ class PackedLoop:
                 found[each.entering.indices[each.dropped_rows]] = number
         return found[valid.indices]
 
+    @computed_once
     def _position_grid(self) -> Tensor:
+        """Position ids by place, ``[batch · width]``."""
         return self.tokens.layout.grid(self.tokens.positions).flatten()
 
     @staticmethod
@@ -304,7 +310,7 @@ class PaddedLoop(PackedLoop):
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         """Of every place; 0 for padding."""
-        return self._position_grid()
+        return self._position_grid
 
     @property
     def reentrant(self) -> bool:
