@@ -131,13 +131,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """What a measurement of trained models takes besides."""
-    parser.add_argument("--seed", type=int, default=0, help="of the training of distilled models")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training of distilled models")
     parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
+    parser.add_argument("--train-on", default="cpu", metavar="DEVICE", help="train them there, such as on cuda")
     parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
 
 
 def distilled(
-    load: Callable[[], Any], task: Any, target: float, name: str, arguments: argparse.Namespace
+    load: Callable[[], Any], task: Any, target: float, seed: int, name: str, arguments: argparse.Namespace
 ) -> tuple[Any, dict[str, Any]]:
     """A model calibrated to a budget on a task's calibration texts, then trained on others; and cells about that.
 
@@ -145,6 +146,7 @@ def distilled(
         load: gives the dense one.
         task: with ``calibration`` and ``distillation``.
         target: relative FLOPs.
+        seed: of the training.
         name: what the calibrated model is kept under, where ``arguments.calibrated`` names a folder.
         arguments: with what :func:`add_training` adds.
     """
@@ -157,8 +159,9 @@ def distilled(
         if kept is not None:
             model.save_pretrained(str(kept))
     started = time.perf_counter()
-    tp.distill(model, task.distillation, target, bf16=arguments.bf16, seed=arguments.seed)
-    return model, {"training_seconds": time.perf_counter() - started, "seed": arguments.seed}
+    tp.distill(model.to(arguments.train_on), task.distillation, target, bf16=arguments.bf16, seed=seed)
+    more = {"training_seconds": time.perf_counter() - started, "trained_on": arguments.train_on}
+    return model.to("cpu"), more
 
 
 def machine_of(threads: int) -> dict[str, Any]:

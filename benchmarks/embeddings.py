@@ -17,6 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,9 @@ def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int],
             what = f"pruned to {target}, calibrated on {min(size, len(task.calibration)):,} texts"
             rows.add(what, **pruned(model, task, base, outcome, calibration=size, target_flops=target))
     if TRAINED in arguments.methods:
-        for target in arguments.costs:
-            what = f"distilled to {target} on {len(task.distillation):,} texts"
-            rows.add(what, **distilled(name, task, base, outcome, target, arguments))
+        for target, seed in product(arguments.costs, arguments.seeds):
+            what = f"distilled to {target} on {len(task.distillation):,} texts, seed {seed}"
+            rows.add(what, **distilled(name, task, base, outcome, target, seed, arguments))
     return table(name, task, rows, arguments)
 
 
@@ -213,10 +214,11 @@ def distilled(
     base: float,
     outcome: Callable[[Encode], NDArray[np.float64]],
     target: float,
+    seed: int,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """The cells of a model that was calibrated on the same texts as a pruned one, and then trained on others."""
-    model, more = comparison.distilled(lambda: load(name), task, target, f"{name}-{task.name}", arguments)
+    model, more = comparison.distilled(lambda: load(name), task, target, seed, f"{name}-{task.name}", arguments)
     return {**cells(model, task, base, outcome), **more}
 
 

@@ -12,6 +12,7 @@ What each kernel reaches is measured apart, against a copy and a matrix product 
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -121,18 +122,15 @@ def make_engines(
 ) -> tuple[dict[str, Engine], dict[str, float]]:
     """All engines of one shape, dtype and length, and what pruning costs in relative FLOPs."""
     fitted = draw(-1, 1, FITTED, greatest, device)[0].padded
-    model = make_model(shape).to(device)
-    method = linear_thresholds(model, fitted, FINAL_KEEP)
-    layers = model.config.num_hidden_layers
+    first = make_model(shape).to(device)
+    method = linear_thresholds(first, fitted, FINAL_KEEP)
+    layers = first.config.num_hidden_layers
     at = sorted({max(1, layers * layer // 12) for layer in PRUNE_AT})
-    few = linear_thresholds(model, fitted, FINAL_KEEP, at)
-    del model
-    engines = {
-        PADDED: with_padding(make_model(shape).to(device, dtype)),
-        VARLEN: without_padding(make_model(shape).to(device, dtype)),
-    }
+    few = linear_thresholds(first, fitted, FINAL_KEEP, at)
+    first.to(dtype)
+    engines = {PADDED: with_padding(first), VARLEN: without_padding(copy.deepcopy(first))}
     if compiled:
-        model = make_model(shape).to(device, dtype)
+        model = copy.deepcopy(first)
         engine = without_padding(model)
         model.base_model.compile(dynamic=True)
         try:
@@ -144,7 +142,7 @@ def make_engines(
             engines[COMPILED] = engine
     flops = {}
     for name, pruner in ((UNPRUNED, tp.Unpruned()), (PRUNED, method), (FEW, few)):
-        model = tp.prune(make_model(shape).to(device, dtype), pruner)
+        model = tp.prune(copy.deepcopy(first), pruner)
         with torch.inference_mode(), tp.record(model) as trace:
             model(**draw(-2, 1, FITTED, greatest, device)[0].padded)
         flops[name] = count_flops(model, trace).relative

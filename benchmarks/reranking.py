@@ -20,6 +20,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def quality(arguments: argparse.Namespace) -> None:
         for target in arguments.costs:
             rows.add(f"pruned to {target}", **pruned(model, task, outcome, target))
     if TRAINED in arguments.methods:
-        for target in arguments.costs:
-            what = f"distilled to {target} on {len(task.distillation):,} pairs"
-            rows.add(what, **distilled(task, outcome, target, arguments))
+        for target, seed in product(arguments.costs, arguments.seeds):
+            what = f"distilled to {target} on {len(task.distillation):,} pairs, seed {seed}"
+            rows.add(what, **distilled(task, outcome, target, seed, arguments))
     found = comparison.table(
         "MiniLM-L6 cross-encoder, SQuAD",
         f"{len(task.questions)} questions, each with its paragraph and {len(task.passages[0]) - 1} others of the same "
@@ -138,10 +139,13 @@ def distilled(
     task: Reranking,
     outcome: Callable[[Predict], NDArray[np.float64]],
     target: float,
+    seed: int,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """The cells of a model that was calibrated on the same pairs as a pruned one, and then trained on others."""
-    model, more = comparison.distilled(lambda: cross_encoder.load(arguments.model), task, target, "reranker", arguments)
+    model, more = comparison.distilled(
+        lambda: cross_encoder.load(arguments.model), task, target, seed, "reranker", arguments
+    )
     return {**cells(model, outcome), **more}
 
 

@@ -15,7 +15,7 @@ from tests.integrations.test_sentence_transformers import embedder, ranker
 from tests.integrations.test_sentence_transformers import home as home  # a fixture
 from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.tiny import tiny_model
-from token_pruning.budget import comparison
+from token_pruning.budget import comparison, holding
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.holding import CalibratedHolder
 from token_pruning.integrations.sentence_transformers.distilling import RankingLoss, VectorLoss, neighbours
@@ -235,3 +235,31 @@ def test_models_that_cannot_be_distilled(home: Path) -> None:
     model = tp.prune(embedder(home), tp.LearnedThreshold())
     with pytest.raises(tp.ConfigError, match="what calibrate leaves can hold a budget"):
         tp.distill(model, TEXTS, 0.6, **SHORT)
+
+
+def test_a_rule_that_cannot_hold_the_budget_is_refused(home: Path) -> None:
+    model = embedder(home)
+    probes = tp.Probes([2], torch.randn(1, 33, generator=torch.Generator().manual_seed(0)))
+    method = tp.FixedThreshold(thresholds=[0.0, 0.0, 0.0], scoring_mode="relative", probes=probes, prune_layers=[2])
+    tp.prune(model, method)
+    before = attachment_of(model).token_pruner.thresholds.tolist()
+    with pytest.raises(
+        tp.ConfigError, match=r"target_flops is 0.3; what this model is pruned by costs 0\.[5-9]\d+, what"
+    ):
+        tp.distill(model, TEXTS, 0.3, **SHORT)
+    assert attachment_of(model).token_pruner.thresholds.tolist() == before
+
+
+def test_refits_look_at_some_of_the_texts_and_the_last_at_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "_REFIT_TOKENS", 100)
+    monkeypatch.setattr(holding, "REFITS", 3)
+    seen: list[int] = []
+    fit = CalibratedHolder.fit
+
+    def watched(self: Any, model: Any) -> Any:
+        seen.append(len(self.batch["input_ids"]))
+        return fit(self, model)
+
+    monkeypatch.setattr(CalibratedHolder, "fit", watched)
+    tp.distill(embedder(home), some_texts(300, 40, seed=3), 0.6, **{**SHORT, "examples": 90})
+    assert seen == [64] * 4 + [90]  # one before training, three during it

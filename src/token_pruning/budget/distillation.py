@@ -29,6 +29,7 @@ from token_pruning.runtime.token_pruner import TokenPruner
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
 WARM_UP = 0.1  # of the steps
+_FAR = 0.03  # from the budget: a gate alone, or one beside few layers that prune, costs what it costs
 _LINEAR = ("map_weights", "correction_weights")
 
 
@@ -179,6 +180,12 @@ class Course:
         from token_pruning.budget.holding import CalibratedHolder  # transformers' trainers take long to import
 
         self.holder = CalibratedHolder(inner, hugging_face_model(self.teacher), self.batch, target_flops, bf16)
+        self.holder.fit(model)
+        if abs((cost := self._cost()) - target_flops) > _FAR:
+            raise ConfigError(
+                f"target_flops is {target_flops}; what this model is pruned by costs {cost:.3f}, whatever its "
+                "thresholds. Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
+            )
 
     def trainer(
         self,
