@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,11 +21,14 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import check_target, outputs_in_parts
 from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.pruners import FixedThreshold
+from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.flops import count_flops
-from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, record, unprune
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, record, set_budget, unprune
 from token_pruning.runtime.token_pruner import TokenPruner
+
+if TYPE_CHECKING:
+    from token_pruning.budget.holding import CalibratedHolder
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
 WARM_UP = 0.1  # of the steps
@@ -54,7 +57,7 @@ class Distilled:
 def distill(
     model: Any,
     texts: Sequence[Any],
-    target_flops: float | None = None,
+    target_flops: float | Sequence[float] | None = None,
     *,
     teacher: Any = None,
     epochs: float = EPOCHS,
@@ -78,8 +81,10 @@ def distill(
         model: a ``SentenceTransformer`` or ``CrossEncoder``: dense, or calibrated.
         texts: without labels, at least 64; a reranker's as (query, passage) pairs, several passages for each query, in
             any order.
-        target_flops: what the pruned model may cost, relative to the dense one on valid tokens. For a calibrated model:
-            what it costs now, unless given.
+        target_flops: what the pruned model may cost, relative to the dense one on valid tokens. Of several budgets each
+            step takes one at random, from the lowest to 1, so that one set of weights serves them all:
+            :func:`token_pruning.set_budget` says which, and the model is left at the lowest. For a calibrated model:
+            what it costs now, unless given; one that is calibrated for several budgets is trained for these.
         teacher: the dense model to learn from, of the same class; the model itself as it is given, without pruning,
             unless given.
         epochs: passes over the texts.
@@ -125,7 +130,7 @@ class Course:
         self,
         model: Any,
         texts: Sequence[Any],
-        target_flops: float | None,
+        target_flops: float | Sequence[float] | None,
         *,
         teacher: Any,
         examples: int,
@@ -161,7 +166,9 @@ class Course:
             raise ConfigError("target_flops is missing; give what the pruned model may cost")
         self.teacher = _teacher(model, teacher)
         self.calibration = None
-        if not calibrated:
+        if calibrated:
+            _check_budget(target_flops, attachment_of(inner).token_pruner.pruner)
+        else:
             assert target_flops is not None
             self.calibration = calibrate(model, held_out, target_flops, seed=seed, progress=shows)
         pruner = attachment_of(inner).token_pruner.pruner
@@ -169,23 +176,32 @@ class Course:
             raise ConfigError(f"the model is pruned by {pruner!r}; what calibrate leaves can hold a budget")
         whole = pruner.max_tokens is not None
         self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), inner.config.pad_token_id or 0)
-        if target_flops is None:
-            target_flops = self._cost()
-        check_target(inner, self.batch, target_flops)
+        if pruner.budgets:
+            set_budget(inner, pruner.budgets[0].relative_flops)
+        goal = float(target_flops) if isinstance(target_flops, (int, float)) else self._cost()
+        check_target(inner, self.batch, goal)
         found = divergence_of(inner, self.batch)
         self._divergence = found if pairs else Divergence("embedding", found.groups)
         self._held_out = held_out
         self._dense = adapter.outputs(self.teacher, held_out)
         self.before = self._differs()
-        from token_pruning.budget.holding import CalibratedHolder  # transformers' trainers take long to import
-
-        self.holder = CalibratedHolder(inner, hugging_face_model(self.teacher), self.batch, target_flops, bf16)
+        self.holder = self._holder(goal)
         self.holder.fit(model)
-        if abs((cost := self._cost()) - target_flops) > _FAR:
+        if abs((cost := self._cost()) - goal) > _FAR:
             raise ConfigError(
-                f"target_flops is {target_flops}; what this model is pruned by costs {cost:.3f}, whatever its "
+                f"target_flops is {goal}; what this model is pruned by costs {cost:.3f}, whatever its "
                 "thresholds. Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
             )
+
+    def _holder(self, goal: float) -> "CalibratedHolder":
+        from token_pruning.budget.elastic_holding import ElasticHolder  # transformers' trainers take long to import
+        from token_pruning.budget.holding import CalibratedHolder
+
+        inner, dense = hugging_face_model(self.model), hugging_face_model(self.teacher)
+        pruner = attachment_of(inner).token_pruner.pruner
+        if isinstance(pruner, FixedThreshold) and pruner.budgets:
+            return ElasticHolder(inner, dense, self.batch, self.bf16, self.seed)
+        return CalibratedHolder(inner, dense, self.batch, goal, self.bf16)
 
     def trainer(
         self,
@@ -266,6 +282,16 @@ class Course:
         now = self.adapter.outputs(self.model.eval(), self._held_out)
         self.model.train(training)
         return self._divergence.between(self._dense, now, self._divergence.groups)[0]
+
+
+def _check_budget(target_flops: Any, pruner: Pruner) -> None:
+    """See that a calibrated model is trained for what it was calibrated to."""
+    several = isinstance(pruner, FixedThreshold) and bool(pruner.budgets)
+    if target_flops is not None and (several or not isinstance(target_flops, (int, float))):
+        raise ConfigError(
+            f"target_flops is {target_flops!r}; this model is pruned for {'several budgets' if several else 'one'} "
+            f"already, and is trained for {'these: leave target_flops out' if several else 'one'}"
+        )
 
 
 def _divided(texts: Sequence[Any], pairs: bool, examples: int, seed: int) -> tuple[list[Any], list[Any]]:

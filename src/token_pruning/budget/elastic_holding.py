@@ -1,0 +1,106 @@
+"""Keeping several budgets at once while weights are trained."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from token_pruning.budget.examples import Batch
+from token_pruning.budget.fitting import Fit, fit_to_budget, profile_of
+from token_pruning.budget.holding import CalibratedHolder
+from token_pruning.budget.schedules import Schedule
+from token_pruning.pruners import FixedThreshold
+from token_pruning.pruners.budgets import Budget, as_json, checked_budgets
+from token_pruning.runtime.prune import attachment_of, hugging_face_model, set_budget
+
+
+class ElasticHolder(CalibratedHolder):
+    """The same for a model that is pruned for several budgets: each step takes one of them, drawn at random.
+
+    So one set of weights serves them all (as in LengthDrop, arXiv 2010.07003, and slimmable networks, 1812.08928).
+    """
+
+    def __init__(self, model: Any, dense: Any, batch: Batch, bf16: bool, seed: int) -> None:
+        """Take down where tokens leave at each budget.
+
+        Args:
+            model: calibrated for several budgets.
+            dense: see :class:`CalibratedHolder`.
+            batch: see :class:`CalibratedHolder`.
+            bf16: see :class:`CalibratedHolder`.
+            seed: of the budgets that are drawn.
+        """
+        self.table = tuple(_pruner_of(model).budgets or ())
+        lowest = self.table[0].relative_flops
+        set_budget(model, lowest)
+        super().__init__(model, dense, batch, lowest, bf16)
+        self.seed = seed
+        self.schedules: list[Schedule] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Go on with the schedules, probes and thresholds that a killed run had."""
+        super().on_train_begin(args, state, control, model=model)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict) and saved["attributes"]["schedules"] is not None:
+            found = saved["attributes"]
+            self.schedules = [Schedule(each["name"], tuple(each["weights"])) for each in found["schedules"]]
+            self._keep(model, checked_budgets("budgets", found["budgets"]))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        found = super().state()
+        schedules = None if self.schedules is None else [asdict(each) for each in self.schedules]
+        found["attributes"] |= {"schedules": schedules, "budgets": as_json(self.table)}
+        return found
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Fit as often as for one budget; then draw this step's."""
+        super().on_step_begin(args, state, control, model=model)
+        low, high = self.table[0].relative_flops, self.table[-1].relative_flops
+        drawn = random.Random(f"{self.seed} {state.global_step}").uniform(low, high)  # the same in a run that goes on
+        set_budget(hugging_face_model(model), drawn)
+
+    def fit(self, model: Any) -> Fit | None:  # type: ignore[override]
+        """Fit probes, then each budget's thresholds; the model is left at the lowest budget."""
+        inner = hugging_face_model(model)
+        set_budget(inner, self.target)
+        fit = super().fit(model)
+        if self.schedules is None:
+            self.schedules = [self._at(model, budget, profile_of) for budget in self.table]
+        table = []
+        for budget, schedule in zip(self.table, self.schedules, strict=True):
+            found = fit if budget is self.table[0] else None
+            if found is None and sum(schedule.weights) > 0:
+                found = self._at(model, budget, partial(_fitted, schedule=schedule, target=budget.relative_flops))
+            table.append(budget if found is None else replace(budget, thresholds=found.thresholds))
+        self._keep(model, table)
+        return fit
+
+    def _at(self, model: Any, budget: Budget, run: Callable[..., Any]) -> Any:
+        """What a function says of the model at a budget, in evaluation mode, and of the batch."""
+        inner, training = hugging_face_model(model), model.training
+        set_budget(inner, budget.relative_flops)
+        model.eval()
+        with torch.autocast(inner.device.type, torch.bfloat16, enabled=self.bf16):
+            found = run(inner, self.batch)
+        model.train(training)
+        return found
+
+    def _keep(self, model: Any, table: Sequence[Budget]) -> None:
+        inner = hugging_face_model(model)
+        self.table = tuple(table)
+        attachment_of(inner).token_pruner.pruner = replace(_pruner_of(inner), budgets=self.table)
+        set_budget(inner, self.target)
+
+
+def _pruner_of(model: Any) -> FixedThreshold:
+    pruner = attachment_of(model).token_pruner.pruner
+    assert isinstance(pruner, FixedThreshold)
+    return pruner
+
+
+def _fitted(model: Any, batch: Batch, *, schedule: Schedule, target: float) -> Fit | None:
+    return fit_to_budget(model, batch, schedule, target)
