@@ -16,7 +16,7 @@ import torch
 import transformers
 from measures import length_for, loss_interval, truncated
 from numpy.typing import NDArray
-from output import command, write
+from output import beside, command, write
 
 import token_pruning as tp
 from token_pruning.engine.machine import cpu_name, has_amx
@@ -133,7 +133,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """What a measurement of trained models takes besides."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training of distilled models")
     parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
-    parser.add_argument("--train-on", default="cpu", metavar="DEVICE", help="train them there, such as on cuda")
+    parser.add_argument("--device", default="cpu", help="train and score there; on cuda without an engine")
     parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
 
 
@@ -159,9 +159,15 @@ def distilled(
         if kept is not None:
             model.save_pretrained(str(kept))
     started = time.perf_counter()
-    tp.distill(model.to(arguments.train_on), task.distillation, target, bf16=arguments.bf16, seed=seed)
-    more = {"training_seconds": time.perf_counter() - started, "trained_on": arguments.train_on}
-    return model.to("cpu"), more
+    tp.distill(model.to(arguments.device), task.distillation, target, bf16=arguments.bf16, seed=seed)
+    return model, {"training_seconds": time.perf_counter() - started}
+
+
+def fastest(model: Any) -> Any:
+    """What a pruned model is scored with: the engine, or on a GPU the model itself."""
+    if model.device.type != "cpu":
+        return model.eval()
+    return tp.compile(model, dtype="float32", threads=torch.get_num_threads())
 
 
 def machine_of(threads: int) -> dict[str, Any]:
@@ -199,6 +205,8 @@ def table(
 ) -> dict[str, Any]:
     """A table as it goes into the JSON file, with the machine and the command that are measuring it."""
     machine = machine_of(arguments.threads)
+    if (device := getattr(arguments, "device", "cpu")) != "cpu":
+        about = f"{about} On {torch.cuda.get_device_name(device)}, beside:"
     return {
         "title": title,
         "about": f"{about} {machine_line(machine)}",
@@ -232,7 +240,7 @@ def publish(
     print("\n".join(lines(done)), flush=True)
     if arguments.output is None:
         return
-    path, tables = arguments.output.with_suffix(".json"), []
+    path, tables = beside(arguments.output, ".json"), []
     if arguments.add and path.exists():
         tables = json.loads(path.read_text(encoding="utf-8"))
     merge(tables, done, whole=whole)

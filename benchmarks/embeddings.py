@@ -109,7 +109,7 @@ def window_counts(counts: Sequence[int], size: int) -> list[int]:
 
 def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int], arguments: argparse.Namespace) -> Any:
     """A table: one model on one task."""
-    model = load(name)
+    model = load(name).to(arguments.device)
     questions = encoder(model)(list(task.questions)) if task.questions else np.empty((0, 0), np.float32)
     config, counts = model[0].model.config, token_counts(model, task.texts, model.max_seq_length)
     base = comparison.flops_of(config, counts)
@@ -201,7 +201,7 @@ def cells(
     base: float,
     outcome: Callable[[Encode], NDArray[np.float64]],
 ) -> dict[str, Any]:
-    fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
+    fast = comparison.fastest(model)
     with tp.record(fast) as trace:
         found = outcome(encoder(fast))
     cost = tp.count_flops(model, trace).pruned * len(trace.input_lengths) / len(task.texts) / base

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from output import spread, write
+from output import beside, spread, write
 from random_weights import FINAL_KEEP, linear_thresholds, make_model
 from torch import Tensor
 from transformers import AttentionInterface
@@ -399,7 +399,7 @@ def main() -> None:
     print(markdown(result))
     if arguments.output:
         write(result, markdown(result), arguments.output)
-        plot(result, arguments.output.with_suffix(".png"))
+        plot(result, beside(arguments.output, ".png"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,13 @@ from typing import Any
 def write(result: Any, text: str, output: Path) -> None:
     """``OUTPUT.json`` with everything and ``OUTPUT.md`` for a reader; folders are made."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    beside(output, ".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    beside(output, ".md").write_text(text, encoding="utf-8")
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The name with a suffix; ``Path.with_suffix`` would take the end off a name like ``distilled-0.35``."""
+    return output.with_name(output.name + suffix)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -82,6 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def quality(arguments: argparse.Namespace) -> None:
     task, model = read_reranking(arguments.data, arguments.questions), cross_encoder.load(arguments.model)
+    model.to(arguments.device)
     config, counts = model[0].model.config, token_counts(model, task.pairs)
 
     def outcome(predict: Predict) -> NDArray[np.float64]:
@@ -129,7 +130,7 @@ def pruned(
 
 
 def cells(model: CrossEncoder, outcome: Callable[[Predict], NDArray[np.float64]]) -> dict[str, Any]:
-    fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
+    fast = comparison.fastest(model)
     with tp.record(fast) as trace:
         found = outcome(predictor(fast))
     return {"cost": tp.count_flops(model, trace).relative, "outcome": found}
