@@ -127,8 +127,10 @@ class CalibratedHolder(BudgetHolder):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Go on with the schedule and from the probes that a killed run began with."""
-        super().on_train_begin(args, state, control)
         saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.schedule = self._said = None  # what was fitted to the checkpoint
+        super().on_train_begin(args, state, control)
         probes = saved["attributes"]["probes"] if isinstance(saved, dict) else None
         if probes is not None and self.pruner.probes is not None:
             weights = torch.tensor(probes, dtype=torch.float32)
