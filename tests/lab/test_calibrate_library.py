@@ -16,7 +16,7 @@ import token_pruning as tp
 from tests.integrations.test_sentence_transformers import embedder, ranker
 from tests.integrations.test_sentence_transformers import home as home  # a fixture
 from tests.integrations.test_sentence_transformers import texts as some_texts
-from tests.workspace import edit_config, write_checkpoint
+from tests.workspace import edit_config, write_checkpoint, write_sst2
 from token_pruning.budget import comparison
 from token_pruning.lab.cli import main
 from token_pruning.lab.training import calibrated
@@ -114,6 +114,59 @@ def test_a_reranker_keeps_its_queries_together(
     assert model.predict(seen[:3]).shape == (3,)
 
 
+def test_several_budgets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "calibrate --texts one.txt --output OUT --target-flops 0.75 0.5 0.6 E")
+    found = report("OUT")
+    targets = [0.5, 0.6, 0.75]
+    assert [fit["relative_flops"] for fit in found["fits"]] == pytest.approx(targets, abs=0.015)
+    assert found["chosen"]["thresholds"] == found["fits"][0]["thresholds"]
+    for fit in found["fits"]:
+        assert f"  budget: relative FLOPs {fit['relative_flops']:.3f} ({fit['relative_flops_held_out']:.3f} on" in out
+    assert {*targets} < {entry["relative_flops"] for entry in found["pruner"]["budgets"]}
+    assert json.loads(Path("OUT/run.json").read_text(encoding="utf-8"))["options"]["target_flops"] == [0.75, 0.5, 0.6]
+    model = tp.from_pretrained("OUT")
+    at_lowest = model.encode(TEXTS)
+    tp.set_budget(model, 0.75)
+    assert np.abs(model.encode(TEXTS) - at_lowest).max() > 1e-4
+
+
+def test_one_budget_has_no_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, "calibrate --texts one.txt --output OUT --target-flops 0.6 E")
+    found = report("OUT")
+    assert "budgets" not in found["pruner"] and found["fits"] == [] and "budget:" not in out
+    assert json.loads(Path("OUT/run.json").read_text(encoding="utf-8"))["options"]["target_flops"] == 0.6
+
+
+def test_a_classifier_runs_at_each_of_its_budgets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(Path("C"), initializer_range=0.3)
+    write_sst2(folder)
+    said(capsys, "calibrate C --task SST2 --data-dir . --target-flops 0.7 0.8 --examples 32 --output OUT")
+    budgets = [entry["relative_flops"] for entry in report("OUT")["pruner"]["budgets"]]
+    assert budgets[:1] == [0.7] and 0.8 in budgets
+    run = "eval --restore OUT --task SST2 --data-dir . --output-dir"
+    costs = {}
+    for budget in ("", "--budget 0.7", "--budget 0.8", "--budget 1"):
+        said(capsys, f"{run} AT {budget}")
+        found = json.loads(Path("AT/eval_results.json").read_text(encoding="utf-8"))
+        assert found.get("budget") == (float(budget.split()[1]) if budget else None)
+        costs[budget] = found["relative_flops"]
+    assert costs[""] == costs["--budget 0.7"] < costs["--budget 0.8"] < costs["--budget 1"]
+    Path("in.txt").write_text("\n".join(["good bad cat film good bad"] * 3), encoding="utf-8")
+    predict = "predict --restore OUT --input in.txt"
+    at = [said(capsys, f"{predict} {budget}") for budget in ("", "--budget 0.7", "--budget 1")]
+    assert at[0] == at[1] != at[2]
+    for line, message in {
+        f"{predict} --budget 0.2": "budget is 0.2",
+        f"{predict} --budget 2": "--budget is 2.0",
+        f"{predict} --budget 0.7 --dense": "give either --budget or --dense",
+        f"{run} AT --budget 0.2": "budget is 0.2",
+        f"{run} AT --budget 0.8 --masking-mode none": "--budget applies to pruning, not to masking mode 'none'",
+    }.items():
+        assert message in refused(capsys, line)
+    said(capsys, "calibrate C --task SST2 --data-dir . --target-flops 0.7 --examples 32 --output ONE")
+    assert "not pruned for several budgets" in refused(capsys, "predict --restore ONE --input in.txt --budget 0.7")
+
+
 def test_long_texts_in_spans_and_windows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("one.txt").write_text("\n".join(some_texts(40, 200, shortest=80)), encoding="utf-8")
     for number, options in enumerate(("--max-tokens 32", "--max-tokens 32 --chunks")):
@@ -156,6 +209,9 @@ def test_an_encoder_is_read_as_its_config_says(folder: Path, capsys: pytest.Capt
         ("R --texts one.txt --target-flops 0.6", "a CrossEncoder takes pairs, in two columns"),
         ("E --texts one.txt --target-flops 0.6 --output E", "is the --restore folder"),
         ("E --texts one.txt --target-flops 0.01", "the lowest that can be reached"),
+        ("E --texts one.txt --target-flops 0.6 0.01", "target_flops is 0.01; the lowest that can be reached"),
+        ("E --texts one.txt --target-flops 0.6 1.5", "--target-flops is 1.5"),
+        ("E --texts one.txt --target-flops 0.6 0.6", "target_flops names 0.6 twice"),
         ("MISSING --texts one.txt --target-flops 0.6", "MISSING is not a folder"),
     ],
 )

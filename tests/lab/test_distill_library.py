@@ -12,7 +12,7 @@ from tests.integrations.test_sentence_transformers import home as home  # a fixt
 from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.lab.test_calibrate_library import TEXTS, refused, said
 from tests.lab.test_calibrate_library import folder as folder  # a fixture
-from tests.workspace import assert_same_training, write_checkpoint
+from tests.workspace import assert_same_training, write_checkpoint, write_sst2
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.run_dir import RunDir
 
@@ -56,13 +56,14 @@ def test_a_calibrated_reranker(folder: Path, capsys: pytest.CaptureFixture[str])
     assert json.loads(Path("OUT/distillation.json").read_text(encoding="utf-8"))["calibration"] is None
 
 
+@pytest.mark.parametrize("budgets", ["0.6", "0.5 0.7"])
 def test_a_killed_run_continues_to_the_same_result(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    budgets: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Killed(BaseException):
         pass
 
-    line = f"train E --texts one.txt --target-flops 0.6 --epoch 2 --save-step 2 {FEW} --output"
+    line = f"train E --texts one.txt --target-flops {budgets} --epoch 2 --save-step 2 {FEW} --output"
     said(capsys, f"{line} WHOLE")
     publish, calls = RunDir.publish, []
 
@@ -83,6 +84,41 @@ def test_a_killed_run_continues_to_the_same_result(
     assert_same_training(load_file("WHOLE/model.safetensors"), load_file("OUT/model.safetensors"))
     one, two = (load_file(f"{out}/token_pruner.safetensors") for out in ("WHOLE", "OUT"))
     assert_same_training(one, two)
+    tables = [tp.from_pretrained(out)[0].model.token_pruner.pruner.budgets for out in ("WHOLE", "OUT")]
+    assert (tables[0] is None) == (" " not in budgets)
+    for whole, killed in zip(*(table or () for table in tables), strict=True):
+        assert killed.relative_flops == whole.relative_flops
+        assert killed.thresholds == pytest.approx(whole.thresholds, abs=1e-4)
+
+
+def test_several_budgets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(capsys, f"train --texts one.txt --target-flops 0.7 0.5 --output OUT {FEW} E")
+    found = json.loads(Path("OUT/distillation.json").read_text(encoding="utf-8"))
+    run = json.loads(Path("OUT/run.json").read_text(encoding="utf-8"))
+    assert run["options"]["target_flops"] == [0.7, 0.5]
+    table = tp.from_pretrained("OUT")[0].model.token_pruner.pruner.budgets
+    assert [each["budget"] for each in found["budgets"]] == [each.relative_flops for each in table]
+    assert {0.5, 0.7} < {each["budget"] for each in found["budgets"]}
+    for each in found["budgets"]:
+        assert each["relative_flops"] == pytest.approx(each["budget"], abs=0.02)
+        assert f"budget {each['budget']:.3f}: relative FLOPs {each['relative_flops']:.3f}, divergence" in out
+    lowest = found["budgets"][0]
+    assert (found["relative_flops"], found["divergence"]) == (lowest["relative_flops"], lowest["divergence"])
+    assert "pruned for several budgets already" in refused(capsys, "train OUT --texts one.txt --target-flops 0.5 0.7")
+
+    said(capsys, f"train OUT --texts one.txt --output MORE {FEW}")  # for the same ones
+    more = json.loads(Path("MORE/distillation.json").read_text(encoding="utf-8"))
+    assert [each["budget"] for each in more["budgets"]] == [each["budget"] for each in found["budgets"]]
+    said(capsys, f"train E --texts one.txt --target-flops 0.6 --output ONE {FEW}")
+    assert "budgets" not in json.loads(Path("ONE/distillation.json").read_text(encoding="utf-8"))
+
+
+def test_labels_are_learned_at_one_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(Path("C"))
+    write_sst2(folder)
+    for mode in ("soft", "hard"):
+        line = f"train C --task SST2 --data-dir . --masking-mode {mode} --target-flops 0.5 0.7"
+        assert "--target-flops is [0.5, 0.7]; training on labels holds one budget" in refused(capsys, line)
 
 
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

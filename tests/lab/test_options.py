@@ -26,6 +26,7 @@ class Options:
         0.5, help="a rate (default {default})", flags=("--rate", "--speed"), check=partial(number, low=0)
     )
     layers: Sequence[int] | None = option(None, help="some layers", metavar="L")
+    costs: float | list[float] | None = option(None, help="one or several costs", metavar="C")
     folder: Path | None = option(None, help="a folder", group="places")
     loud: bool = option(False, help="say more")
     careful: bool = option(True, help="do not look twice", flags=("--careless",))
@@ -50,6 +51,13 @@ def test_types_come_from_the_fields() -> None:
     found = build(parse("--must x --speed 2 --layers 1 2 --folder a/b --loud --careless"), Options)
     assert found == Options(must="x", rate=2.0, layers=[1, 2], folder=Path("a/b"), loud=True, careful=False)
     assert command_line("run", found) == "token-pruning run --must x --rate 2.0 --layers 1 2 --folder a/b --loud"
+
+
+def test_one_value_is_no_list() -> None:
+    for line, value in (("--costs 0.5", 0.5), ("--costs 0.5 0.7", [0.5, 0.7]), ("--loud", None)):
+        found = build(parse(f"--must x {line}"), Options)
+        assert found.costs == value
+    assert "--costs 0.5 0.7 " in command_line("run", Options(must="x", costs=[0.5, 0.7]))
 
 
 def test_checks_name_the_flag() -> None:

@@ -177,17 +177,19 @@ class Course:
         whole = pruner.max_tokens is not None
         self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), inner.config.pad_token_id or 0)
         if pruner.budgets:
-            set_budget(inner, pruner.budgets[0].relative_flops)
-        goal = float(target_flops) if isinstance(target_flops, (int, float)) else self._cost()
+            goal = pruner.budgets[0].relative_flops
+            set_budget(inner, goal)
+        else:
+            goal = float(target_flops) if isinstance(target_flops, (int, float)) else self.cost()
         check_target(inner, self.batch, goal)
         found = divergence_of(inner, self.batch)
         self._divergence = found if pairs else Divergence("embedding", found.groups)
         self._held_out = held_out
         self._dense = adapter.outputs(self.teacher, held_out)
-        self.before = self._differs()
+        self.before = self.differs()
         self.holder = self._holder(goal)
         self.holder.fit(model)
-        if abs((cost := self._cost()) - goal) > _FAR:
+        if not pruner.budgets and abs((cost := self.cost()) - goal) > _FAR:
             raise ConfigError(
                 f"target_flops is {goal}; what this model is pruned by costs {cost:.3f}, whatever its "
                 "thresholds. Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
@@ -267,9 +269,10 @@ class Course:
             trainer.train(**options)
         self.model.train(training)
         self.holder.finish(self.model)
-        return Distilled(self.calibration, self._cost(), self.before, self._differs())
+        return Distilled(self.calibration, self.cost(), self.before, self.differs())
 
-    def _cost(self) -> float:
+    def cost(self) -> float:
+        """What the model costs on the held-out texts, relative to the dense one."""
         inner, training = hugging_face_model(self.model), self.model.training
         self.model.eval()
         with record(inner) as trace:
@@ -277,7 +280,8 @@ class Course:
         self.model.train(training)
         return count_flops(inner, trace).relative
 
-    def _differs(self) -> float:
+    def differs(self) -> float:
+        """How far the model is from the dense one on the held-out texts."""
         training = self.model.training
         now = self.adapter.outputs(self.model.eval(), self._held_out)
         self.model.train(training)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from token_pruning.budget.examples import Batch
-from token_pruning.budget.fitting import Fit, fit_to_budget, profile_of
-from token_pruning.budget.holding import CalibratedHolder
+from token_pruning.budget.fitting import Fit, fit_to_budget
+from token_pruning.budget.holding import CalibratedHolder, where_tokens_leave
 from token_pruning.budget.schedules import Schedule
 from token_pruning.pruners import FixedThreshold
 from token_pruning.pruners.budgets import Budget, as_json, checked_budgets
@@ -69,7 +69,7 @@ class ElasticHolder(CalibratedHolder):
         set_budget(inner, self.target)
         fit = super().fit(model)
         if self.schedules is None:
-            self.schedules = [self._at(model, budget, profile_of) for budget in self.table]
+            self.schedules = [self._at(model, budget, where_tokens_leave) for budget in self.table]
         table = []
         for budget, schedule in zip(self.table, self.schedules, strict=True):
             found = fit if budget is self.table[0] else None

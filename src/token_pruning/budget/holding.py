@@ -95,6 +95,12 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
         return fit
 
 
+def where_tokens_leave(model: Any, batch: Batch) -> Schedule:
+    """The schedule of a model's thresholds: its weights add up to 1, or are all 0 where no token leaves."""
+    found = profile_of(model, batch)
+    return _or_linear(found, 0) if sum(found.weights) > 0 else found
+
+
 def _or_linear(schedule: Schedule, layers: int) -> Schedule:
     """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
     total = sum(schedule.weights)
@@ -127,8 +133,10 @@ class CalibratedHolder(BudgetHolder):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Go on with the schedule and from the probes that a killed run began with."""
-        super().on_train_begin(args, state, control)
         saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.schedule = self._said = None  # what was fitted to the checkpoint
+        super().on_train_begin(args, state, control)
         probes = saved["attributes"]["probes"] if isinstance(saved, dict) else None
         if probes is not None and self.pruner.probes is not None:
             weights = torch.tensor(probes, dtype=torch.float32)
@@ -149,8 +157,7 @@ class CalibratedHolder(BudgetHolder):
         try:
             with torch.autocast(inner.device.type, torch.bfloat16, enabled=self.bf16):
                 if self.schedule is None:
-                    found = profile_of(inner, self.batch)
-                    self.schedule = _or_linear(found, 0) if sum(found.weights) > 0 else found
+                    self.schedule = where_tokens_leave(inner, self.batch)
                 if not sum(self.schedule.weights):
                     return None
                 if self.pruner.probes is not None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from token_pruning.checks import positive_integer
+from token_pruning.checks import number, positive_integer
 from token_pruning.engine.compiled import EngineDtype
 from token_pruning.errors import ConfigError
 
@@ -29,8 +30,9 @@ def option(
 ) -> Any:
     """A field that is also an option of a command.
 
-    Its type says how it is read: a number, text, a path, a list of these (one or more words), or a switch that changes
-    a bool's default. ``| None`` is for an option that may be left out.
+    Its type says how it is read: a number, text, a path, a list of these (one or more words), a number ``| list`` of
+    numbers (one is that number), or a switch that changes a bool's default. ``| None`` is for an option that may be
+    left out.
 
     Args:
         default: what it is unless given; without one it must be given.
@@ -92,6 +94,20 @@ def output_folder(flag: str, path: Any) -> None:
         raise ConfigError(f"{flag} is {str(path)!r}; a path has no NUL")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{flag} is {path}, a file; it must be a folder, or not exist yet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """At which of its budgets a checkpoint is run."""
+
+    budget: float | None = option(
+        None, help="of a checkpoint for several budgets: run it at this one, relative FLOPs (default: as it was saved)",
+        group=MODEL, metavar="F", check=partial(number, above=0, high=1),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Check every value by itself."""
+        check_options(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,23 +13,30 @@ from token_pruning.lab.data import load_unlabelled
 from token_pruning.lab.evaluation import predict
 from token_pruning.lab.files import try_file, write_standard_output, write_text
 from token_pruning.lab.heads import head_kind
-from token_pruning.lab.options import InferenceOptions, option
+from token_pruning.lab.options import BudgetOptions, InferenceOptions, option
 from token_pruning.lab.training.features import collator, output_names, tokenize
 from token_pruning.lab.training.load import load_float32, load_tokenizer, other_architecture
+from token_pruning.runtime.prune import set_budget
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(InferenceOptions):
+class PredictOptions(InferenceOptions, BudgetOptions):
     """Labelling one file.
 
     Raises:
-        ConfigError: for a value that is not allowed.
+        ConfigError: for a value that is not allowed, or a budget of a dense model.
     """
 
     restore: str = option(help="checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
     input: Path = option(help="one or two text columns, or one text per line (.txt)")
     output: Path | None = option(None, help="where to write; missing folders are made (default: standard output)")
     dense: bool = option(False, help="leave the checkpoint's pruning off")
+
+    def __post_init__(self) -> None:
+        """Check everything that needs no file."""
+        super().__post_init__()
+        if self.dense and self.budget is not None:
+            raise ConfigError("give either --budget or --dense")
 
 
 def predict_file(options: PredictOptions) -> None:
@@ -63,6 +70,8 @@ def predict_file(options: PredictOptions) -> None:
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
+        if options.budget is not None:
+            set_budget(model, options.budget)
     features = tokenize(tokenizer, examples, model, options.max_length)
     examples.note.say()
     collate = collator(tokenizer, options.bf16)

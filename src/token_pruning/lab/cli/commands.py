@@ -21,7 +21,7 @@ from token_pruning.lab.cli.parser import (
 from token_pruning.lab.data.source import DataOptions
 from token_pruning.lab.demo.options import DemoOptions
 from token_pruning.lab.exporting import ExportOptions, export_checkpoint
-from token_pruning.lab.options import flag_of
+from token_pruning.lab.options import BudgetOptions, flag_of
 from token_pruning.lab.predict import PredictOptions
 from token_pruning.lab.report.options import ReportOptions
 from token_pruning.lab.sweep.options import SweepOptions
@@ -67,6 +67,7 @@ def add_eval(commands: Any) -> None:
     add_options(parser, DataOptions)
     names = ("restore", "arch", "masking_mode", "batch_size", "max_length", "bf16", "output_dir")
     add_options(parser, TrainOptions, names, restore={"required": False})
+    add_options(parser, BudgetOptions)
     add_keys(parser)
     parser.set_defaults(run=_evaluate)
 
@@ -89,7 +90,10 @@ def add_calibrate(commands: Any) -> None:
         TrainOptions,
         ("restore", "target_flops", "seed", "batch_size", "max_length", "output_dir", "overwrite_output_dir"),
         restore={"required": False, "help": "the same as MODEL"},
-        target_flops={"help": "relative FLOPs on valid tokens, such as 0.7"},
+        target_flops={
+            "help": "relative FLOPs on valid tokens, such as 0.7; several, such as 0.35 0.5 0.75, for one checkpoint "
+            "that holds them all"
+        },
         seed={"help": f"of the choice of examples (default {TrainOptions.seed})"},
         batch_size={"help": f"batch size of the evaluation (default {TrainOptions.batch_size})"},
         output_dir={"help": "default: MODEL/calibrated"},
@@ -252,10 +256,11 @@ def _distill(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     data = build(arguments, DataOptions)
     options = _train_options(arguments, data.name())
+    budget = build(arguments, BudgetOptions).budget
 
     from token_pruning.lab.training.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(options, partial(data.load, train=False))
+    evaluate_checkpoint(options, partial(data.load, train=False), budget)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

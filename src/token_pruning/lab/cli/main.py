@@ -30,6 +30,7 @@ from token_pruning.lab.cli.commands import (
 )
 
 _PROGRAM = "token-pruning"
+_SEVERAL = "--target-flops"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +82,7 @@ def paper_main(argv: Sequence[str]) -> int:
 
 
 def _carry_out(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args([_dashed(argument) for argument in argv])
+    arguments = _parser().parse_args(_model_first([_dashed(argument) for argument in argv]))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     transformers.logging.disable_progress_bar()  # the bars of loading and writing weights, not those of training
     try:
@@ -206,6 +207,25 @@ def _leave(status: int, message: str | None = None) -> int:
             sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _model_first(argv: list[str]) -> list[str]:
+    """MODEL may stand behind the values of ``--target-flops``, which would take it for one more of them."""
+    if _SEVERAL in argv:
+        first = place = argv.index(_SEVERAL) + 1
+        while place < len(argv) and _is_number(argv[place]):
+            place += 1
+        if first < place < len(argv) and not argv[place].startswith("-"):
+            argv.insert(1, argv.pop(place))
+    return argv
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _dashed(argument: str) -> str:

@@ -82,12 +82,21 @@ def _add(
 
 
 def _reading(kind: Any) -> dict[str, Any]:
-    """How a type is read: ``int | None`` as a whole number, ``Sequence[int]`` as several."""
+    """How a type is read: ``int | None`` as one number, ``Sequence[int]`` as several, ``int | list[int]`` as either."""
     if get_origin(kind) in (Union, types.UnionType):
-        kind = next(part for part in get_args(kind) if part is not types.NoneType)
+        kind, *others = (part for part in get_args(kind) if part is not types.NoneType)
+        if any(get_origin(part) is list for part in others):
+            return {"type": kind, "nargs": "+", "action": _OneOrSeveral}
     if get_origin(kind) in (list, Sequence):
         return {"type": get_args(kind)[0], "nargs": "+"}
     return {"type": {Path: _path}.get(kind, str if get_origin(kind) is Literal else kind)}
+
+
+class _OneOrSeveral(argparse.Action):
+    """Of one value that value, of several a list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
 def _path(text: str) -> Path:

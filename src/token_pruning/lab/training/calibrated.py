@@ -184,6 +184,11 @@ def format_calibration(result: Calibration) -> str:
         *entering,
         "  kept per layer: " + " ".join(f"{kept:.2f}" for kept in chosen.kept),
         "  thresholds: " + " ".join(f"{threshold:.4f}" for threshold in chosen.thresholds),
+        *(
+            f"  budget: relative FLOPs {fit.relative_flops:.3f} ({fit.relative_flops_held_out:.3f} on held-out "
+            f"examples), divergence {fit.divergence:.4f}"
+            for fit in result.fits
+        ),
     ]
     if result.metric_dense is not None and result.metric_pruned is not None and result.drop_bound is not None:
         lines.append(

@@ -18,7 +18,9 @@ from token_pruning.lab.training.plan import refuse_same_folder, weight_bytes
 from token_pruning.lab.training.run_dir import RUN_FILE, RunDir, held
 from token_pruning.lab.training.train import check_resumable
 from token_pruning.lab.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, WholeCheckpoints
+from token_pruning.pruners import FixedThreshold
 from token_pruning.runtime.adapters import Adapter, adapter_for
+from token_pruning.runtime.prune import set_budget, token_pruner_of
 
 REPORT = "distillation.json"
 OPTIONS = (
@@ -79,7 +81,7 @@ def _carry_out(options: DistillOptions, folder: Path, adapter: Adapter, run_dir:
     course = Course(
         model,
         inputs_of(model, adapter, texts, options.input),
-        base.target_flops,
+        None if checkpoints and isinstance(base.target_flops, list) else base.target_flops,
         teacher=teacher,
         examples=options.examples,
         bf16=base.bf16,
@@ -110,10 +112,28 @@ def _carry_out(options: DistillOptions, folder: Path, adapter: Adapter, run_dir:
         f"relative FLOPs {result.relative_flops:.3f}, divergence {result.divergence:.4f}, before training "
         f"{result.divergence_before:.4f}, on texts that were not trained on"
     )
-    write_json(run_dir.path / REPORT, _report(result))
+    budgets = _budgets(course)
+    for each in budgets:
+        print(
+            f"  budget {each['budget']:.3f}: relative FLOPs {each['relative_flops']:.3f}, divergence "
+            f"{each['divergence']:.4f}"
+        )
+    write_json(run_dir.path / REPORT, _report(result) | ({"budgets": budgets} if budgets else {}))
     run_dir.save_model(model)
     run_dir.finish(options.identity())
     print(f"saved to {run_dir.path}")
+
+
+def _budgets(course: Course) -> list[dict[str, float]]:
+    """What the model costs at each budget of its table, and how far it is from the dense one; [] without a table."""
+    pruner = token_pruner_of(course.model).pruner
+    assert isinstance(pruner, FixedThreshold)  # a course has no other
+    table = [each.relative_flops for each in pruner.budgets or ()]
+    found = []
+    for budget in reversed(table):  # which leaves the model at the lowest
+        set_budget(course.model, budget)
+        found.append({"budget": budget, "relative_flops": course.cost(), "divergence": course.differs()})
+    return found[::-1]
 
 
 def _report(result: Distilled) -> dict[str, Any]:

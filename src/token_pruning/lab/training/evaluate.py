@@ -17,6 +17,7 @@ from token_pruning.lab.training.features import collator, labelled_features
 from token_pruning.lab.training.load import load_classifier, load_tokenizer, other_architecture
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import DataSource, pruner_of, with_keys
+from token_pruning.runtime.prune import set_budget
 
 
 class EvaluateSplits(Protocol):
@@ -27,11 +28,11 @@ class EvaluateSplits(Protocol):
 
 
 def make_evaluator(
-    tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, folder: Path | None
+    tokenizer: Any, data: TaskData, model: Any, options: TrainOptions, folder: Path | None, budget: float | None = None
 ) -> EvaluateSplits:
     """What evaluates a model on every split, prints what it finds and writes ``eval_results.json``.
 
-    Where ``folder`` is None it keeps silent: another process reports.
+    Where ``folder`` is None it keeps silent: another process reports. A ``budget`` is one that the model was set to.
     """
     features = {
         name: labelled_features(tokenizer, examples, data.task, model, options.max_length)
@@ -58,6 +59,8 @@ def make_evaluator(
             for name, evaluation in splits.items():
                 say(format_evaluation(name if step is None else f"step {step}, {name}", evaluation))
             about = {"task": data.task.name, **_about(model, options, step)}
+            if budget is not None:
+                about["budget"] = budget
             write_evaluation(folder / "eval_results.json", splits, about)
         return splits
 
@@ -80,10 +83,13 @@ def _about(model: Any, options: TrainOptions, step: int | None) -> dict[str, Any
     }
 
 
-def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[str, Evaluation]:
+def evaluate_checkpoint(
+    options: TrainOptions, load_data: DataSource, budget: float | None = None
+) -> dict[str, Evaluation]:
     """Evaluate a checkpoint, dense (``masking_mode`` none) or with its tokens removed.
 
-    ``eval_results.json`` is written to ``output_dir``, or else to ``eval`` inside the checkpoint.
+    One that was calibrated for several budgets is set to ``budget``, if that is given. ``eval_results.json`` is written
+    to ``output_dir``, or else to ``eval`` inside the checkpoint.
 
     Raises:
         TokenPruningError: for every mistake of the user.
@@ -93,6 +99,8 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         raise ConfigError(
             f"{options.restore} is {other}; only sequence-classification and regression models can be evaluated"
         )
+    if options.masking_mode == "none" and budget is not None:
+        raise ConfigError("--budget applies to pruning, not to masking mode 'none'")
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     try_folder("--output-dir" if options.output_dir else "the default --output-dir", folder)
     pruner = None if options.masking_mode == "none" else pruner_of(checkpoint, options)
@@ -103,5 +111,7 @@ def evaluate_checkpoint(options: TrainOptions, load_data: DataSource) -> dict[st
         model.to("cuda")
     if pruner is not None:
         checkpoint.prune(model, pruner)
+        if budget is not None:
+            set_budget(model, budget)
     data.say()
-    return make_evaluator(tokenizer, data, model, options, folder)(model)
+    return make_evaluator(tokenizer, data, model, options, folder, budget)(model)

@@ -34,6 +34,12 @@ _above_0 = partial(number, above=0)
 _not_negative = partial(number, low=0)
 _fraction = partial(number, above=0, high=1)
 
+
+def _budgets(flag: str, value: float | list[float]) -> None:
+    for budget in value if isinstance(value, list) else [value]:
+        _fraction(flag, budget)
+
+
 # The start of --masking-mode none without --restore, and the folder name, by --arch.
 ARCHITECTURES = {
     f"{family}-{size}": (f"FacebookAI/roberta-{size}", size)
@@ -118,10 +124,11 @@ class TrainOptions(InferenceOptions):
         group=_TRAINING, metavar="R", check=_fraction,
     )  # fmt: skip
 
-    target_flops: float | None = option(
+    target_flops: float | list[float] | None = option(
         None, help="what the pruned model may cost, relative to the dense one on valid tokens, instead of --lambda; "
-        "thresholds, --temperature and --lr-threshold are then for scoring mode relative",
-        group=_BUDGET, metavar="F", check=_fraction,
+        "thresholds, --temperature and --lr-threshold are then for scoring mode relative. With --texts there may be "
+        "several, for one checkpoint that holds them all",
+        group=_BUDGET, metavar="F", check=_budgets,
     )  # fmt: skip
     schedule: str | None = option(
         None, help="masking mode hard: where tokens leave: step-K (all after layer K), linear, geometric, late, or the "
@@ -212,6 +219,20 @@ class TrainOptions(InferenceOptions):
     def soft(self) -> bool:
         """Whether thresholds are trained."""
         return self.masking_mode in ("soft", "mixed")
+
+    @property
+    def budget(self) -> float | None:
+        """The one budget that training on labels holds.
+
+        Raises:
+            ConfigError: for several.
+        """
+        if isinstance(self.target_flops, list):
+            raise ConfigError(
+                f"--target-flops is {self.target_flops}; training on labels holds one budget: give one, or calibrate "
+                "for several"
+            )
+        return self.target_flops
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for one run to continue another."""

@@ -166,7 +166,7 @@ def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner
     start = with_keys(found, options.pruning)
     if options.masking_mode == "none":
         return start, None
-    if options.target_flops is None:
+    if options.budget is None:
         return start, pruner_of(start, options)
     with naming(start.path / "config.json"):
         check_keys({key: value for key, value in start.config.items() if value is not None})

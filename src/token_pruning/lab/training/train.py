@@ -130,7 +130,7 @@ def _build(plan: TrainPlan) -> _Built:
     set_seed(options.seed)
     tokenizer = load_tokenizer(plan.start)
     model = load_classifier(plan.start, plan.data.task, new_head=plan.pruner is None)
-    schedule = None if options.target_flops is None else budget_schedule(model, options, plan.start_is_learned)
+    schedule = None if options.budget is None else budget_schedule(model, options, plan.start_is_learned)
     features = labelled_features(tokenizer, plan.examples, plan.data.task, model, options.max_length)
     texts: list[dict[str, Any]] | None = None
     if plan.pruner is not None:
@@ -144,10 +144,10 @@ def _build(plan: TrainPlan) -> _Built:
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
 
     holder, trained_on = None, features
-    if options.target_flops is not None:
+    if options.budget is not None:
         if texts is None:
             trained_on, texts = fitting_examples(features, options.seed)
-        holder = budget_holder(model, texts, options.target_flops, schedule, bf16=options.bf16)
+        holder = budget_holder(model, texts, options.budget, schedule, bf16=options.bf16)
     return _Built(model, tokenizer, features, trained_on, holder)
 
 
@@ -183,8 +183,8 @@ def _trainer(
     controller = None
     if built.holder is not None:
         of_stage.append(built.holder)
-    if options.target_flops is not None and options.soft:
-        controller = BudgetController(options.target_flops)
+    if options.budget is not None and options.soft:
+        controller = BudgetController(options.budget)
         of_stage.append(controller)
     trainer = PruningTrainer(
         built.model,

@@ -42,10 +42,11 @@ def with_vocabulary_gate(
         return pruner
     some = random.Random(options.seed).sample(features, min(len(features), EXAMPLES))
     if keep_rate is None:
-        assert options.target_flops is not None
+        budget = options.budget
+        assert budget is not None
         with prunable(model):
             batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
-            keep_rate = default_keep_rate(model, batch, options.target_flops)
+            keep_rate = default_keep_rate(model, batch, budget)
     if keep_rate == 1:
         gate = None if pruner.vocabulary is None else pruner.vocabulary.at(0.0)
         return replace(pruner, vocabulary=gate)
