@@ -78,9 +78,7 @@ class PackedLoop:
         Returns:
             What enters the next layer.
         """
-        # Where nothing is rotated nobody reads them, so that any will do.
-        rotated = self.family.rotation(layer) is not None
-        positions = self.positions(number, rows) if rotated else self.tokens.positions
+        positions = self.positions(number, rows)
         asking = self.asking(number)
         query, key, value = self.family.project(layer, rows, positions, asking)
         context, received = self.attend(number, layer, query, key, value, asking)
