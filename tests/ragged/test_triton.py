@@ -492,7 +492,7 @@ def test_a_pruning_layer_asks_for_little(fuse: None, monkeypatch: pytest.MonkeyP
     for before, after in itertools.pairwise(found):
         added = after.names - before.names
         assert after.launches - before.launches == Counter(["_column_sums", "_decide", "_split"])
-        assert added.total() <= 16, added
+        assert added.total() <= 22, added
     assert added.keys().isdisjoint({"nonzero", "_local_scalar_dense"}), added  # what would wait for the GPU
 
 
