@@ -147,13 +147,23 @@ def test_evaluate(names: Names, tmp_path: Path) -> None:
 def test_mteb(name: str, names: Names) -> None:
     """Retrieval and similarity are tasks like any other; examples/mteb.py has one."""
     mteb = pytest.importorskip("mteb")
-    task = pytest.importorskip("mteb.mocks.mock_tasks").MockRerankingTask
+    mock = pytest.importorskip("mteb.mocks.mock_tasks").MockRerankingTask
+
+    class Known(mock):  # type: ignore[misc, valid-type]
+        """In words of the tokenizer: of texts that are unknown alike, rounding says which comes first."""
+
+        def load_data(self, *args: Any, **kwargs: Any) -> None:
+            super().load_data(*args, **kwargs)
+            [parts] = [parts for splits in self.dataset.values() for parts in splits.values()]
+            for kind, texts in (("corpus", TEXTS[3:]), ("queries", TEXTS[9:])):
+                column = texts[: len(parts[kind])]
+                parts[kind] = parts[kind].remove_columns("text").add_column("text", column)
+
     scores = [
-        mteb.evaluate(model, task(), cache=None, co2_tracker=False, show_progress_bar=False)[0].get_score()
+        mteb.evaluate(model, Known(), cache=None, co2_tracker=False, show_progress_bar=False)[0].get_score()
         for model in (names[name], tp.from_pretrained(name))
     ]
-    # Random weights score nearly alike, and one swap is half of the score; what models give is compared elsewhere.
-    assert all(0 < score <= 1 for score in scores)
+    assert scores[0] == pytest.approx(scores[1])
 
 
 @pytest.mark.filterwarnings("ignore:`langchain-community` is being sunset:DeprecationWarning")

@@ -403,13 +403,15 @@ def test_an_adapter_of_sentence_transformers_trains_beside_the_thresholds(home: 
     runs = []
     for pruner in (None, NOTHING_DROPPED["learned"], SOFT):
         model = dense_model("embedder", home)
+        if pruner is not SOFT:  # those are compared, and in float32 some of an adapter's gradients are rounding alone
+            model.double()
         torch.manual_seed(1)
         model.add_adapter(settings)
         if pruner is not None:
             tp.prune(model, pruner)
         best = {"load_best_model_at_end": True}
         runs.append(train("embedder", home, tmp_path / str(len(runs)), model, **EVERY_OTHER, **best))
-    assert_same_run(runs[1], runs[0], atol=1e-3)  # a step: where a gradient is rounding, Adam goes either way
+    assert_same_run(runs[1], runs[0])
     beside = load_file(Path(runs[2].trainer.state.best_model_checkpoint, "token_pruner.safetensors"))
     assert torch.equal(beside["token_pruner.thresholds"], runs[2].thresholds)
     with safe_open(Path(runs[2].trainer.state.best_model_checkpoint, "adapter_model.safetensors"), "pt") as saved:

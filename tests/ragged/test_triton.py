@@ -489,10 +489,12 @@ def test_a_pruning_layer_asks_for_little(fuse: None, monkeypatch: pytest.MonkeyP
             with operations:
                 model(**batch)
         found.append(operations)
+    most = 22  # of the first: with it, positions are looked up in every later layer
     for before, after in itertools.pairwise(found):
         added = after.names - before.names
         assert after.launches - before.launches == Counter(["_column_sums", "_decide", "_split"])
-        assert added.total() <= 22, added
+        assert added.total() <= most, added
+        most = 14
     assert added.keys().isdisjoint({"nonzero", "_local_scalar_dense"}), added  # what would wait for the GPU
 
 

@@ -187,7 +187,7 @@ class Course:
         self._held_out = held_out
         self._dense = adapter.outputs(self.teacher, held_out)
         self.before = self.differs()
-        self.holder = self._holder(goal)
+        self.holder = self._holder(goal, several=bool(pruner.budgets))
         self.holder.fit(model)
         if not pruner.budgets and abs((cost := self.cost()) - goal) > _FAR:
             raise ConfigError(
@@ -195,13 +195,12 @@ class Course:
                 "thresholds. Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
             )
 
-    def _holder(self, goal: float) -> "CalibratedHolder":
+    def _holder(self, goal: float, *, several: bool) -> "CalibratedHolder":
         from token_pruning.budget.elastic_holding import ElasticHolder  # transformers' trainers take long to import
         from token_pruning.budget.holding import CalibratedHolder
 
         inner, dense = hugging_face_model(self.model), hugging_face_model(self.teacher)
-        pruner = attachment_of(inner).token_pruner.pruner
-        if isinstance(pruner, FixedThreshold) and pruner.budgets:
+        if several:
             return ElasticHolder(inner, dense, self.batch, self.bf16, self.seed)
         return CalibratedHolder(inner, dense, self.batch, goal, self.bf16)
 

@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import Fit, fit_to_budget
 from token_pruning.budget.holding import CalibratedHolder, where_tokens_leave
@@ -74,20 +72,17 @@ class ElasticHolder(CalibratedHolder):
         for budget, schedule in zip(self.table, self.schedules, strict=True):
             found = fit if budget is self.table[0] else None
             if found is None and sum(schedule.weights) > 0:
-                found = self._at(model, budget, partial(_fitted, schedule=schedule, target=budget.relative_flops))
+                found = self._at(model, budget, partial(fit_to_budget, schedule=schedule, target=budget.relative_flops))
             table.append(budget if found is None else replace(budget, thresholds=found.thresholds))
         self._keep(model, table)
         return fit
 
     def _at(self, model: Any, budget: Budget, run: Callable[..., Any]) -> Any:
         """What a function says of the model at a budget, in evaluation mode, and of the batch."""
-        inner, training = hugging_face_model(model), model.training
+        inner = hugging_face_model(model)
         set_budget(inner, budget.relative_flops)
-        model.eval()
-        with torch.autocast(inner.device.type, torch.bfloat16, enabled=self.bf16):
-            found = run(inner, self.batch)
-        model.train(training)
-        return found
+        with self.evaluating(model):
+            return run(inner, self.batch)
 
     def _keep(self, model: Any, table: Sequence[Budget]) -> None:
         inner = hugging_face_model(model)
@@ -100,7 +95,3 @@ def _pruner_of(model: Any) -> FixedThreshold:
     pruner = attachment_of(model).token_pruner.pruner
     assert isinstance(pruner, FixedThreshold)
     return pruner
-
-
-def _fitted(model: Any, batch: Batch, *, schedule: Schedule, target: float) -> Fit | None:
-    return fit_to_budget(model, batch, schedule, target)

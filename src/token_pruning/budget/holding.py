@@ -1,6 +1,7 @@
 """Keeping a budget while weights are trained: thresholds follow what the weights make of importance."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from math import ceil
@@ -78,21 +79,27 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def fit(self, model: Any) -> Fit:
         """Set the model's thresholds to what costs the budget on the held-out examples."""
+        with self.evaluating(model):
+            if self.schedule is None:
+                self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
+            fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+            if fit is None:  # its layers cannot reach the budget whatever leaves in them
+                self.schedule = schedules(prunable_layers(model))[0]
+                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+        assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
+        set_thresholds(model, fit.thresholds)
+        return fit
+
+    @contextmanager
+    def evaluating(self, model: Any) -> Iterator[None]:
+        """Inside, the model is in evaluation mode, and in autocast if it is trained so."""
         training = model.training
         model.eval()
         try:
             with torch.autocast(attachment_of(model).model.device.type, torch.bfloat16, enabled=self.bf16):
-                if self.schedule is None:
-                    self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
-                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
-                if fit is None:  # its layers cannot reach the budget whatever leaves in them
-                    self.schedule = schedules(prunable_layers(model))[0]
-                    fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+                yield
         finally:
             model.train(training)
-        assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
-        set_thresholds(model, fit.thresholds)
-        return fit
 
 
 def where_tokens_leave(model: Any, batch: Batch) -> Schedule:
@@ -152,19 +159,14 @@ class CalibratedHolder(BudgetHolder):
     def fit(self, model: Any) -> Fit | None:  # type: ignore[override]
         """Fit probes, then thresholds; None where there are none to fit."""
         inner = hugging_face_model(model)
-        training = model.training
-        model.eval()
-        try:
-            with torch.autocast(inner.device.type, torch.bfloat16, enabled=self.bf16):
-                if self.schedule is None:
-                    self.schedule = where_tokens_leave(inner, self.batch)
-                if not sum(self.schedule.weights):
-                    return None
-                if self.pruner.probes is not None:
-                    self._fit_probes(inner)
-                fit = fit_to_budget(inner, self.batch, self.schedule, self.target)
-        finally:
-            model.train(training)
+        with self.evaluating(model):
+            if self.schedule is None:
+                self.schedule = where_tokens_leave(inner, self.batch)
+            if not sum(self.schedule.weights):
+                return None
+            if self.pruner.probes is not None:
+                self._fit_probes(inner)
+            fit = fit_to_budget(inner, self.batch, self.schedule, self.target)
         if fit is not None:
             set_thresholds(inner, fit.thresholds)
         return fit
