@@ -94,6 +94,18 @@ struct DotArguments {
     int lines;
 };
 
+// sums += a group of each row · a row of groups of the panel.
+template <class T, int ROWS, int ROW_STRIDE>
+static inline void add_group(typename T::Sum (&sums)[ROWS][2], const int32_t* rows, const int32_t* panel) {
+    const VecInt b0 = load(panel), b1 = load(panel + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+        const VecInt a = all(rows[r * ROW_STRIDE]);
+        sums[r][0] = T::add(sums[r][0], a, b0);
+        sums[r][1] = T::add(sums[r][1], a, b1);
+    }
+}
+
 template <class T, int ROW_STRIDE, int COLUMN_STRIDE, int ROWS>
 static void dot_micro(const DotArguments& m) {
     typename T::Sum c[ROWS][2];
@@ -104,10 +116,13 @@ static void dot_micro(const DotArguments& m) {
     }
     const int32_t *rows = (const int32_t*)m.rows, *panel = (const int32_t*)m.panel;
     const char* prefetch = m.prefetch;
-    for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
+    int left = m.depth;
+    do {
         for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
         prefetch += 64 * m.lines;
-        int k = smaller(PREFETCH_STEP, m.depth - from);
+#pragma GCC unroll 16
+        for (int r = 0; COLUMN_STRIDE == 1 && r < ROWS; r++) __builtin_prefetch(rows + (ROWS + r) * ROW_STRIDE, 0, 3);
+        int k = smaller(PREFETCH_STEP, left);
 #if defined(TP_NEON)
         for (; COLUMN_STRIDE == 1 && k >= 4; k -= 4) {
             VecInt b[4][2];
@@ -127,18 +142,14 @@ static void dot_micro(const DotArguments& m) {
             rows += 4;
         }
 #endif
-        for (; k > 0; k--) {
-            const VecInt b0 = load(panel), b1 = load(panel + W);
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) {
-                const VecInt a = all(rows[r * ROW_STRIDE]);
-                c[r][0] = T::add(c[r][0], a, b0);
-                c[r][1] = T::add(c[r][1], a, b1);
-            }
-            panel += NR;
-            rows += COLUMN_STRIDE;
+        if (UNROLL > 1 && k == PREFETCH_STEP) {
+#pragma GCC unroll UNROLL
+            for (int i = 0; i < PREFETCH_STEP; i++, panel += NR, rows += COLUMN_STRIDE)
+                add_group<T, ROWS, ROW_STRIDE>(c, rows, panel);
+        } else {
+            for (; k > 0; k--, panel += NR, rows += COLUMN_STRIDE) add_group<T, ROWS, ROW_STRIDE>(c, rows, panel);
         }
-    }
+    } while ((left -= PREFETCH_STEP) > 0);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
         store(m.to + r * NR, c[r][0]);
@@ -370,36 +381,30 @@ static size_t dot_scratch(int rows, int in, int) {
     return groups_of<T>(in) > DOT_DEPTH ? round_up(rows, together<T>) * NR * sizeof(int32_t) : 0;
 }
 
-// What happens to W sums of a row.
+// What happens to a panel's sums of some rows.
 template <class T, Epilogue E>
-static inline void dot_finish(const Product& p, const int32_t* sums, int row, int column) {
+static inline void dot_finish(const Product& p, const int32_t* sums, int row, int rows, int column) {
+    constexpr bool activates = E == Epilogue::activate_pack || E == Epilogue::activate_store;
     const Linear& w = *p.linear;  // bias and scale are padded to whole panels
-    Vec v = to_float((typename T::Sum)load(sums));
-    if (is_int8<T>) v = v * (p.row_scale[row] * load(w.scale + column));  // the sums times one of them could overflow
-    v += load(w.bias + column);
-    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
-    if constexpr (E == Epilogue::activate_pack) {
-        static_assert(together<T> == 1 || T::group == W);
-        const int depth = dot_depth(groups_of<T>(w.out));
-        char* to = (char*)p.out + packed_place<T>(column / T::group, row, p.rows, depth);
-        float values[W];
-        store(values, v);
-        to_numbers<T>(values, smaller(W, w.out - column), 1.0f, to);
-    } else {
-        write<E>(p, v, row, column, (float*)p.out + (size_t)row * p.out_stride + column);
-    }
-}
-
-// Where the sums of some rows go, and what is added to them: lines far apart, that would be waited for one by one.
-template <Epilogue E>
-static inline void prefetch_rows(const Product& p, int row, int rows, int column) {
-    if (E == Epilogue::activate_pack) return;
-    for (int r = row; r < row + rows; r++)
-        for (int line = 0; line < NR; line += 16) {
-            __builtin_prefetch((const float*)p.out + (size_t)r * p.out_stride + column + line, 1);
-            if (E == Epilogue::residual) {
-                const size_t other = p.residual_index ? p.residual_index[r] : r;
-                __builtin_prefetch(p.residual + other * p.out_stride + column + line);
+    alignas(64) float values[T::rows * NR];
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < NR; half += W) {
+            Vec v = to_float((typename T::Sum)load(sums + r * NR + half));
+            // The sums times one of the scales could overflow.
+            if (is_int8<T>) v = v * (p.row_scale[row + r] * load(w.scale + column + half));
+            store(values + r * NR + half, v + load(w.bias + column + half));
+        }
+    if (activates) activate_rows(values, rows, p.activation);
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < NR && column + half < w.out; half += W) {
+            const float* from = values + r * NR + half;
+            if constexpr (E == Epilogue::activate_pack) {
+                static_assert(together<T> == 1 || T::group == W);
+                const int place = (column + half) / T::group, depth = dot_depth(groups_of<T>(w.out));
+                to_numbers<T>(from, smaller(W, w.out - column - half), 1.0f,
+                              (char*)p.out + packed_place<T>(place, row + r, p.rows, depth));
+            } else {
+                write<E>(p, load(from), row + r, column + half, place<E>(p, row + r, column + half));
             }
         }
 }
@@ -425,14 +430,12 @@ static void dot_multiply_with(const Product& p) {
             const int lines = (ahead + steps * slots - 1) / (steps * slots);
             for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
                 const int rows = smaller(step, p.rows - r);
-                if (last) prefetch_rows<E>(p, r, rows, panel * NR);
+                if (last && E != Epilogue::activate_pack) prefetch_rows<E>(p, r, rows, panel * NR);
                 DotTable<T, DOT_DEPTH, 1>::table[(rows - 1) / together<T>](
                     {a + (size_t)r * DOT_DEPTH * group_bytes<T>, block, count, k ? waiting + (size_t)r * NR : first,
                      k ? (size_t)NR : 0, last ? finished : waiting + (size_t)r * NR, next + (size_t)fetched * 64,
                      fetched < ahead ? lines : 0});
-                for (int i = 0; last && i < rows; i++)
-                    for (int half = 0; half < NR && panel * NR + half < w.out; half += W)
-                        dot_finish<T, E>(p, finished + i * NR + half, r + i, panel * NR + half);
+                if (last) dot_finish<T, E>(p, finished, r, rows, panel * NR);
             }
         }
     }

@@ -4,14 +4,16 @@
 // DEPTH input columns, stored [in / DEPTH][rows][DEPTH], so that a row's numbers lie at compile-time offsets. One
 // panel's block of DEPTH rows (32 KiB with AVX-512) stays in the first-level cache while all packed rows pass by; MR
 // rows × NR columns of sums stay in registers: 12 × 2 of 32 vectors (AVX-512), 6 × 2 of 16 (AVX2, SSE). bfloat16
-// weights are widened to float32 once per block. int8 products are those of kernels_dot.h.
+// weights are widened to float32 once per block. int8 products are those of kernels_dot.h. Three things are prefetched:
+// the next block of weights, the next step's rows, and the lines that a step's finished sums go to.
 //
 // Where the input is wide, 768 columns of it are multiplied with all panels before the next.
 //
-// Attention, NR queries of a head at a time, with the same registers' kernel: scores come out transposed, [keys][NR],
-// so that softmax needs no sums across a vector, and are read transposed by the product with the values. They are not
-// normalised before it: 1/sum goes onto the context, and onto the received attention. Within a window only the keys
-// that one of the NR queries may see are read at all.
+// Attention, NR queries of a head at a time, with the same registers' kernel. Keys and values are first copied side by
+// side: a head's rows lie a whole row apart, where they share few of a cache's sets. Scores come out transposed,
+// [keys][NR], so that softmax needs no sums across a vector, and are read transposed by the product with the values.
+// They are not normalised before it: 1/sum goes onto the context, and onto the received attention. Within a window only
+// the keys that one of the NR queries may see are read at all.
 #include "vector.h"
 
 namespace tp {
@@ -25,23 +27,26 @@ constexpr int MR = W == 16 ? 12 : 6;
 #endif
 constexpr int DEPTH = 256;
 constexpr int PREFETCH_STEP = 16;  // columns between two prefetches
+// Columns per turn of the innermost loop. Short vectors leave a core few instructions besides the products, of which
+// another thread of it may want its share.
+constexpr int UNROLL = W == 16 ? 1 : 4;
 
 // Input columns before the next panel.
 static inline int super_for(int in) { return in <= 1536 ? in : 768; }
 
 static inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-// sums[ROWS][NR] (+)= rows[ROWS][depth] · panel[depth][NR]. Number (r, k) of the rows lies at r · ROW_STRIDE +
-// k · COLUMN_STRIDE; rows of the panel are `panel_stride` apart, those of the sums `stride`. Every PREFETCH_STEP
+// to[ROWS][NR] = from + rows[ROWS][depth] · panel[depth][NR]. Number (r, k) of the rows lies at r · ROW_STRIDE +
+// k · COLUMN_STRIDE; rows of the panel are `panel_stride` apart, those of `from` `from_stride`. Every PREFETCH_STEP
 // columns `lines` cache lines are prefetched from `prefetch` on.
 struct MicroArguments {
     const float* rows;
     const float* panel;
     size_t panel_stride;
     int depth;
-    float* sums;
-    size_t stride;
-    bool accumulate;
+    const float* from;
+    size_t from_stride;
+    float* to;
     const char* prefetch;
     int lines;
 };
@@ -54,21 +59,37 @@ static inline Vec add_lane(Vec sums, Vec v, Vec by) {
 }
 #endif
 
+// sums += a column of rows · a row of the panel.
+template <int ROWS, int ROW_STRIDE>
+static inline void add_column(Vec (&sums)[ROWS][2], const float* rows, const float* panel) {
+    const Vec b0 = load(panel), b1 = load(panel + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+        const Vec a = all(rows[r * ROW_STRIDE]);
+        sums[r][0] += a * b0;
+        sums[r][1] += a * b1;
+    }
+}
+
 template <int ROWS, int ROW_STRIDE, int COLUMN_STRIDE>
 static void micro(const MicroArguments& m) {
     Vec c[ROWS][2];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-        c[r][0] = m.accumulate ? load(m.sums + r * m.stride) : Vec{};
-        c[r][1] = m.accumulate ? load(m.sums + r * m.stride + W) : Vec{};
+        c[r][0] = load(m.from + r * m.from_stride);
+        c[r][1] = load(m.from + r * m.from_stride + W);
     }
     const float *rows = m.rows, *panel = m.panel;
     const size_t panel_stride = m.panel_stride;
     const char* prefetch = m.prefetch;
-    for (int from = 0; from < m.depth; from += PREFETCH_STEP) {
+    int left = m.depth;
+    do {
         for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
         prefetch += 64 * m.lines;
-        int k = smaller(PREFETCH_STEP, m.depth - from);
+        // The next step's rows: they lie apart, so that the processor by itself does not see what comes next.
+#pragma GCC unroll 16
+        for (int r = 0; COLUMN_STRIDE == 1 && r < ROWS; r++) __builtin_prefetch(rows + (ROWS + r) * ROW_STRIDE, 0, 3);
+        int k = smaller(PREFETCH_STEP, left);
 #if defined(TP_NEON)
         for (; COLUMN_STRIDE == 1 && k >= 4; k -= 4) {
             Vec b[4][2];
@@ -88,22 +109,19 @@ static void micro(const MicroArguments& m) {
             rows += 4;
         }
 #endif
-        for (; k > 0; k--) {
-            Vec b0 = load(panel), b1 = load(panel + W);
-#pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) {
-                Vec a = all(rows[r * ROW_STRIDE]);
-                c[r][0] += a * b0;
-                c[r][1] += a * b1;
-            }
-            panel += panel_stride;
-            rows += COLUMN_STRIDE;
+        if (UNROLL > 1 && k == PREFETCH_STEP) {
+#pragma GCC unroll UNROLL
+            for (int i = 0; i < PREFETCH_STEP; i++, panel += panel_stride, rows += COLUMN_STRIDE)
+                add_column<ROWS, ROW_STRIDE>(c, rows, panel);
+        } else {
+            for (; k > 0; k--, panel += panel_stride, rows += COLUMN_STRIDE)
+                add_column<ROWS, ROW_STRIDE>(c, rows, panel);
         }
-    }
+    } while ((left -= PREFETCH_STEP) > 0);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-        store(m.sums + r * m.stride, c[r][0]);
-        store(m.sums + r * m.stride + W, c[r][1]);
+        store(m.to + r * NR, c[r][0]);
+        store(m.to + r * NR + W, c[r][1]);
     }
 }
 
@@ -187,12 +205,32 @@ static inline const float* widen(const uint16_t* panel, int depth, float* to) {
     return to;
 }
 
+// Where a row's numbers from `column` on go.
+template <Epilogue E>
+static inline float* place(const Product& p, int row, int column) {
+    if (E == Epilogue::activate_pack)
+        return (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
+    return (float*)p.out + (size_t)row * p.out_stride + column;
+}
+
+static inline const float* residual_row(const Product& p, int row) {
+    return p.residual + (size_t)(p.residual_index ? p.residual_index[row] : row) * p.out_stride;
+}
+
+// Where the sums of some rows go, and what is added to them: lines far apart, that would be waited for one by one.
+template <Epilogue E>
+static inline void prefetch_rows(const Product& p, int row, int rows, int column) {
+    for (int r = row; r < row + rows; r++)
+        for (int line = 0; line < NR; line += 16) {
+            __builtin_prefetch(place<E>(p, r, column + line), 1);
+            if (E == Epilogue::residual) __builtin_prefetch(residual_row(p, r) + column + line);
+        }
+}
+
 // W finished sums of a row go to `to`, or what there is of them where the output ends; `column` is the first.
 template <Epilogue E>
 static inline void write(const Product& p, Vec v, int row, int column, float* to) {
-    const float* other = nullptr;
-    if (E == Epilogue::residual)
-        other = p.residual + (size_t)(p.residual_index ? p.residual_index[row] : row) * p.out_stride + column;
+    const float* other = E == Epilogue::residual ? residual_row(p, row) + column : nullptr;
     if (column + W <= p.linear->out) {
         store(to, other ? v + load(other) : v);
         return;
@@ -202,15 +240,22 @@ static inline void write(const Product& p, Vec v, int row, int column, float* to
     for (int i = 0; column + i < p.linear->out; i++) to[i] = values[i] + (other ? other[i] : 0.0f);
 }
 
-// What happens to W sums of a row.
+static inline void activate_rows(float* sums, int rows, Activation activation) {
+    with_activation(activation, [&](auto activate) {
+        for (int i = 0; i < rows * NR; i += NR) {
+            const Vec first = activate(load(sums + i)), second = activate(load(sums + i + W));
+            store(sums + i, first), store(sums + i + W, second);
+        }
+    });
+}
+
+// What happens to a panel's sums of some rows, which begin with the bias.
 template <Epilogue E>
-static inline void finish(const Product& p, const float* sums, int row, int column) {
-    Vec v = load(sums) + load(p.linear->bias + column);  // padded to whole panels
-    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) v = activate(v, p.activation);
-    float* out = (float*)p.out + (size_t)row * p.out_stride + column;
-    if (E == Epilogue::activate_pack)
-        out = (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
-    write<E>(p, v, row, column, out);
+static inline void finish(const Product& p, float* sums, int row, int rows, int column) {
+    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) activate_rows(sums, rows, p.activation);
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < NR && column + half < p.linear->out; half += W)
+            write<E>(p, load(sums + r * NR + half), row + r, column + half, place<E>(p, row + r, column + half));
 }
 
 template <class Weight, Epilogue E>
@@ -240,13 +285,13 @@ static void multiply_with(const Product& p) {
                 const int lines = (ahead + steps * slots - 1) / (steps * slots);
                 for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
                     const int count = smaller(step, p.rows - r);
-                    Micros<DEPTH, 1>::table[count - 1]({a + (size_t)r * DEPTH, b, NR, depth, sums + (size_t)r * NR, NR,
-                                                        k > 0, (const char*)next + (size_t)fetched * 64,
-                                                        fetched < ahead ? lines : 0});
-                    if (k + depth == w.in)
-                        for (int i = r; i < r + count; i++)
-                            for (int half = 0; half < NR && panel * NR + half < w.out; half += W)
-                                finish<E>(p, sums + (size_t)i * NR + half, i, panel * NR + half);
+                    const bool last = k + depth == w.in;
+                    if (last) prefetch_rows<E>(p, r, count, panel * NR);
+                    float* to = sums + (size_t)r * NR;
+                    Micros<DEPTH, 1>::table[count - 1](
+                        {a + (size_t)r * DEPTH, b, NR, depth, k ? to : w.bias + panel * NR, k ? (size_t)NR : 0, to,
+                         (const char*)next + (size_t)fetched * 64, fetched < ahead ? lines : 0});
+                    if (last) finish<E>(p, to, r, count, panel * NR);
                 }
             }
         }
@@ -283,14 +328,17 @@ static void transpose(const float* from, size_t stride, int rows, int columns, f
             to[(size_t)column * NR + r] = r < rows ? from[(size_t)r * stride + column] * factor : 0.0f;
 }
 
-// Scratch: keys [head / DEPTH][keys][DEPTH], values [head / NR][keys][NR] where they cannot be read in place, NR
-// queries transposed, their scores [keys][NR], MR rows of context, received attention [keys][W].
+constexpr int HEAD_DEPTH = 64;  // columns of a key that lie side by side
+
+// Scratch: keys [head / HEAD_DEPTH][keys][HEAD_DEPTH], values [head / NR][keys][NR] where they are not read in place,
+// NR queries transposed, their scores [keys][NR], MR rows of context, received attention [keys][W].
 [[maybe_unused]] static size_t attention_scratch(int keys, int head_size) {
     const size_t wide_head = round_up(head_size, NR);
-    return ((size_t)keys * (round_up(head_size, DEPTH) + wide_head + NR + W) + (size_t)head_size * NR + MR * NR) *
+    return ((size_t)keys * (round_up(head_size, HEAD_DEPTH) + wide_head + NR + W) + (size_t)head_size * NR + MR * NR) *
            sizeof(float);
 }
 
+alignas(64) static const float ZEROS[NR] = {};
 constexpr float OUTSIDE = -3e38f;  // a score outside the window, whose probability is exactly 0
 
 // Adds what disentangled attention adds.
@@ -343,24 +391,29 @@ template <bool TERMS>
 static void attend_with(const Attention& a) {
     const int n = a.keys, size = a.head_size, wide_head = (int)round_up(size, NR);
     float* keys = (float*)a.scratch;
-    float* copied_values = keys + n * round_up(size, DEPTH);
+    float* copied_values = keys + n * round_up(size, HEAD_DEPTH);
     float* queries = copied_values + (size_t)n * wide_head;
     float* scores = queries + (size_t)size * NR;
     float* context = scores + (size_t)n * NR;
     float* received = context + MR * NR;
 
     const float *key = (const float*)a.key, *value = (const float*)a.value;
-    const bool in_place = size % NR == 0;
-    for (int d = 0; d < size; d += DEPTH)
+    // Values of many queries are brought together: their rows lie too far apart for the first-level cache.
+    const bool in_place = size % NR == 0 && a.queries <= NR;
+    for (int d = 0; d < size; d += HEAD_DEPTH)
         for (int j = 0; j < n; j++)
-            memcpy(keys + ((size_t)d * n + (size_t)j * DEPTH), key + j * a.stride + d,
-                   smaller(DEPTH, size - d) * sizeof(float));
+            memcpy(keys + ((size_t)d * n + (size_t)j * HEAD_DEPTH), key + j * a.stride + d,
+                   smaller(HEAD_DEPTH, size - d) * sizeof(float));
     if (!in_place)
         for (int d = 0; d < wide_head; d += NR)
-            for (int j = 0; j < n; j++)
-                for (int i = 0; i < NR; i++)
-                    copied_values[((size_t)(d / NR) * n + j) * NR + i] =
-                        d + i < size ? value[(size_t)j * a.stride + d + i] : 0.0f;
+            for (int j = 0; j < n; j++) {
+                float* to = copied_values + ((size_t)d * n + (size_t)j * NR);
+                const float* from = value + j * a.stride + d;
+                if (d + NR <= size)
+                    store(to, load(from)), store(to + W, load(from + W));
+                else
+                    for (int i = 0; i < NR; i++) to[i] = d + i < size ? from[i] : 0.0f;
+            }
     for (int j = 0; a.received && j < n; j++) store(received + j * W, Vec{});
 
     int begin = 0, end = n;  // the keys that are read
@@ -374,11 +427,12 @@ static void attend_with(const Attention& a) {
             for (end = begin; end < n && places[end] <= asking[count - 1] + a.terms.window;) end++;
         }
         const int key_step = even_step(end - begin);
-        for (int d = 0; d < size; d += DEPTH)
+        for (int d = 0; d < size; d += HEAD_DEPTH)
             for (int j = begin; j < end; j += key_step)
-                Micros<DEPTH, 1>::table[smaller(key_step, end - j) - 1](
-                    {keys + ((size_t)d * n + (size_t)j * DEPTH), queries + (size_t)d * NR, NR, smaller(DEPTH, size - d),
-                     scores + (size_t)j * NR, NR, d > 0, nullptr, 0});
+                Micros<HEAD_DEPTH, 1>::table[smaller(key_step, end - j) - 1](
+                    {keys + ((size_t)d * n + (size_t)j * HEAD_DEPTH), queries + (size_t)d * NR, NR,
+                     smaller(HEAD_DEPTH, size - d), d ? scores + (size_t)j * NR : ZEROS, d ? (size_t)NR : 0,
+                     scores + (size_t)j * NR, nullptr, 0});
         if (TERMS) add_terms(a.terms, first, count, begin, end, scores);
         float inverse[NR];
         for (int half = 0; half < NR; half += W) {
@@ -408,7 +462,7 @@ static void attend_with(const Attention& a) {
                 const float* values = in_place ? value + d : copied_values + (size_t)d * n;
                 const size_t stride = in_place ? a.stride : NR;
                 Micros<1, NR>::table[rows - 1]({scores + (size_t)begin * NR + r, values + begin * stride, stride,
-                                                end - begin, context, NR, false, nullptr, 0});
+                                                end - begin, ZEROS, 0, context, nullptr, 0});
                 for (int i = 0; i < rows; i++) {
                     float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
                     const int columns = smaller(NR, size - d);
