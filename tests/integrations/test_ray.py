@@ -431,21 +431,21 @@ def test_a_folder_is_embedded_once_however_often_it_is_killed(
     home: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     rng = np.random.default_rng(0)
-    texts: list[str | None] = [" ".join(words) for words in rng.choice(WORDS, (100_000, 4))]
+    texts: list[str | None] = [" ".join(words) for words in rng.choice(WORDS, (50_000, 4))]
     texts[7] = None
     for part in range(3):
         folder = tmp_path / "texts" / f"part{part % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = range(part * 40_000, min((part + 1) * 40_000, len(texts)))
+        rows = range(part * 20_000, min((part + 1) * 20_000, len(texts)))
         table = pa.table({"id": list(rows), "text": [texts[row] for row in rows]})
-        pq.write_table(table, folder / f"{part}.parquet", row_group_size=15_000)
+        pq.write_table(table, folder / f"{part}.parquet", row_group_size=7_500)
     out = tmp_path / "vectors"
     command = ("embed_ray_data.py", home / "embedder", tmp_path / "texts", out, "--actors", 2)
 
     def made() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
-    process = until(lambda: len(made()) > 10, start, command)
+    process = until(lambda: len(made()) > 4, start, command)
     started = processes(process)
     process.kill()
     process.wait()

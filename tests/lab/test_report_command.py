@@ -102,6 +102,24 @@ def test_a_classifier_on_texts_without_labels(folder: Path, results: dict[str, A
     assert results["environment"]["threads"] == 1
 
 
+@pytest.mark.parametrize("budget", [0.75, 1.0])
+def test_a_budget_of_several(folder: Path, results: dict[str, Any], budget: float) -> None:
+    table = [
+        {"relative_flops": 0.5, "thresholds": THRESHOLDS["thresholds"]},
+        {"relative_flops": 0.9, "thresholds": [0.0] * 4},
+    ]
+    write_checkpoint(folder / "CKPT", initializer_range=0.5, **THRESHOLDS, budgets=table)
+    assert main(["report", "CKPT", "--texts", "texts.txt", *LINE.split(), "--budget", str(budget)]) == 0
+    texts = TextExamples(Path("texts.txt").read_text().splitlines(), None, None).sample(24, 1).first
+    tokenizer, model = hf.AutoTokenizer.from_pretrained("CKPT"), tp.from_pretrained("CKPT")
+    tp.set_budget(model, budget)
+    with torch.no_grad(), tp.record(model) as trace:
+        for text in texts:
+            model(**tokenizer(text, return_tensors="pt"))
+    cost = tp.count_flops(model, trace)
+    assert by_name(results)["pruned"]["relative_flops"] == pytest.approx(cost.pruned / cost.dense)
+
+
 def test_a_labelled_task(folder: Path, results: dict[str, Any]) -> None:
     write_sst2(folder / "glue", dev=24)
     write_stsb(folder / "glue")
@@ -240,6 +258,8 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         ("DENSE --texts texts.txt", ["DENSE/config.json", "prune_mode is missing"]),
         ("CKPT --texts one.txt", ["1 text is given", "at least 2"]),
         ("CKPT --texts texts.txt --max-length 500", ["--max-length is 500", "3 to 130"]),
+        ("CKPT --texts texts.txt --budget 0.5", ["not pruned for several budgets"]),
+        ("CKPT --texts texts.txt --budget 2", ["--budget is 2.0"]),
         ("CKPT --texts texts.txt --dtype float16", ["--dtype", "float16", "bfloat16"]),
         ("CKPT --texts texts.txt --examples 1", ["--examples", ">= 2"]),
         ("CKPT --texts texts.txt --output CKPT", ["--output CKPT", "it is a folder"]),

@@ -6,13 +6,14 @@ from pathlib import Path
 from token_pruning.checkpoint import from_pretrained, read_checkpoint
 from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.integrations.export import Format, export
-from token_pruning.lab.options import check_options, option
+from token_pruning.lab.options import BudgetOptions, option
 from token_pruning.lab.training.load import load_tokenizer
 from token_pruning.runtime.adapters import adapter_for
+from token_pruning.runtime.prune import set_budget
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(BudgetOptions):
     """Exporting one checkpoint.
 
     Raises:
@@ -22,10 +23,6 @@ class ExportOptions:
     restore: str = option(help="pruned checkpoint", flags=("--restore", "--restore-file"), metavar="CKPT")
     output: str = option(help="a new folder, or a file that ends in .onnx, or in .xml for OpenVINO")
     format: Format | None = option(None, help="onnx or openvino (default: by the file's name; openvino for a folder)")
-
-    def __post_init__(self) -> None:
-        """Check every value by itself."""
-        check_options(self)
 
 
 def export_checkpoint(options: ExportOptions) -> Path:
@@ -45,4 +42,7 @@ def export_checkpoint(options: ExportOptions) -> Path:
         if checkpoint.config.get("prune_mode") is None:
             raise ConfigError(f"{folder / 'config.json'}: prune_mode is missing: the checkpoint is dense")
         tokenizer = load_tokenizer(checkpoint) if in_folder else None
-    return export(from_pretrained(folder), output, format=options.format, tokenizer=tokenizer)
+    model = from_pretrained(folder)
+    if options.budget is not None:
+        set_budget(model, options.budget)
+    return export(model, output, format=options.format, tokenizer=tokenizer)

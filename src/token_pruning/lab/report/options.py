@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from token_pruning.checks import choice, positive_integer, whole_number
-from token_pruning.lab.options import ENGINE_DTYPES, TEXTS_HELP, check_options, option
+from token_pruning.lab.options import ENGINE_DTYPES, TEXTS_HELP, BudgetOptions, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(BudgetOptions):
     """One report.
 
     Raises:
@@ -36,7 +36,3 @@ class ReportOptions:
         check=partial(choice, allowed=ENGINE_DTYPES),
     )  # fmt: skip
     threads: int | None = option(None, help="of the engine (default: PyTorch's)", check=positive_integer)
-
-    def __post_init__(self) -> None:
-        """Check every value by itself."""
-        check_options(self)

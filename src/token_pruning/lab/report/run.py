@@ -26,6 +26,7 @@ from token_pruning.lab.training.plan import DataSource
 from token_pruning.runtime.adapters import adapter_for
 from token_pruning.runtime.explanation import Explanation, explain_tokens
 from token_pruning.runtime.flops import layer_flops, relative_flops
+from token_pruning.runtime.prune import set_budget
 
 _CUTS = (0.85, 0.7, 0.55, 0.4, 0.25)  # relative FLOPs of the truncated points, besides the pruned model's
 _LENGTHS = 4  # groups of texts by length
@@ -51,6 +52,8 @@ def report(options: ReportOptions, load_data: DataSource | None, *, command: str
     try_file("--output", output)
     adapter = adapter_for(folder)
     subject = OfTransformers(options, folder, load_data) if adapter is None else OfLibrary(options, folder, adapter)
+    if options.budget is not None:
+        set_budget(subject.model, options.budget)
     if len(subject.texts) < 2:
         raise ConfigError(f"{len(subject.texts)} text is given; a report compares at least 2")
     (subject.texts.note if subject.data is None else subject.data).say()
