@@ -1,6 +1,9 @@
 """The engine's metrics on GLUE development sets, by dtype, beside the model in float32.
 
-    python benchmarks/accuracy.py GLUE RUNS      (RUNS/TASK/dense and RUNS/TASK/hard, as run.sh of results/core)
+    python benchmarks/accuracy.py GLUE RUNS
+
+RUNS has folders TASK/dense and, of the same task, TASK/hard (LTP, as run.sh of results/core makes it) or
+TASK/calibrated.
 
 It writes ``accuracy.json`` and ``accuracy.md`` to this machine's folder in ``results/cpu``.
 
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from hardware import RESULTS, refuse_others, this_machine
-from output import write
+from output import command, write
 
 import token_pruning as tp
 from token_pruning.checkpoint import load_model, read_checkpoint
@@ -26,7 +29,7 @@ from token_pruning.lab.training.features import collator, tokenize
 from token_pruning.lab.training.load import load_tokenizer
 
 TASKS = ("RTE", "MRPC", "STSB", "SST2")
-STAGES = {"dense": "dense", "hard": "pruned (LTP)"}
+STAGES = {"dense": "dense", "hard": "pruned (LTP)", "calibrated": "pruned (calibrated)"}
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -50,12 +53,12 @@ def measure(task_name: str, glue: Path, runs: Path) -> dict[str, Any]:
     task = glue_task(task_name)
     examples = load_glue_folder(task, glue, need_train=False).validation["validation"]
     result: dict[str, Any] = {"metric": task.best_metric, "examples": len(examples.labels or [])}
-    for stage in STAGES:
+    for stage in (stage for stage in STAGES if (runs / task_name / stage).is_dir()):
         checkpoint = read_checkpoint(runs / task_name / stage)
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint)
         features = tokenize(tokenizer, examples, model, 128)
-        checkpoint.prune(model, None if stage == "hard" else tp.Unpruned())
+        checkpoint.prune(model, tp.Unpruned() if stage == "dense" else None)
         collate = collator(tokenizer, False)
         batches = [dict(collate(features[i : i + 32])) for i in range(0, len(features), 32)]
 
@@ -85,14 +88,13 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, task in result["tasks"].items():
-        for stage, title in STAGES.items():
-            rows = task[stage]
+        for stage, rows in ((stage, task[stage]) for stage in STAGES if stage in task):
             reference = rows["model, float32"]["metric"]
             ours = [rows[f"engine, {dtype}"] for dtype in DTYPES]
             changes = [f"{row['metric']:.2f} ({row['metric'] - reference:+.2f})" for row in ours]
-            alike = ", ".join(f"{row['kept_alike']:.2%}" for row in ours) if stage == "hard" else ""
-            lines.append(f"| {name} | {title} | {reference:.2f} | {' | '.join(changes)} | {alike} |")
-    return "\n".join(lines) + "\n"
+            alike = ", ".join(f"{row['kept_alike']:.2%}" for row in ours) if stage != "dense" else ""
+            lines.append(f"| {name} | {STAGES[stage]} | {reference:.2f} | {' | '.join(changes)} | {alike} |")
+    return "\n".join([*lines, "", "```bash", about["command"], "```", ""])
 
 
 def main() -> None:
@@ -106,8 +108,13 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     glue, runs = Path(sys.argv[1]), Path(sys.argv[2])
     result = {
-        "about": {**this_machine(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "tasks": {name: measure(name, glue, runs) for name in TASKS},
+        "about": {
+            **this_machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "command": command({"GLUE": glue, "RUNS": runs}),
+        },
+        "tasks": {name: measure(name, glue, runs) for name in TASKS if (runs / name / "dense").is_dir()},
     }
     write(result, table(result), output)
     print(table(result))

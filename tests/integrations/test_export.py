@@ -23,12 +23,6 @@ from token_pruning.lab.cli import main
 from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.ragged import Layout
 
-
-
-def only_exhaustively(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
-
-
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 openvino = pytest.importorskip("openvino")
@@ -78,6 +72,10 @@ def check(model: Any, folder: Path, family: str = "bert") -> None:
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-4, err_msg=f"{name} {lengths}")
+
+
+def only_exhaustively(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 # Their graphs are BERT's, but for names.
@@ -392,9 +390,10 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         expected = tp.from_pretrained("model")(**features).logits
     found = in_onnx_runtime(Path("out/model.onnx"))(feed_of(features))["logits"]
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-4)
-    table = [{"relative_flops": 0.5, "thresholds": keys["thresholds"]}, {"relative_flops": 1.0, "thresholds": [0.0] * 4}]
+    thresholds = {0.5: keys["thresholds"], 1.0: [0.0] * 4}
+    table = [{"relative_flops": cost, "thresholds": own} for cost, own in thresholds.items()]
     write_checkpoint(Path("several"), initializer_range=0.3, **keys, budgets=table)
-    assert main("export several at.onnx --budget 0.75".split()) == 0
+    assert main(["export", "several", "at.onnx", "--budget", "0.75"]) == 0
     with torch.no_grad():
         several = tp.from_pretrained("several")
         assert torch.equal(several(**features).logits, expected)  # as it was saved
