@@ -74,7 +74,7 @@ gpu:  ## on a machine with an NVIDIA GPU, with its own Python: correctness, then
 
 .venv/installed: pyproject.toml constraints.txt setup.py $(wildcard src/token_pruning/native/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
