@@ -53,7 +53,9 @@ def measure(task_name: str, glue: Path, runs: Path) -> dict[str, Any]:
     task = glue_task(task_name)
     examples = load_glue_folder(task, glue, need_train=False).validation["validation"]
     result: dict[str, Any] = {"metric": task.best_metric, "examples": len(examples.labels or [])}
-    for stage in (stage for stage in STAGES if (runs / task_name / stage).is_dir()):
+    for stage in STAGES:
+        if not (runs / task_name / stage).is_dir():
+            continue
         checkpoint = read_checkpoint(runs / task_name / stage)
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint)
@@ -88,7 +90,8 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, task in result["tasks"].items():
-        for stage, rows in ((stage, task[stage]) for stage in STAGES if stage in task):
+        for stage in filter(task.get, STAGES):
+            rows = task[stage]
             reference = rows["model, float32"]["metric"]
             ours = [rows[f"engine, {dtype}"] for dtype in DTYPES]
             changes = [f"{row['metric']:.2f} ({row['metric'] - reference:+.2f})" for row in ours]
@@ -107,6 +110,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     glue, runs = Path(sys.argv[1]), Path(sys.argv[2])
+    tasks = [name for name in TASKS if (runs / name / "dense").is_dir()]
+    if not tasks:
+        sys.exit(f"error: {runs} has no folder TASK/dense; TASK is one of {', '.join(TASKS)}")
     result = {
         "about": {
             **this_machine(),
@@ -114,7 +120,7 @@ def main() -> None:
             "transformers": transformers.__version__,
             "command": command({"GLUE": glue, "RUNS": runs}),
         },
-        "tasks": {name: measure(name, glue, runs) for name in TASKS if (runs / name / "dense").is_dir()},
+        "tasks": {name: measure(name, glue, runs) for name in tasks},
     }
     write(result, table(result), output)
     print(table(result))

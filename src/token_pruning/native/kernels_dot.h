@@ -384,7 +384,6 @@ static size_t dot_scratch(int rows, int in, int) {
 // What happens to a panel's sums of some rows.
 template <class T, Epilogue E>
 static inline void dot_finish(const Product& p, const int32_t* sums, int row, int rows, int column) {
-    constexpr bool activates = E == Epilogue::activate_pack || E == Epilogue::activate_store;
     const Linear& w = *p.linear;  // bias and scale are padded to whole panels
     alignas(64) float values[T::rows * NR];
     for (int r = 0; r < rows; r++)
@@ -394,7 +393,7 @@ static inline void dot_finish(const Product& p, const int32_t* sums, int row, in
             if (is_int8<T>) v = v * (p.row_scale[row + r] * load(w.scale + column + half));
             store(values + r * NR + half, v + load(w.bias + column + half));
         }
-    if (activates) activate_rows(values, rows, p.activation);
+    if (activates<E>) activate_rows(values, rows, p.activation);
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < NR && column + half < w.out; half += W) {
             const float* from = values + r * NR + half;

@@ -205,6 +205,9 @@ static inline const float* widen(const uint16_t* panel, int depth, float* to) {
     return to;
 }
 
+template <Epilogue E>
+static constexpr bool activates = E == Epilogue::activate_pack || E == Epilogue::activate_store;
+
 // Where a row's numbers from `column` on go.
 template <Epilogue E>
 static inline float* place(const Product& p, int row, int column) {
@@ -252,7 +255,7 @@ static inline void activate_rows(float* sums, int rows, Activation activation) {
 // What happens to a panel's sums of some rows, which begin with the bias.
 template <Epilogue E>
 static inline void finish(const Product& p, float* sums, int row, int rows, int column) {
-    if (E == Epilogue::activate_pack || E == Epilogue::activate_store) activate_rows(sums, rows, p.activation);
+    if (activates<E>) activate_rows(sums, rows, p.activation);
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < NR && column + half < p.linear->out; half += W)
             write<E>(p, load(sums + r * NR + half), row + r, column + half, place<E>(p, row + r, column + half));
