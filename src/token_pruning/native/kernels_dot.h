@@ -121,7 +121,8 @@ static void dot_micro(const DotArguments& m) {
         for (int i = 0; i < m.lines; i++) __builtin_prefetch(prefetch + 64 * i, 0, 2);
         prefetch += 64 * m.lines;
 #pragma GCC unroll 16
-        for (int r = 0; COLUMN_STRIDE == 1 && r < ROWS; r++) __builtin_prefetch(rows + (ROWS + r) * ROW_STRIDE, 0, 3);
+        for (int r = 0; PREFETCH_ROWS && COLUMN_STRIDE == 1 && r < ROWS; r++)
+            __builtin_prefetch(rows + (ROWS + r) * ROW_STRIDE, 0, 3);
         int k = smaller(PREFETCH_STEP, left);
 #if defined(TP_NEON)
         for (; COLUMN_STRIDE == 1 && k >= 4; k -= 4) {
