@@ -32,8 +32,8 @@ BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since 
 OURS = {"0.70": 0.69, **BUDGETS}
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
-METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp", "short", "ablation")
-# "ablation": ours with all tokens entering the first layer
+METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp", "short", "ablation", "elastic")
+# "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
@@ -42,17 +42,18 @@ DENSE = {  # what it starts from, learning rate, epochs
     "SST2": (None, 1e-4, 1),
 }
 EPOCHS = {"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1}  # of every pruned run; LTP's soft and hard stages share them
+ELASTIC = 2  # times as many epochs, of what is for three budgets
 EXAMPLES = 400
 
 Commands = Iterator[tuple[str, list[str]]]
 
 
-def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -> Commands:
+def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], dtype: str) -> Commands:
     """Names and arguments of ``token-pruning`` for one task and seed, in order."""
     here = runs / task / f"seed{seed}"
     dense = str(here / "dense")
     data = ["--task", task, "--data-dir", str(glue)]
-    common = [*data, "--bs", "32", "--bf16", "--seed", str(seed), "--no-load"]
+    common = [*data, "--bs", "32", *["--bf16"] * (dtype == "bfloat16"), "--seed", str(seed), "--no-load"]
     hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4"]
     epochs = ["--epoch", str(EPOCHS[task])]
     texts = sentences(glue, runs) if task == "SST2" else None
@@ -99,6 +100,11 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str]) -
             yield f"{name}-soft", ["train", *common, *half, "--restore", dense, *soft.split(), *keys.split()]
             learned = ["--restore", str(here / f"{name}-soft"), "--masking-mode", "hard", "--lr", "1e-4"]
             yield name, ["train", *common, *half, *learned]
+    if "elastic" in methods:
+        passes = ["--epoch", str(ELASTIC * EPOCHS[task])]
+        yield "elastic", [*hard, *passes, *budget, *map(str, BUDGETS.values())]
+        for name, target in BUDGETS.items():
+            yield f"elastic-{name}", ["eval", *data, "--restore", str(here / "elastic"), "--budget", str(target)]
     if "short" in methods:
         start, lr, passes = DENSE[task]
         restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
@@ -181,11 +187,11 @@ def finished(folder: Path, command: str) -> bool:
         return False
 
 
-def run(glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str]) -> None:
+def run(glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str], dtype: str) -> None:
     """All of them, one after the other."""
     for seed in seeds:
         for task in tasks:
-            for name, arguments in commands(task, seed, glue, runs, methods):
+            for name, arguments in commands(task, seed, glue, runs, methods, dtype):
                 folder = runs / task / f"seed{seed}" / name
                 if finished(folder, arguments[0]):
                     continue
@@ -206,5 +212,6 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of autocast in training")
     given = parser.parse_args()
-    run(given.glue, given.runs, given.tasks, given.seeds, given.methods)
+    run(given.glue, given.runs, given.tasks, given.seeds, given.methods, given.dtype)

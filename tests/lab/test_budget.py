@@ -13,6 +13,8 @@ from transformers import TrainerControl, TrainerState
 import token_pruning as tp
 from tests.tiny import pruned, ragged_batch, tiny_model
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
+from token_pruning.budget import elastic_holding
+from token_pruning.budget.elastic_holding import ElasticHolder
 from token_pruning.budget.holding import BudgetHolder
 from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
@@ -342,6 +344,21 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --schedule never", "--schedule is 'never'"),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --teacher CKPT --no_teacher", "either --teacher or"),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --prune_mode topk", "prune_mode is 'topk'"),
+        ("--restore CKPT --masking_mode soft --target_flops 0.5 0.6", "--target-flops 0.5 0.6, it must be hard"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 0.5", "each budget must be named once"),
+        (
+            "--restore CKPT --masking_mode hard --target_flops 0.5 0.99",
+            "--target-flops names 0.99; with no token dropped",
+        ),
+        ("--restore CKPT --masking_mode hard --target_flops 0.3 0.6 --schedule step-3", "step-3 cannot reach"),
+        (
+            "--restore CKPT --masking_mode hard --target_flops 0.5 0.6 --vocabulary_keep_rate 0.5",
+            "--vocabulary-keep-rate is 0.5; with several budgets",
+        ),
+        (
+            "--restore CKPT --masking_mode hard --target_flops 0.5 0.6 --vocabulary_threshold 0.5",
+            "--vocabulary-threshold is 0.5; with several budgets",
+        ),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --scoring_mode max", "scoring_mode is 'max'"),
         (
             "--restore CKPT --masking_mode soft --no_teacher --lambda 0.1",
@@ -363,6 +380,77 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     assert not (folder / "out").exists() and not (folder / "CKPT" / "teacher_logits").exists()  # before any work
 
 
+def cost_at(folder: Path, budget: float) -> float:
+    """Of the development set, by the command line."""
+    line = f"eval --task SST2 --data-dir glue --restore out --budget {budget} --output-dir at"
+    assert main(line.split()) == 0
+    return float(results(folder, "at")["relative_flops"])
+
+
+@pytest.mark.parametrize("options", ["", "--summary_tokens segment", "--vocabulary_keep_rate 1 --schedule linear"])
+def test_one_run_for_several_budgets(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    drawn = []
+    own = elastic_holding.set_budget
+    monkeypatch.setattr(
+        elastic_holding, "set_budget", lambda model, budget: (drawn.append(budget), own(model, budget))[1]
+    )
+    assert run(f"--task SST2 --restore CKPT --masking_mode hard --target_flops 0.7 0.55 {options}") == 0
+    assert "thresholds fitted to 0.5" in capsys.readouterr().out
+    assert results(folder)["relative_flops"] == pytest.approx(0.55, abs=0.06)  # left at the lowest
+    config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
+    table = config["budgets"]
+    assert {0.55, 0.7} <= {entry["relative_flops"] for entry in table}
+    gates = [entry["vocabulary_threshold"] for entry in table]
+    assert gates[-1] == 0 and (gates[0] > 0) == ("keep_rate" not in options)
+    assert cost_at(folder, 0.7) == pytest.approx(0.7, abs=0.06)
+    assert cost_at(folder, 1) == pytest.approx(table[-1]["relative_flops"], abs=0.02)
+    assert len({*drawn} - {entry["relative_flops"] for entry in table}) >= 16  # one for each step
+    assert all(0.55 <= budget <= table[-1]["relative_flops"] for budget in drawn)
+
+
+def test_between_steps_the_model_is_at_the_lowest_budget() -> None:
+    """So that it is what is evaluated and saved."""
+    budgets = [tp.pruners.Budget(cost, [level] * 4) for cost, level in ((0.5, 1.0), (0.9, 0.0))]
+    pruner = tp.FixedThreshold(thresholds=[1.0] * 4, scoring_mode="relative", budgets=budgets)
+    model = tp.prune(tiny_model(), pruner).train()
+    holder = ElasticHolder(model, None, ragged_batch([30, 12] * 16), False, 0)
+    state = TrainerState(global_step=0, max_steps=10)
+    holder.on_step_begin(None, state, CONTROL, model=model)
+    lowest = model.token_pruner.pruner.budgets[0].thresholds
+    assert model.token_pruner.pruner.thresholds != lowest
+    holder.on_step_end(None, state, CONTROL, model=model)
+    assert model.token_pruner.pruner.thresholds == lowest
+
+
+def test_a_killed_run_for_several_budgets_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, seen = ElasticHolder.fit, []
+
+    def fail(self: ElasticHolder, model: Any) -> Any:
+        seen.append(None)
+        if len(seen) == 14:
+            raise KeyboardInterrupt
+        return fit(self, model)
+
+    monkeypatch.setattr(ElasticHolder, "fit", fail)
+    line = "--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 0.8"
+    assert run(line) == 130
+    assert (folder / "out" / "checkpoint-8").exists()
+    monkeypatch.setattr(ElasticHolder, "fit", fit)
+    assert run(line) == 0
+    assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
+    assert cost_at(folder, 0.8) == pytest.approx(0.8, abs=0.06)
+
+
+def test_one_budget_after_several(folder: Path) -> None:
+    """The table says nothing of the weights that come."""
+    assert run("--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 0.8") == 0
+    assert paper_main(other_line("--restore out --masking_mode hard --target_flops 0.7 --output_dir out2")) == 0
+    config = json.loads((folder / "out2" / "config.json").read_text(encoding="utf-8"))
+    assert config.get("budgets") is None and config["thresholds"]
+
+
 def test_too_few_training_examples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--task STSB --restore REGRESSION --masking_mode hard --target_flops 0.5 --no_teacher") == 2
     assert "24 training examples; a budget needs at least 64" in capsys.readouterr().err
@@ -373,6 +461,8 @@ def test_the_folder_is_named_after_the_budget() -> None:
     assert str(options.default_output_dir({"prune_mode": "absolute_threshold"})) == "CKPT/flops_0.5/lr_2e-05"
     soft = TrainOptions(restore="CKPT", task="RTE", masking_mode="soft", target_flops=0.5)
     config = {"prune_mode": "absolute_threshold", "final_token_threshold": 1.28}
+    several = TrainOptions(restore="CKPT", task="RTE", masking_mode="hard", target_flops=[0.5, 0.25])
+    assert str(several.default_output_dir({"prune_mode": "absolute_threshold"})) == "CKPT/flops_0.25_0.5/lr_2e-05"
     assert "flops_0.5" in str(soft.default_output_dir(config)) and "None" not in str(soft.default_output_dir(config))
 
 

@@ -12,7 +12,7 @@ from tests.integrations.test_sentence_transformers import home as home  # a fixt
 from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.lab.test_calibrate_library import TEXTS, refused, said
 from tests.lab.test_calibrate_library import folder as folder  # a fixture
-from tests.workspace import assert_same_training, write_checkpoint, write_sst2
+from tests.workspace import assert_same_training, write_checkpoint
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.run_dir import RunDir
 
@@ -111,14 +111,6 @@ def test_several_budgets(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [each["budget"] for each in more["budgets"]] == [each["budget"] for each in found["budgets"]]
     said(capsys, f"train E --texts one.txt --target-flops 0.6 --output ONE {FEW}")
     assert "budgets" not in json.loads(Path("ONE/distillation.json").read_text(encoding="utf-8"))
-
-
-def test_labels_are_learned_at_one_budget(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint(Path("C"))
-    write_sst2(folder)
-    for mode in ("soft", "hard"):
-        line = f"train C --task SST2 --data-dir . --masking-mode {mode} --target-flops 0.5 0.7"
-        assert "--target-flops is [0.5, 0.7]; training on labels holds one budget" in refused(capsys, line)
 
 
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """One rule for several budgets: its thresholds at each, so dense a table that what lies between costs what it says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil
+from typing import Any
 
 from token_pruning.budget.comparison import Comparison
+from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import Fit, check_target, dropping_nothing, highest_flops, using
 from token_pruning.errors import ConfigError
 from token_pruning.pruners import FixedThreshold
@@ -36,9 +38,6 @@ def checked_targets(comparison: Comparison, targets: Sequence[float]) -> list[fl
 def with_budgets(comparison: Comparison, best: Fit, targets: Sequence[float]) -> tuple[FixedThreshold, list[Fit]]:
     """The rule that won at the lowest budget, with a table of budgets from there to where nothing leaves.
 
-    Between the budgets that were asked for others are fitted, at most 0.1 apart, and where a straight line between two
-    entries misses the cost halfway, one more.
-
     Args:
         comparison: which found the rule.
         best: without a correction: one that was fitted to one budget would do harm at another.
@@ -48,49 +47,79 @@ def with_budgets(comparison: Comparison, best: Fit, targets: Sequence[float]) ->
         The method, pruning to the lowest budget, and the rule's fits to the budgets asked for, in their order. A budget
         at which the rule drops nothing has none.
     """
-    nothing = _dropping_nothing(comparison, best)
+    nothing = budget_dropping_nothing(comparison.model, best.pruner, comparison.part(comparison.held_out))
     if targets[0] >= nothing.relative_flops:
         return replace(best.pruner, budgets=[replace(nothing, relative_flops=targets[0])]), [best]
-    asked = [target for target in targets if target < nothing.relative_flops]
     fits = {targets[0]: best}
-    table = {targets[0]: _entry(targets[0], best), nothing.relative_flops: nothing}
 
-    def fit(target: float) -> None:
-        found = comparison.refit(best, target)
-        if found is not None:
-            fits[target], table[target] = found, _entry(target, found)
+    def fit(target: float) -> Budget | None:
+        found = best if target == targets[0] else comparison.refit(best, target)
+        if found is None:
+            return None
+        fits[target] = found
+        return Budget(target, found.thresholds, found.vocabulary_threshold or 0.0)
 
+    budgets = budget_table(targets, nothing, fit, lambda budget: comparison.cost(_taking(best.pruner, budget)))
+    return replace(best.pruner, budgets=budgets), [fits[target] for target in targets if target in fits]
+
+
+def budget_table(
+    targets: Sequence[float],
+    nothing: Budget,
+    fit: Callable[[float], Budget | None],
+    cost: Callable[[Budget], float],
+) -> list[Budget]:
+    """Entries for some budgets, and as many others as what stands between them needs to cost what it says.
+
+    Between the budgets that were asked for others are fitted, at most 0.1 apart, and where a straight line between two
+    entries misses the cost halfway, one more.
+
+    Args:
+        targets: the budgets asked for, the lowest first; it must be below what ``nothing`` costs.
+        nothing: the last entry, at which no token leaves.
+        fit: the entry for a cost, or None where there is none; the lowest has one.
+        cost: what an entry costs.
+    """
+    asked = [target for target in targets if target < nothing.relative_flops]
+    table = {nothing.relative_flops: nothing}
+
+    def add(target: float) -> None:
+        if (found := fit(target)) is not None:
+            table[target] = found
+
+    add(asked[0])
     for low, high in pairwise([*asked, nothing.relative_flops]):
         parts = ceil((high - low) / _STEP)
         for target in [low + (high - low) * part / parts for part in range(1, parts)]:
-            fit(target)
+            add(target)
         if high in asked:
-            fit(high)
+            add(high)
     pending = [*pairwise(sorted(table))]
     while pending:
         low, high = pending.pop()
         middle = (low + high) / 2
-        if high - low > _FINEST and abs(_cost(comparison, best, table, middle) - middle) > _STRAIGHT:
-            fit(middle)
+        between = at_budget([table[each] for each in sorted(table)], middle)
+        if high - low > _FINEST and abs(cost(between) - middle) > _STRAIGHT:
+            add(middle)
             if middle in table:
                 pending += [(low, middle), (middle, high)]
-    pruner = replace(best.pruner, budgets=[table[cost] for cost in sorted(table)])
-    return pruner, [fits[target] for target in targets if target in fits]
+    return [table[each] for each in sorted(table)]
 
 
-def _entry(target: float, fit: Fit) -> Budget:
-    return Budget(target, fit.thresholds, fit.vocabulary_threshold or 0.0)
+def budget_dropping_nothing(model: Any, pruner: FixedThreshold, batch: Batch) -> Budget:
+    """The table's last entry: what a method costs where no token leaves.
+
+    Args:
+        model: pruned by some method.
+        pruner: with thresholds.
+        batch: what costs are measured on.
+    """
+    assert pruner.thresholds is not None
+    thresholds = tuple(dropping_nothing(pruner, len(pruner.thresholds)))
+    with using(model, replace(pruner, thresholds=thresholds, vocabulary=None, budgets=None)):
+        return Budget(highest_flops(model, batch), thresholds)
 
 
-def _dropping_nothing(comparison: Comparison, fit: Fit) -> Budget:
-    """The table's last entry: what the rule costs where no token leaves."""
-    thresholds = dropping_nothing(fit.pruner, len(fit.thresholds))
-    whole = replace(fit.pruner, thresholds=thresholds, vocabulary=None)
-    with using(comparison.model, whole):
-        return Budget(highest_flops(comparison.model, comparison.part(comparison.held_out)), thresholds)
-
-
-def _cost(comparison: Comparison, fit: Fit, table: dict[float, Budget], relative_flops: float) -> float:
-    found = at_budget([table[cost] for cost in sorted(table)], relative_flops)
-    gate = None if fit.pruner.vocabulary is None else fit.pruner.vocabulary.at(found.vocabulary_threshold)
-    return comparison.cost(replace(fit.pruner, thresholds=found.thresholds, vocabulary=gate))
+def _taking(pruner: FixedThreshold, budget: Budget) -> FixedThreshold:
+    gate = None if pruner.vocabulary is None else pruner.vocabulary.at(budget.vocabulary_threshold)
+    return replace(pruner, thresholds=budget.thresholds, vocabulary=gate)

@@ -19,32 +19,43 @@ class ElasticHolder(CalibratedHolder):
     """The same for a model that is pruned for several budgets: each step takes one of them, drawn at random.
 
     So one set of weights serves them all (as in LengthDrop, arXiv 2010.07003, and slimmable networks, 1812.08928).
+    Between two steps the model is at the lowest: that is what is saved and evaluated.
     """
 
-    def __init__(self, model: Any, dense: Any, batch: Batch, bf16: bool, seed: int) -> None:
+    def __init__(
+        self, model: Any, dense: Any, batch: Batch, bf16: bool, seed: int, schedule: Schedule | None = None
+    ) -> None:
         """Take down where tokens leave at each budget.
 
         Args:
-            model: calibrated for several budgets.
+            model: pruned for several budgets.
             dense: see :class:`CalibratedHolder`.
             batch: see :class:`CalibratedHolder`.
             bf16: see :class:`CalibratedHolder`.
             seed: of the budgets that are drawn.
+            schedule: where tokens leave at every budget; None for what the model's own thresholds do at each.
         """
         self.table = tuple(_pruner_of(model).budgets or ())
         lowest = self.table[0].relative_flops
         set_budget(model, lowest)
         super().__init__(model, dense, batch, lowest, bf16)
         self.seed = seed
+        self.given = self.schedule = schedule
         self.schedules: list[Schedule] | None = None
+        if schedule is not None:
+            nothing = Schedule("nothing", (0.0,) * len(schedule.weights))
+            self.schedules = [*[schedule] * (len(self.table) - 1), nothing]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Go on with the schedules, probes and thresholds that a killed run had."""
         super().on_train_begin(args, state, control, model=model)
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, dict) and saved["attributes"]["schedules"] is not None:
-            found = saved["attributes"]
+        found = saved["attributes"] if isinstance(saved, dict) else {}
+        if self.given is not None:
+            self.schedule = self.given
+        elif found.get("schedules") is not None:
             self.schedules = [Schedule(each["name"], tuple(each["weights"])) for each in found["schedules"]]
+        if found.get("schedules") is not None:
             self._keep(model, checked_budgets("budgets", found["budgets"]))
 
     def state(self) -> dict[str, Any]:
@@ -60,6 +71,10 @@ class ElasticHolder(CalibratedHolder):
         low, high = self.table[0].relative_flops, self.table[-1].relative_flops
         drawn = random.Random(f"{self.seed} {state.global_step}").uniform(low, high)  # the same in a run that goes on
         set_budget(hugging_face_model(model), drawn)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Back to the lowest budget."""
+        set_budget(hugging_face_model(model), self.target)
 
     def fit(self, model: Any) -> Fit | None:  # type: ignore[override]
         """Fit probes, then each budget's thresholds; the model is left at the lowest budget."""

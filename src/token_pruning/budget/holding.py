@@ -90,6 +90,10 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
         set_thresholds(model, fit.thresholds)
         return fit
 
+    def finish(self, model: Any) -> Fit | None:
+        """Fit once more, when training is over."""
+        return self.fit(model)
+
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
         """Inside, the model is in evaluation mode, and in autocast if it is trained so."""
@@ -128,7 +132,7 @@ class CalibratedHolder(BudgetHolder):
 
         Args:
             model: calibrated.
-            dense: what it was calibrated from, not pruned.
+            dense: what it was calibrated from, not pruned; None where probes stay as they are.
             batch: held-out texts, one padded batch.
             target: relative FLOPs.
             bf16: whether the model is run in bfloat16 autocast.
@@ -164,17 +168,17 @@ class CalibratedHolder(BudgetHolder):
                 self.schedule = where_tokens_leave(inner, self.batch)
             if not sum(self.schedule.weights):
                 return None
-            if self.pruner.probes is not None:
+            if self.pruner.probes is not None and self.dense is not None:
                 self._fit_probes(inner)
             fit = fit_to_budget(inner, self.batch, self.schedule, self.target)
         if fit is not None:
             set_thresholds(inner, fit.thresholds)
         return fit
 
-    def finish(self, model: Any) -> None:
-        """Fit to all of the held-out texts, once training is over."""
+    def finish(self, model: Any) -> Fit | None:
+        """Fit to all of the held-out texts, when training is over."""
         self.batch, self._said = self.whole, None
-        self.fit(model)
+        return self.fit(model)
 
     def _fit_probes(self, model: Any) -> None:
         """By least squares on what is missing of what they said at first, so that few texts change little."""

@@ -256,6 +256,7 @@ _OTHER_KEYS = {
 }
 # What a setting does not go without, as small as can be.
 _COMPANIONS: dict[str, dict[str, Any]] = {
+    "budgets": {"vocabulary": VocabularyGate(torch.zeros(1, device="cpu"))},
     "chunks": {"max_tokens": _FEWEST_TOKENS},
     "departed": {"maps": DepartureMaps([0], torch.zeros(1, 1, 2, device="cpu"))},
 }

@@ -4,6 +4,7 @@ Costs are relative FLOPs: the closed form of :mod:`token_pruning.runtime.flops` 
 model.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,19 +15,31 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
-from token_pruning.budget.examples import as_batch
-from token_pruning.budget.fitting import check_target, prunable_layers
+from token_pruning.budget.elastic import budget_dropping_nothing, budget_table
+from token_pruning.budget.elastic_holding import ElasticHolder
+from token_pruning.budget.examples import Batch
+from token_pruning.budget.fitting import (
+    check_target,
+    default_keep_rate,
+    fit_to_budget,
+    outputs_in_parts,
+    prunable_layers,
+    using,
+)
 from token_pruning.budget.holding import BudgetHolder
 from token_pruning.budget.schedules import Schedule, named_schedule
+from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError
 from token_pruning.families import ModelShape
 from token_pruning.lab.training.features import hold_out
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.pruners import Pruner
+from token_pruning.pruners import FixedThreshold, Pruner
+from token_pruning.pruners.budgets import Budget
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
-from token_pruning.runtime.flops import relative_flops
+from token_pruning.runtime.flops import count_flops, relative_flops
+from token_pruning.runtime.prune import prunable, record
 from token_pruning.runtime.trace import Trace
 
 # Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
@@ -124,6 +137,8 @@ def fitting_examples(features: list[dict[str, Any]], seed: int) -> tuple[list[di
 def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedule | None:
     """Where tokens leave, or None for where learned thresholds say: those of the checkpoint or of a soft stage.
 
+    Several budgets need a schedule.
+
     Args:
         model: pruned or not.
         options: with a budget.
@@ -134,27 +149,77 @@ def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedul
     """
     if options.schedule is not None:
         return named_schedule(options.schedule, prunable_layers(model))
-    return None if options.soft or learned else named_schedule("drain", prunable_layers(model))
+    by_thresholds = options.soft or (learned and not options.elastic)
+    return None if by_thresholds else named_schedule("drain", prunable_layers(model))
 
 
-def budget_holder(
-    model: Any, held_out: list[dict[str, Any]], target: float, schedule: Schedule | None, *, bf16: bool
-) -> BudgetHolder:
-    """What keeps the budget.
+def with_budgets(
+    pruner: FixedThreshold, model: Any, batch: Batch, targets: Sequence[float], schedule: Schedule
+) -> FixedThreshold:
+    """The method with a table of budgets, pruning to the lowest.
+
+    Args:
+        pruner: with a vocabulary gate, which then has a threshold for each budget, or without one.
+        model: not pruned.
+        batch: what costs are held on, padded.
+        targets: relative FLOPs, the lowest first.
+        schedule: where tokens leave.
+
+    Raises:
+        ConfigError: if a budget cannot be reached, or needs no pruning.
+    """
+    whole = replace(pruner, vocabulary=None if pruner.vocabulary is None else pruner.vocabulary.at(0.0), budgets=None)
+    with prunable(model, whole):
+        nothing = budget_dropping_nothing(model, whole, batch)
+        for target in targets:
+            check_target(model, batch, target)
+            if target >= nothing.relative_flops:
+                raise ConfigError(
+                    f"--target-flops names {target:g}; with no token dropped this model costs "
+                    f"{nothing.relative_flops:.3f}: leave it out"
+                )
+
+        def taking(thresholds: Sequence[float], vocabulary_threshold: float) -> FixedThreshold:
+            gate = None if whole.vocabulary is None else whole.vocabulary.at(vocabulary_threshold)
+            return replace(whole, thresholds=thresholds, vocabulary=gate)
+
+        def fit(target: float) -> Budget | None:
+            gate = whole.vocabulary
+            if gate is not None:
+                gate = gate.keeping(token_ids(batch), default_keep_rate(model, batch, target))
+            threshold = gate.threshold if gate else 0.0
+            with using(model, taking(nothing.thresholds, threshold)):
+                found = fit_to_budget(model, batch, schedule, target)
+            return None if found is None else Budget(target, found.thresholds, threshold)
+
+        def cost(budget: Budget) -> float:
+            with using(model, taking(budget.thresholds, budget.vocabulary_threshold)), record(model) as trace:
+                outputs_in_parts(model, batch)
+            return count_flops(model, trace).relative
+
+        table = budget_table(targets, nothing, fit, cost)
+    if table[0].relative_flops != targets[0]:
+        raise ConfigError(f"--schedule {schedule.name} cannot reach --target-flops {targets[0]:g}")
+    return replace(taking(table[0].thresholds, table[0].vocabulary_threshold), budgets=table)
+
+
+def budget_holder(model: Any, batch: Batch, options: TrainOptions, schedule: Schedule | None) -> BudgetHolder:
+    """What keeps the budget, or one of several in each step.
 
     Args:
         model: pruned.
-        held_out: tokenized texts that thresholds are fitted to.
-        target: relative FLOPs.
+        batch: what costs are held on, padded.
+        options: with a budget.
         schedule: see :class:`BudgetHolder`.
-        bf16: see :class:`BudgetHolder`.
 
     Raises:
         ConfigError: if the budget cannot be reached.
     """
-    batch = as_batch(held_out, model.config.pad_token_id or 0)
-    check_target(model, batch, target)
-    return BudgetHolder(batch, target, schedule, bf16)
+    if options.elastic:
+        return ElasticHolder(model, None, batch, options.bf16, options.seed, schedule)
+    assert options.budget is not None
+    check_target(model, batch, options.budget)
+    return BudgetHolder(batch, options.budget, schedule, options.bf16)
 
 
 def with_relative_scores(checkpoint: Checkpoint) -> Checkpoint:

@@ -53,9 +53,9 @@ class TrainOptions(InferenceOptions):
     """One training run; what each option is stands beside it.
 
     A budget, ``target_flops``, is held by a controller in the soft stage and by fitting thresholds to held-out training
-    examples, or to the texts of ``budget_input``, in the hard stage. Thresholds, their temperature and their learning
-    rate are then in units of scoring mode ``"relative"``, and the dense checkpoint that training started from teaches,
-    unless told otherwise.
+    examples, or to the texts of ``budget_input``, in the hard stage; of several, each step is pruned to one between the
+    lowest and 1. Thresholds, their temperature and their learning rate are then in units of scoring mode
+    ``"relative"``, and the dense checkpoint that training started from teaches, unless told otherwise.
 
     Args:
         task: for the output folder's name.
@@ -126,8 +126,8 @@ class TrainOptions(InferenceOptions):
 
     target_flops: float | list[float] | None = option(
         None, help="what the pruned model may cost, relative to the dense one on valid tokens, instead of --lambda; "
-        "thresholds, --temperature and --lr-threshold are then for scoring mode relative. With --texts there may be "
-        "several, for one checkpoint that holds them all",
+        "thresholds, --temperature and --lr-threshold are then for scoring mode relative. There may be several, "
+        "for one checkpoint that holds them all",
         group=_BUDGET, metavar="F", check=_budgets,
     )  # fmt: skip
     schedule: str | None = option(
@@ -204,8 +204,24 @@ class TrainOptions(InferenceOptions):
             raise ConfigError("give either --lambda or --target-flops")
         if self.schedule is not None and self.masking_mode != "hard":
             raise ConfigError(f"--schedule applies to masking mode hard; {self.masking_mode!r} learns a schedule")
+        if self.elastic:
+            self._check_elastic()
         if self.teacher is not None and self.no_teacher:
             raise ConfigError("give either --teacher or --no-teacher")
+
+    def _check_elastic(self) -> None:
+        several = f"with several budgets, --target-flops {' '.join(map(str, self.budgets))}"
+        if self.soft:
+            raise ConfigError(f"--masking-mode is {self.masking_mode!r}; {several}, it must be hard")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ConfigError(f"--target-flops is {self.target_flops}; each budget must be named once")
+        if self.vocabulary_keep_rate not in (None, 1):
+            raise ConfigError(
+                f"--vocabulary-keep-rate is {self.vocabulary_keep_rate}; {several}, each has its own: leave it out, or "
+                "give 1 to let all tokens in"
+            )
+        if (threshold := (self.pruning or {}).get("vocabulary_threshold")) is not None:
+            raise ConfigError(f"--vocabulary-threshold is {threshold}; {several}, each has its own: leave it out")
 
     def _check_not_soft(self) -> None:
         for name in (found.name for found in options_of(TrainOptions) if found.metadata["group"] == _SOFT):
@@ -221,18 +237,21 @@ class TrainOptions(InferenceOptions):
         return self.masking_mode in ("soft", "mixed")
 
     @property
-    def budget(self) -> float | None:
-        """The one budget that training on labels holds.
+    def budgets(self) -> list[float]:
+        """Those to hold, the lowest first; none without a budget."""
+        if self.target_flops is None:
+            return []
+        return sorted(self.target_flops) if isinstance(self.target_flops, list) else [self.target_flops]
 
-        Raises:
-            ConfigError: for several.
-        """
-        if isinstance(self.target_flops, list):
-            raise ConfigError(
-                f"--target-flops is {self.target_flops}; training on labels holds one budget: give one, or calibrate "
-                "for several"
-            )
-        return self.target_flops
+    @property
+    def budget(self) -> float | None:
+        """The lowest budget, which the model is left at."""
+        return min(self.budgets, default=None)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether several budgets are asked for."""
+        return isinstance(self.target_flops, list)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for one run to continue another."""
@@ -256,7 +275,7 @@ class TrainOptions(InferenceOptions):
             return folder / "mixed" if self.masking_mode == "mixed" else folder
         method = "hard" if mode == "absolute_threshold" else mode
         if self.target_flops is not None:
-            method = f"flops_{self.target_flops}"
+            method = f"flops_{'_'.join(map(str, self.budgets))}"
         return Path(self.restore) / method / f"lr_{self.lr}"
 
 

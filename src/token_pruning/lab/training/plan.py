@@ -175,7 +175,7 @@ def _start(found: Checkpoint, options: TrainOptions) -> tuple[Checkpoint, Pruner
     pruner = start.pruner(learned=options.soft, temperature=temperature)
     assert isinstance(pruner, FixedThreshold)
     layers = shape_of(start.model_config()).num_layers
-    return start, replace(pruner, thresholds=tuple(pruner.initial_thresholds(layers)))
+    return start, replace(pruner, thresholds=tuple(pruner.initial_thresholds(layers)), budgets=None)
 
 
 def _teacher(found: Checkpoint, options: TrainOptions) -> Checkpoint | None:

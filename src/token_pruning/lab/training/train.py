@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import safe_globals
 
+from token_pruning.budget.examples import as_batch
 from token_pruning.budget.holding import BudgetHolder
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checkpoint.settings import foreign_errors
@@ -25,6 +26,7 @@ from token_pruning.lab.training.budget import (
     budget_holder,
     budget_schedule,
     fitting_examples,
+    with_budgets,
 )
 from token_pruning.lab.training.distillation import teacher_logits
 from token_pruning.lab.training.evaluate import EvaluateSplits, make_evaluator
@@ -42,7 +44,7 @@ from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import DataSource, TrainPlan, plan_training
 from token_pruning.lab.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
 from token_pruning.lab.training.vocabulary import with_vocabulary_gate
-from token_pruning.pruners import Unpruned
+from token_pruning.pruners import FixedThreshold, Unpruned
 from token_pruning.runtime.prune import freeze_thresholds, is_pruned, prune, unprune
 
 logger = logging.getLogger(__name__)
@@ -133,21 +135,25 @@ def _build(plan: TrainPlan) -> _Built:
     schedule = None if options.budget is None else budget_schedule(model, options, plan.start_is_learned)
     features = labelled_features(tokenizer, plan.examples, plan.data.task, model, options.max_length)
     texts: list[dict[str, Any]] | None = None
+    if plan.budget_texts is not None:
+        texts = tokenize(tokenizer, plan.budget_texts, model, options.max_length)
+        texts = random.Random(options.seed).sample(texts, min(len(texts), HELD_OUT_EXAMPLES))
+    trained_on, holder, batch = features, None, None
+    if options.budget is not None:
+        trained_on, held_out = fitting_examples(features, options.seed) if texts is None else (features, texts)
+        batch = as_batch(held_out, model.config.pad_token_id or 0)
+
     if plan.pruner is not None:
         model.to(plan.arguments.device)
-        if plan.budget_texts is not None:
-            texts = tokenize(tokenizer, plan.budget_texts, model, options.max_length)
-            texts = random.Random(options.seed).sample(texts, min(len(texts), HELD_OUT_EXAMPLES))
         pruner = with_vocabulary_gate(plan.pruner, plan, model, tokenizer, features, texts)
+        if options.elastic:
+            assert batch is not None and schedule is not None and isinstance(pruner, FixedThreshold)
+            pruner = with_budgets(pruner, model, batch, options.budgets, schedule)
         prune(model, pruner)
     elif plan.arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
-
-    holder, trained_on = None, features
-    if options.budget is not None:
-        if texts is None:
-            trained_on, texts = fitting_examples(features, options.seed)
-        holder = budget_holder(model, texts, options.budget, schedule, bf16=options.bf16)
+    if batch is not None:
+        holder = budget_holder(model, batch, options, schedule)
     return _Built(model, tokenizer, features, trained_on, holder)
 
 
@@ -238,7 +244,7 @@ def _fit(plan: TrainPlan, built: _Built, trainer: PruningTrainer) -> None:
     if plan.options.masking_mode == "mixed":
         freeze_thresholds(built.model)  # also where the best checkpoint is one of the soft half
     if built.holder is not None:
-        fit = built.holder.fit(built.model)
-        if plan.first_process:
+        fit = built.holder.finish(built.model)
+        if plan.first_process and fit is not None:
             where = plan.options.budget_input or "held-out training examples"
             print(f"thresholds fitted to {fit.relative_flops:.3f} of the FLOPs on {where}")

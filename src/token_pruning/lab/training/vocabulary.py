@@ -27,7 +27,7 @@ def with_vocabulary_gate(
 
     Args:
         pruner: the plan's, with the threshold of the checkpoint if that has one.
-        plan: the keep rate, or the budget that it follows from; scores found in its checkpoint are kept.
+        plan: the keep rate, or the lowest budget, that it follows from; scores found in its checkpoint are kept.
         model: the checkpoint's, not pruned.
         tokenizer: for the line that is printed.
         features: the training examples, tokenized.
@@ -38,7 +38,8 @@ def with_vocabulary_gate(
     """
     options = plan.options
     keep_rate = options.vocabulary_keep_rate
-    if keep_rate is None and (pruner.vocabulary_threshold is not None or options.target_flops is None):
+    kept = pruner.vocabulary_threshold is not None and not options.elastic
+    if keep_rate is None and (kept or options.target_flops is None):
         return pruner
     some = random.Random(options.seed).sample(features, min(len(features), EXAMPLES))
     if keep_rate is None:
@@ -48,7 +49,7 @@ def with_vocabulary_gate(
             batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
             keep_rate = default_keep_rate(model, batch, budget)
     if keep_rate == 1:
-        gate = None if pruner.vocabulary is None else pruner.vocabulary.at(0.0)
+        gate = None if pruner.vocabulary is None or options.elastic else pruner.vocabulary.at(0.0)
         return replace(pruner, vocabulary=gate)
     gate = (pruner.vocabulary or vocabulary_gate(model, some)).keeping(token_ids(texts or some), keep_rate)
     if plan.first_process and gate.threshold:
