@@ -404,7 +404,11 @@ def test_one_run_for_several_budgets(
     assert {0.55, 0.7} <= {entry["relative_flops"] for entry in table}
     gates = [entry["vocabulary_threshold"] for entry in table]
     assert gates[-1] == 0 and (gates[0] > 0) == ("keep_rate" not in options)
+    written = json.loads((folder / "out" / "eval_budgets.json").read_text(encoding="utf-8"))
+    assert [each["budget"] for each in written] == [0.55, 0.7]
+    assert written[0]["accuracy"] == results(folder)["metrics"]["accuracy"]
     assert cost_at(folder, 0.7) == pytest.approx(0.7, abs=0.06)
+    assert results(folder, "at")["metrics"]["accuracy"] == written[1]["accuracy"]
     assert cost_at(folder, 1) == pytest.approx(table[-1]["relative_flops"], abs=0.02)
     assert len({*drawn} - {entry["relative_flops"] for entry in table}) >= 16  # one for each step
     assert all(0.55 <= budget <= table[-1]["relative_flops"] for budget in drawn)

@@ -45,7 +45,7 @@ from token_pruning.lab.training.plan import DataSource, TrainPlan, plan_training
 from token_pruning.lab.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
 from token_pruning.lab.training.vocabulary import with_vocabulary_gate
 from token_pruning.pruners import FixedThreshold, Unpruned
-from token_pruning.runtime.prune import freeze_thresholds, is_pruned, prune, unprune
+from token_pruning.runtime.prune import freeze_thresholds, is_pruned, prune, set_budget, unprune
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,26 @@ def _carry_out(plan: TrainPlan, callbacks: Sequence[TrainerCallback]) -> None:
     if plan.first_process:
         if plan.pruner is None and is_pruned(built.model):
             unprune(built.model)
-        evaluate_splits(built.model)
+        if options.elastic:
+            _evaluate_budgets(plan, built.model, evaluate_splits)
+        else:
+            evaluate_splits(built.model)
         plan.run_dir.save_model(built.model, built.tokenizer)
         write_json(plan.run_dir.path / "trainer_state.json", asdict(trainer.state))
         plan.run_dir.finish(options.identity())
         print(f"saved to {plan.run_dir.path}")
     trainer.accelerator.wait_for_everyone()
+
+
+def _evaluate_budgets(plan: TrainPlan, model: Any, evaluate_splits: EvaluateSplits) -> None:
+    """Evaluate at every budget, the lowest last: that is where the model stays, and what ``eval_results.json`` says."""
+    found = []
+    for budget in reversed(plan.options.budgets):
+        set_budget(model, budget)
+        print(f"budget {budget:g}:")
+        first = next(iter(evaluate_splits(model).values()))
+        found.append({"budget": budget, "relative_flops": first.relative_flops, **first.metrics})
+    write_json(plan.run_dir.path / "eval_budgets.json", found[::-1])
 
 
 @dataclass(frozen=True)
