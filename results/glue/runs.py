@@ -42,7 +42,6 @@ DENSE = {  # what it starts from, learning rate, epochs
     "SST2": (None, 1e-4, 1),
 }
 EPOCHS = {"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1}  # of every pruned run; LTP's soft and hard stages share them
-ELASTIC = 2  # times as many epochs, of what is for three budgets
 EXAMPLES = 400
 
 Commands = Iterator[tuple[str, list[str]]]
@@ -101,8 +100,7 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
             learned = ["--restore", str(here / f"{name}-soft"), "--masking-mode", "hard", "--lr", "1e-4"]
             yield name, ["train", *common, *half, *learned]
     if "elastic" in methods:
-        passes = ["--epoch", str(ELASTIC * EPOCHS[task])]
-        yield "elastic", [*hard, *passes, *budget, *map(str, BUDGETS.values())]
+        yield "elastic", [*hard, *epochs, *budget, *map(str, BUDGETS.values())]
         for name, target in BUDGETS.items():
             yield f"elastic-{name}", ["eval", *data, "--restore", str(here / "elastic"), "--budget", str(target)]
     if "short" in methods:

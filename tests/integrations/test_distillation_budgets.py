@@ -99,6 +99,7 @@ def test_a_saved_model_has_the_table(home: Path, tmp_path: Path) -> None:
 
 def test_each_step_has_a_budget_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[float]] = []
+    taken: list[float] = []
     stepped: list[Any] = []
     own, step = elastic_holding.set_budget, ElasticHolder.on_step_begin
 
@@ -109,6 +110,7 @@ def test_each_step_has_a_budget_of_its_own(home: Path, monkeypatch: pytest.Monke
     def begin(self: Any, *args: Any, model: Any = None, **kwargs: Any) -> None:
         drawn.append([])
         step(self, *args, model=model, **kwargs)
+        taken.append(drawn[-1][-1])
         stepped.append(tuple(attachment_of(hugging_face_model(model)).token_pruner.thresholds.tolist()))
 
     drawn.append([])
@@ -117,14 +119,14 @@ def test_each_step_has_a_budget_of_its_own(home: Path, monkeypatch: pytest.Monke
     runs = []
     for seed in (1, 1, 2):
         model = embedder(home)
-        drawn[:], stepped[:] = [[]], []
+        drawn[:], taken[:], stepped[:] = [[]], [], []
         tp.distill(model, TEXTS, BUDGETS, seed=seed, **SHORT)
-        last = [each[-1] for each in drawn[1:-1]]  # of the last step, what finish() set is after it
         low, high = table_of(model)[0].relative_flops, table_of(model)[-1].relative_flops
-        assert len(stepped) == 7 and len({*last}) == len(last)
-        assert all(low <= budget <= high for budget in last) and max(last) - min(last) > 0.1
+        assert len(stepped) == 7 and len({*taken}) == len(taken)
+        assert all(low <= budget <= high for budget in taken) and max(taken) - min(taken) > 0.1
+        assert all(each[-1] == low for each in drawn[1:])  # when the step is over
         assert len({*stepped}) > 3  # and nothing leaves at the highest
-        runs.append((last, {name: value.clone() for name, value in model.state_dict().items()}, table_of(model)))
+        runs.append(([*taken], {name: value.clone() for name, value in model.state_dict().items()}, table_of(model)))
     one, again, other = runs
     assert one[0] == again[0] != other[0] and one[2] == again[2] != other[2]
     assert all((value == again[1][name]).all() for name, value in one[1].items())

@@ -25,6 +25,7 @@ from token_pruning.lab.training.budget import (
     BudgetController,
     fitting_examples,
     soft_relative_flops,
+    with_budgets,
     with_relative_scores,
 )
 from token_pruning.lab.training.options import TrainOptions
@@ -426,6 +427,34 @@ def test_between_steps_the_model_is_at_the_lowest_budget() -> None:
     assert model.token_pruner.pruner.thresholds != lowest
     holder.on_step_end(None, state, CONTROL, model=model)
     assert model.token_pruner.pruner.thresholds == lowest
+
+
+def test_entries_that_still_cost_as_much_are_fitted_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(), ragged_batch([30, 12, 25, 8] * 16)
+    whole = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")
+    drain = named_schedule("drain", 3)
+    tp.prune(model, with_budgets(whole, model, batch, [0.5, 0.6], drain)).train()
+    holder = ElasticHolder(model, None, batch, False, 0, drain)
+    holder.fit(model)
+    with torch.no_grad():
+        for parameter in model.bert.parameters():
+            parameter.mul_(1.1)
+    before = model.token_pruner.pruner.budgets
+    full = []
+    own = elastic_holding.fit_to_budget
+    monkeypatch.setattr(elastic_holding, "fit_to_budget", lambda *a, **k: (full.append(a), own(*a, **k))[1])
+    holder.fit(model)
+    assert model.token_pruner.pruner.budgets != before  # other thresholds, as other weights want
+    for budget in model.token_pruner.pruner.budgets:
+        tp.set_budget(model, budget.relative_flops)
+        with torch.no_grad(), tp.record(model.eval()) as trace:
+            model(**batch)
+        assert tp.count_flops(model, trace).relative == pytest.approx(budget.relative_flops, abs=0.006)
+    assert len(full) < len(before) - 2  # those whose cost moved; the first and the last are not among them
+    holder.strengths = [1.0] * len(holder.strengths)  # as if the cost had moved
+    full.clear()
+    holder.fit(model)
+    assert len(full) == len(before) - 2
 
 
 def test_a_killed_run_for_several_budgets_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

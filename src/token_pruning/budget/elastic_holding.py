@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from token_pruning.budget.examples import Batch
-from token_pruning.budget.fitting import Fit, fit_to_budget
+from token_pruning.budget.fitting import CLOSE_ENOUGH, Fit, fit_profile, fit_to_budget
 from token_pruning.budget.holding import CalibratedHolder, where_tokens_leave
 from token_pruning.budget.schedules import Schedule
 from token_pruning.pruners import FixedThreshold
@@ -41,6 +41,7 @@ class ElasticHolder(CalibratedHolder):
         super().__init__(model, dense, batch, lowest, bf16)
         self.seed = seed
         self.given = self.schedule = schedule
+        self.strengths: list[float | None] = [None] * len(self.table)
         self.schedules: list[Schedule] | None = None
         if schedule is not None:
             nothing = Schedule("nothing", (0.0,) * len(schedule.weights))
@@ -56,13 +57,14 @@ class ElasticHolder(CalibratedHolder):
         elif found.get("schedules") is not None:
             self.schedules = [Schedule(each["name"], tuple(each["weights"])) for each in found["schedules"]]
         if found.get("schedules") is not None:
+            self.strengths = found["strengths"]
             self._keep(model, checked_budgets("budgets", found["budgets"]))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         found = super().state()
         schedules = None if self.schedules is None else [asdict(each) for each in self.schedules]
-        found["attributes"] |= {"schedules": schedules, "budgets": as_json(self.table)}
+        found["attributes"] |= {"schedules": schedules, "strengths": self.strengths, "budgets": as_json(self.table)}
         return found
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -84,10 +86,12 @@ class ElasticHolder(CalibratedHolder):
         if self.schedules is None:
             self.schedules = [self._at(model, budget, where_tokens_leave) for budget in self.table]
         table = []
-        for budget, schedule in zip(self.table, self.schedules, strict=True):
-            found = fit if budget is self.table[0] else None
-            if found is None and sum(schedule.weights) > 0:
-                found = self._at(model, budget, partial(fit_to_budget, schedule=schedule, target=budget.relative_flops))
+        for place, (budget, schedule) in enumerate(zip(self.table, self.schedules, strict=True)):
+            found = fit if place == 0 else None
+            if place > 0 and sum(schedule.weights) > 0:
+                run = partial(_fit_again, schedule=schedule, target=budget.relative_flops, before=self.strengths[place])
+                found = self._at(model, budget, run)
+            self.strengths[place] = None if found is None else found.strength
             table.append(budget if found is None else replace(budget, thresholds=found.thresholds))
         self._keep(model, table)
         return fit
@@ -104,6 +108,15 @@ class ElasticHolder(CalibratedHolder):
         self.table = tuple(table)
         attachment_of(inner).token_pruner.pruner = replace(_pruner_of(inner), budgets=self.table)
         set_budget(inner, self.target)
+
+
+def _fit_again(model: Any, batch: Batch, schedule: Schedule, target: float, before: float | None) -> Fit | None:
+    """A fit as strong as the one before, where that still costs as much: one pass in place of several."""
+    if before is not None:
+        fit = fit_profile(model, batch, schedule, before)
+        if abs(fit.relative_flops - target) <= CLOSE_ENOUGH:
+            return fit
+    return fit_to_budget(model, batch, schedule, target)
 
 
 def _pruner_of(model: Any) -> FixedThreshold:
