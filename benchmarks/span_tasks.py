@@ -22,7 +22,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassif
 
 import token_pruning as tp
 
-LONGEST, LONGEST_ANSWER, HELD_OUT_SENTENCES = 384, 30, 400  # tokens, tokens, sentences
+LONGEST, LONGEST_ANSWER = 384, 30  # tokens
+HELD_OUT_QUESTIONS, HELD_OUT_SENTENCES = 200, 400
 
 Row = dict[str, Any]
 """A tokenized text, without padding."""
@@ -101,6 +102,8 @@ def read_answers(data: Path, tokenizer: Any) -> Answers:
     training, held_out = articles[: RERANK_TRAINING_ARTICLES - 1], articles[RERANK_TRAINING_ARTICLES - 1 :][:1]
     cut = partial(tokenized, articles[RERANK_TRAINING_ARTICLES:])
     (rows, questions), train, held = cut(), tokenized(training)[0], tokenized(held_out)[0]
+    random.Random(0).shuffle(held)
+    held = held[:HELD_OUT_QUESTIONS]
     longest = [sum(len(row["input_ids"]) == LONGEST for row in each) for each in (train, rows)]
     about = (
         f"{len(rows):,} questions of {len(articles) - RERANK_TRAINING_ARTICLES} articles of half of the development "

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from span_tasks import Answers, Row, Tagging, read_answers, read_tagging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import token_pruning as tp
 from token_pruning.budget.examples import as_batch
@@ -39,7 +40,8 @@ from token_pruning.runtime.flops import relative_flops
 
 READERS: dict[str, Callable[[Path, Any], Answers | Tagging]] = {"answers": read_answers, "tagging": read_tagging}
 EPOCHS = {"answers": (2, 1), "tagging": (3, 2)}  # of the dense model, and what every trained model gets besides
-LEARNING_RATE, BATCH_SIZE, WARM_UP, CALIBRATION = 2e-4, 16, 0.1, 256
+LEARNING_RATE, BATCH_SIZE, WARM_UP = 2e-4, 16, 0.1
+REFITS = 10  # of thresholds while a model is trained
 DENSE, LONGER = "dense", "dense, trained on"
 DONE = "done"
 
@@ -103,6 +105,17 @@ def kept(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> 
     return load(folder)
 
 
+class Refits(TrainerCallback):  # type: ignore[misc]
+    """Has a budget held; the holder's own thirty refits would take as long as so short a training."""
+
+    def __init__(self, holder: CalibratedHolder) -> None:
+        self.holder = holder
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % ceil(state.max_steps / REFITS) == 0:
+            self.holder.fit(model)
+
+
 # Runs
 
 
@@ -121,7 +134,7 @@ def dense_model(task: Answers | Tagging, here: Path, seed: int, *, longer: bool 
 def calibrated(task: Answers | Tagging, here: Path, seed: int, budget: float) -> Any:
     def make() -> Any:
         model = dense_model(task, here, seed)
-        found = tp.calibrate(model, inputs_of(task.held_out[:CALIBRATION]), target_flops=budget)
+        found = tp.calibrate(model, inputs_of(task.held_out), target_flops=budget)
         print(f"{task.name}, seed {seed}, {budget}: {found.chosen.rule}", flush=True)
         return model
 
@@ -133,7 +146,7 @@ def trained(task: Answers | Tagging, here: Path, seed: int, budget: float) -> An
     model, dense = calibrated(task, here, seed, budget), dense_model(task, here, seed)
     batch = as_batch(inputs_of(task.held_out), 0)
     holder = CalibratedHolder(model, dense, batch, budget, has_amx())
-    fine_tune(model, task, EPOCHS[task.name][1], seed + 1, [holder])
+    fine_tune(model, task, EPOCHS[task.name][1], seed + 1, [Refits(holder)])
     holder.finish(model)
     return model
 
@@ -172,8 +185,8 @@ def inputs_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def measured(model: Any, task: Answers | Tagging, cost: float | None = None) -> Found:
-    """In the engine; the cost of a pruned model is counted on the way."""
-    fast = tp.compile(model, threads=torch.get_num_threads())
+    """In the engine, float32; the cost of a pruned model is counted on the way."""
+    fast = tp.compile(model, dtype="float32", threads=torch.get_num_threads())
     logits: list[Tensor] = []
 
     def run() -> None:
