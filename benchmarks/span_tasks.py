@@ -59,13 +59,13 @@ class Answers:
     questions: list[Question]
     cut: Callable[[int], tuple[list[Row], list[Question]]]
     about: str
-    name, title, measure = "answers", "Answers, SQuAD 2.0", "F1"
+    name, title, measure = "answers", "Answers, SQuAD 2.0", "F1 of the best span, answerable"
     head, labels = AutoModelForQuestionAnswering, 2
 
     @property
     def groups(self) -> Mapping[str, NDArray[np.int64]]:
         items, has = np.arange(len(self.questions)), np.flatnonzero([bool(q.accepted) for q in self.questions])
-        return {"all": items, "exact match": len(items) + items, "answerable, best span": 2 * len(items) + has}
+        return {"all": 2 * len(items) + has, "SQuAD 2.0 F1": items, "exact match": len(items) + items}
 
     def outcome(self, logits: Sequence[Tensor]) -> Outcome:
         """F1 of every question, then whether it matches exactly, then F1 of the best span though none were better."""
@@ -105,9 +105,10 @@ def read_answers(data: Path, tokenizer: Any) -> Answers:
     random.Random(0).shuffle(held)
     held = held[:HELD_OUT_QUESTIONS]
     longest = [sum(len(row["input_ids"]) == LONGEST for row in each) for each in (train, rows)]
+    has = sum(bool(question.accepted) for question in questions)
     about = (
         f"{len(rows):,} questions of {len(articles) - RERANK_TRAINING_ARTICLES} articles of half of the development "
-        f"set, {sum(bool(question.accepted) for question in questions):,} of them with an answer; trained on "
+        f"set, {has:,} of them with an answer (none at all would score {100 - 100 * has / len(rows):.1f}); trained on "
         f"{len(train):,} of {len(training)} other articles, calibrated on {len(held)} of one more. Contexts are cut at "
         f"{LONGEST} tokens ({longest[0]} in training, {longest[1]} in the test). No answer where the first token's "
         "logits say more than the best span's."

@@ -5,9 +5,9 @@
 The model is all-MiniLM-L6-v2 with a head for each task (span_tasks.py), fine-tuned here. It stands beside itself after
 more epochs; pruned by ``calibrate`` alone; pruned so and then trained for as many more epochs, thresholds and probes
 fitted to the budget again and again; pruned by top-k and trained alike; truncated; and its first three layers alone,
-trained for as many epochs as all. Losses are against the better one of the two dense models, intervals of 2,000
-bootstrap samples of questions or sentences, the same for both. Every run is kept in FOLDER as it ends: the same command
-goes on after it was killed.
+trained for as many epochs as all. Losses are against the dense model that has the better first score, intervals of
+2,000 bootstrap samples of questions or sentences, the same for both. Every run is kept in FOLDER as it ends: the same
+command goes on after it was killed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from token_pruning.lab.data import find_minilm
 from token_pruning.runtime.flops import relative_flops
 
 READERS: dict[str, Callable[[Path, Any], Answers | Tagging]] = {"answers": read_answers, "tagging": read_tagging}
-EPOCHS = {"answers": (2, 1), "tagging": (3, 2)}  # of the dense model, and what every trained model gets besides
+EPOCHS = {"answers": (2, 1), "tagging": (3, 1)}  # of the dense model, and what every trained model gets besides
 LEARNING_RATE, BATCH_SIZE, WARM_UP = 2e-4, 16, 0.1
 REFITS = 10  # of thresholds while a model is trained
 DENSE, LONGER = "dense", "dense, trained on"
@@ -257,8 +257,8 @@ def table_of(task: Answers | Tagging, arguments: argparse.Namespace) -> dict[str
         rows += made.rows
     first, more = EPOCHS[task.name]
     about = (
-        f"{task.about} {first} epochs; {more} more for all but the first row and what was only calibrated. The mean of "
-        f"seeds {', '.join(map(str, arguments.seeds))} of the training."
+        f"{task.about} {first} epochs, and {more} more for all but the first row and what was only calibrated. Seeds: "
+        f"{', '.join(map(str, arguments.seeds))}."
     )
     return comparison.table(task.title, about, task.measure, rows, arguments) if rows else None
 

@@ -488,8 +488,8 @@ def test_answers_are_found_where_they_stand(tmp_path: Path, monkeypatch: pytest.
         each[row["start_positions"], 0] = each[row["end_positions"], 1] = 9
     groups = task.groups
     assert [task.score(task.outcome(logits), items) for items in groups.values()] == [100, 100, 100]
-    assert len(groups["all"]) == 2 * len(groups["answerable, best span"]) == 40
+    assert len(groups["SQuAD 2.0 F1"]) == 2 * len(groups["all"]) == 40
     nothing = task.outcome([torch.zeros_like(each) for each in logits])  # a tie is no answer
-    assert task.score(nothing, groups["all"]) == task.score(nothing, groups["exact match"]) == 50
+    assert task.score(nothing, groups["SQuAD 2.0 F1"]) == task.score(nothing, groups["exact match"]) == 50
     rows, questions = task.cut(20)
     assert {len(row["input_ids"]) for row in rows} == {20} and len(questions[0].offsets) == 20 - questions[0].first - 1
