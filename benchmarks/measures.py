@@ -1,5 +1,8 @@
-"""Scores of rankings and similarities, intervals of what they lose, and lengths to truncate to."""
+"""Scores of rankings, similarities, answers and entities, intervals of what they lose, and lengths to truncate to."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -85,3 +88,53 @@ def length_for(target: float, cost: Callable[[int], float], longest: int, *, sho
 def truncated(lengths: Sequence[int], length: int) -> list[int]:
     """Of texts cut to ``length`` tokens, those added at both ends included."""
     return [min(each, length) for each in lengths]
+
+
+# Answers and entities
+
+
+def plain(text: str) -> list[str]:
+    """An answer's words as SQuAD compares them: lower case, without punctuation and articles."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def answer_scores(answer: str, accepted: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of words, 0 to 1, as SQuAD 2.0 has them: against whichever accepted answer is nearest.
+
+    Args:
+        answer: empty for none.
+        accepted: none for a question without an answer; those without words do not count.
+    """
+    words, wanted = plain(answer), [each for text in accepted if (each := plain(text))] or [[]]
+    return float(words in wanted), max(_overlap(words, each) for each in wanted)
+
+
+def _overlap(words: list[str], wanted: list[str]) -> float:
+    if not words or not wanted:
+        return float(words == wanted)
+    return 2 * (Counter(words) & Counter(wanted)).total() / (len(words) + len(wanted))
+
+
+def entities(labels: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Kinds, first words and ends of what BIO labels name; as in conlleval, an I after another kind begins one too."""
+    found, kind, start = set(), "", 0
+    for place, label in enumerate([*labels, "O"]):
+        begins = label.startswith("B-") or label[2:] != kind
+        if begins and kind:
+            found.add((kind, start, place))
+        if begins:
+            kind, start = label[2:], place
+    return found
+
+
+def entity_counts(found: Sequence[str], wanted: Sequence[str]) -> tuple[int, int, int]:
+    """Of one sentence's labels: entities that are right, found, and wanted."""
+    first, second = entities(found), entities(wanted)
+    return len(first & second), len(first), len(second)
+
+
+def entity_f1(counts: NDArray[np.float64]) -> float:
+    """F1 × 100 of sentences' :func:`entity_counts`, ``[sentences, 3]``."""
+    right, found, wanted = counts.sum(0)
+    return 200 * float(right) / max(1.0, float(found + wanted))

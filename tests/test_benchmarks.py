@@ -399,3 +399,97 @@ def test_pipelines_take_turns(
             ratios = [theirs / own for theirs, own in zip(dense["passes"], row["passes"], strict=True)]
             assert row["to_dense"] == pytest.approx(np.median(ratios))
     assert "| engine, pruned, float32 |" in output.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_answers_are_scored_as_squad_does(measures: Any) -> None:
+    assert measures.answer_scores("The cat!", ["a dog", "cat"]) == (1, 1)
+    assert measures.answer_scores("black cat", ["the cat", "dog"]) == (0, pytest.approx(2 / 3))
+    assert measures.answer_scores("cat cat", ["cat"]) == (0, pytest.approx(2 / 3))
+    assert measures.answer_scores("", []) == (1, 1) and measures.answer_scores("cat", []) == (0, 0)
+    assert measures.answer_scores("", ["cat", "the"]) == (0, 0)
+
+
+def test_entities_are_those_of_conlleval(measures: Any) -> None:
+    labels = ["B-person", "I-person", "B-person", "O", "I-group", "I-person", "O", "B-group"]
+    expected = {("person", 0, 2), ("person", 2, 3), ("group", 4, 5), ("person", 5, 6), ("group", 7, 8)}
+    assert measures.entities(labels) == expected
+    assert measures.entity_counts(["B-person", "O", *labels[2:]], labels) == (4, 5, 5)
+    assert measures.entity_f1(np.array([[4.0, 5, 5], [0, 1, 0]])) == pytest.approx(100 * 8 / 11)
+    assert measures.entity_f1(np.zeros((2, 3))) == 0
+
+
+def write_spans(folder: Path) -> None:
+    """Three articles of 40 questions, half of them with an answer, and sentences with names."""
+    generator, articles = random.Random(0), []
+    for _ in range(3):
+        paragraphs = []
+        for number in range(40):
+            words = generator.choices(WORDS, k=30)
+            place = generator.randrange(25)
+            answer = {"text": " ".join(words[place : place + 3]), "answer_start": len("".join(words[:place])) + place}
+            asked = {"question": f" {words[place]} ?", "is_impossible": number % 2 == 1}
+            asked["answers"] = [] if asked["is_impossible"] else [answer]
+            paragraphs.append({"context": " ".join(words), "qas": [asked]})
+        articles.append({"paragraphs": paragraphs})
+    (folder / "squad2").mkdir(parents=True)
+    (folder / "squad2" / "half-dev-v2.0.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
+    (folder / "wnut17").mkdir()
+    for part in ("train", "test"):
+        lines = [f"{word}\t{'B-cat' if word == 'cat' else 'O'}" for word in generator.choices(WORDS, k=1200)]
+        text = "\n".join("\n".join(lines[start : start + 20]) + "\n\t" for start in range(0, 1200, 20))
+        (folder / "wnut17" / f"{part}.conll").write_text(text, encoding="utf-8")
+
+
+def test_spans_are_measured_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spans, output = benchmark("spans", monkeypatch), tmp_path / "spans"
+    write_spans(tmp_path / "data")
+    model = write_checkpoint(tmp_path / "model", head="encoder", initializer_range=0.3)
+    pruner = tp.FixedThreshold(thresholds=[0.0, 0.9, 0.9, 0.9], scoring_mode="relative")
+    monkeypatch.setattr(spans, "find_minilm", lambda: model)
+    monkeypatch.setattr(spans, "EPOCHS", {"answers": (1, 1), "tagging": (1, 1)})
+    tasks = benchmark("span_tasks", monkeypatch)
+    monkeypatch.setattr(tasks, "RERANK_TRAINING_ARTICLES", 2)
+    monkeypatch.setattr(tasks, "LONGEST", 100)
+    monkeypatch.setattr(tasks, "HELD_OUT_SENTENCES", 20)
+    monkeypatch.setattr(tp, "calibrate", lambda model, examples, target_flops: tp.Calibration(
+        tp.prune(model, pruner).token_pruner.pruner, Namespace(rule="attention received"), []
+    ))  # fmt: skip
+    words = ["/somewhere/benchmarks/spans.py", "--data", str(tmp_path / "data"), "--model", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", [*words, "--budgets", "0.6", "--output", str(output)])
+    verbosity = transformers.logging.get_verbosity()
+    try:
+        spans.measure(spans.parse_arguments())
+        first = capsys.readouterr().out
+        (tmp_path / "runs" / "answers-seed0" / "top-k at 0.6, trained.json").unlink()
+        spans.measure(spans.parse_arguments())
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    assert first.count("answers, seed 0, ") == 8 and capsys.readouterr().out.count("answers, seed 0, ") == 1
+    for table in json.loads(output.with_suffix(".json").read_text(encoding="utf-8")):
+        rows = {row["what"]: row for row in table["rows"]}
+        assert rows["dense"]["cost"] == 1 and rows["the first half of the layers, trained"]["cost"] == 0.5
+        for what in ("calibrated to 0.6, then trained", "top-k at 0.6, trained"):
+            assert rows[what]["cost"] == pytest.approx(0.6, abs=0.04)
+        assert sum(not row["losses"] for row in table["rows"]) == 1  # of the better dense model
+        assert table["commands"][0].startswith("python benchmarks/spans.py --data DATA --model FOLDER --budgets 0.6")
+    assert "| top-k at 0.6, trained | 0.6" in output.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_answers_are_found_where_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = benchmark("span_tasks", monkeypatch)
+    write_spans(tmp_path / "data")
+    monkeypatch.setattr(tasks, "RERANK_TRAINING_ARTICLES", 2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(write_checkpoint(tmp_path / "model"))
+    task = tasks.read_answers(tmp_path / "data", tokenizer)
+    logits = [torch.zeros(len(row["input_ids"]), 2) for row in task.rows]
+    for each, row in zip(logits, task.rows, strict=True):
+        each[row["start_positions"], 0] = each[row["end_positions"], 1] = 9
+    groups = task.groups
+    assert [task.score(task.outcome(logits), items) for items in groups.values()] == [100, 100, 100]
+    assert len(groups["SQuAD 2.0 F1"]) == 2 * len(groups["all"]) == 40
+    nothing = task.outcome([torch.zeros_like(each) for each in logits])  # a tie is no answer
+    assert task.score(nothing, groups["SQuAD 2.0 F1"]) == task.score(nothing, groups["exact match"]) == 50
+    rows, questions = task.cut(20)
+    assert {len(row["input_ids"]) for row in rows} == {20} and len(questions[0].offsets) == 20 - questions[0].first - 1
