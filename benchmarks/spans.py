@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 from span_tasks import Answers, Row, Tagging, read_answers, read_tagging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import token_pruning as tp
 from token_pruning.budget.examples import as_batch
@@ -41,7 +40,6 @@ from token_pruning.runtime.flops import relative_flops
 READERS: dict[str, Callable[[Path, Any], Answers | Tagging]] = {"answers": read_answers, "tagging": read_tagging}
 EPOCHS = {"answers": (2, 1), "tagging": (3, 1)}  # of the dense model, and what every trained model gets besides
 LEARNING_RATE, BATCH_SIZE, WARM_UP = 2e-4, 16, 0.1
-REFITS = 10  # of thresholds while a model is trained
 DENSE, LONGER = "dense", "dense, trained on"
 DONE = "done"
 
@@ -105,15 +103,10 @@ def kept(folder: Path, make: Callable[[], Any], load: Callable[[Path], Any]) -> 
     return load(folder)
 
 
-class Refits(TrainerCallback):  # type: ignore[misc]
-    """Has a budget held; the holder's own thirty refits would take as long as so short a training."""
+class Holder(CalibratedHolder):
+    """Holds a budget; thirty refits would take as long as so short a training."""
 
-    def __init__(self, holder: CalibratedHolder) -> None:
-        self.holder = holder
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % ceil(state.max_steps / REFITS) == 0:
-            self.holder.fit(model)
+    refits = 10
 
 
 # Runs
@@ -145,8 +138,8 @@ def trained(task: Answers | Tagging, here: Path, seed: int, budget: float) -> An
     """The calibrated model after further epochs, held at its budget."""
     model, dense = calibrated(task, here, seed, budget), dense_model(task, here, seed)
     batch = as_batch(inputs_of(task.held_out), 0)
-    holder = CalibratedHolder(model, dense, batch, budget, has_amx())
-    fine_tune(model, task, EPOCHS[task.name][1], seed + 1, [Refits(holder)])
+    holder = Holder(model, dense, batch, budget, has_amx())
+    fine_tune(model, task, EPOCHS[task.name][1], seed + 1, [holder])
     holder.finish(model)
     return model
 

@@ -252,7 +252,7 @@ def test_a_rule_that_cannot_hold_the_budget_is_refused(home: Path) -> None:
 
 def test_refits_look_at_some_of_the_texts_and_the_last_at_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "_REFIT_TOKENS", 100)
-    monkeypatch.setattr(holding, "REFITS", 3)
+    monkeypatch.setattr(holding.BudgetHolder, "refits", 3)
     seen: list[int] = []
     fit = CalibratedHolder.fit
 

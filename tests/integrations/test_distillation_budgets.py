@@ -14,7 +14,7 @@ from tests.integrations.test_distillation import _quick_search as _quick_search 
 from tests.integrations.test_sentence_transformers import embedder, ranker
 from tests.integrations.test_sentence_transformers import home as home  # a fixture
 from tests.integrations.test_sentence_transformers import texts as some_texts
-from token_pruning.budget import elastic_holding, holding
+from token_pruning.budget import elastic_holding
 from token_pruning.budget.distillation import Course
 from token_pruning.budget.elastic_holding import ElasticHolder
 from token_pruning.budget.fitting import outputs_in_parts
@@ -26,7 +26,7 @@ BUDGETS = [0.65, 0.5]
 @pytest.fixture(autouse=True)
 def _few_refits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one for every entry of the table."""
-    monkeypatch.setattr(holding, "REFITS", 6)
+    monkeypatch.setattr(ElasticHolder, "refits", 6)
 
 
 def texts_of(kind: str) -> Any:

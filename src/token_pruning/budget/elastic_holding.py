@@ -22,6 +22,8 @@ class ElasticHolder(CalibratedHolder):
     Between two steps the model is at the lowest: that is what is saved and evaluated.
     """
 
+    refits = 10  # each fits as many times as the table has entries
+
     def __init__(
         self, model: Any, dense: Any, batch: Batch, bf16: bool, seed: int, schedule: Schedule | None = None
     ) -> None:

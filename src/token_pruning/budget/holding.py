@@ -29,13 +29,18 @@ from token_pruning.ragged import Layout
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, prunable, set_thresholds
 
-REFITS = 30  # over a training
 _REFIT_TOKENS, _FEWEST = 5000, 64  # of the held-out texts that each but the last is fitted to, and texts
 _PENALTY = 1e-3  # of a probe's change
 
 
 class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again."""
+    """Keeps a hard stage at its budget: thresholds are fitted to held-out training examples again and again.
+
+    Attributes:
+        refits: how often over a training.
+    """
+
+    refits = 30
 
     def __init__(self, batch: Mapping[str, Tensor], target: float, schedule: Schedule | None, bf16: bool) -> None:
         """Nothing is fitted yet.
@@ -73,7 +78,7 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.fit(model)
             self.schedule = schedule
             return
-        every = max(1, ceil(state.max_steps / REFITS))
+        every = max(1, ceil(state.max_steps / self.refits))
         if self.schedule is None or state.global_step % every == 0:
             self.fit(model)
 
