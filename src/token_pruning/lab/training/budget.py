@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
-from token_pruning.budget.elastic import budget_dropping_nothing, budget_table
+from token_pruning.budget.elastic import at, budget_dropping_nothing, budget_table
 from token_pruning.budget.elastic_holding import ElasticHolder
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
@@ -179,28 +179,24 @@ def with_budgets(
                     f"{nothing.relative_flops:.3f}: leave it out"
                 )
 
-        def taking(thresholds: Sequence[float], vocabulary_threshold: float) -> FixedThreshold:
-            gate = None if whole.vocabulary is None else whole.vocabulary.at(vocabulary_threshold)
-            return replace(whole, thresholds=thresholds, vocabulary=gate)
-
         def fit(target: float) -> Budget | None:
             gate = whole.vocabulary
             if gate is not None:
                 gate = gate.keeping(token_ids(batch), default_keep_rate(model, batch, target))
             threshold = gate.threshold if gate else 0.0
-            with using(model, taking(nothing.thresholds, threshold)):
+            with using(model, at(whole, replace(nothing, vocabulary_threshold=threshold))):
                 found = fit_to_budget(model, batch, schedule, target)
             return None if found is None else Budget(target, found.thresholds, threshold)
 
         def cost(budget: Budget) -> float:
-            with using(model, taking(budget.thresholds, budget.vocabulary_threshold)), record(model) as trace:
+            with using(model, at(whole, budget)), record(model) as trace:
                 outputs_in_parts(model, batch)
             return count_flops(model, trace).relative
 
         table = budget_table(targets, nothing, fit, cost)
     if table[0].relative_flops != targets[0]:
         raise ConfigError(f"--schedule {schedule.name} cannot reach --target-flops {targets[0]:g}")
-    return replace(taking(table[0].thresholds, table[0].vocabulary_threshold), budgets=table)
+    return replace(at(whole, table[0]), budgets=table)
 
 
 def budget_holder(model: Any, batch: Batch, options: TrainOptions, schedule: Schedule | None) -> BudgetHolder:
