@@ -346,7 +346,7 @@ def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --teacher CKPT --no_teacher", "either --teacher or"),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --prune_mode topk", "prune_mode is 'topk'"),
         ("--restore CKPT --masking_mode soft --target_flops 0.5 0.6", "--target-flops 0.5 0.6, it must be hard"),
-        ("--restore CKPT --masking_mode hard --target_flops 0.5 0.5", "each budget must be named once"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 0.5", "--target-flops names 0.5 twice"),
         (
             "--restore CKPT --masking_mode hard --target_flops 0.5 0.99",
             "--target-flops names 0.99; with no token dropped",

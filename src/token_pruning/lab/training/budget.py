@@ -166,13 +166,15 @@ def with_budgets(
         schedule: where tokens leave.
 
     Raises:
-        ConfigError: if a budget cannot be reached, or needs no pruning.
+        ConfigError: if a budget cannot be reached, needs no pruning, or is there twice.
     """
     whole = replace(pruner, vocabulary=None if pruner.vocabulary is None else pruner.vocabulary.at(0.0), budgets=None)
     with prunable(model, whole):
         nothing = budget_dropping_nothing(model, whole, batch)
         for target in targets:
             check_target(model, batch, target)
+            if targets.count(target) > 1:
+                raise ConfigError(f"--target-flops names {target:g} twice")
             if target >= nothing.relative_flops:
                 raise ConfigError(
                     f"--target-flops names {target:g}; with no token dropped this model costs "

@@ -213,8 +213,6 @@ class TrainOptions(InferenceOptions):
         several = f"with several budgets, --target-flops {' '.join(map(str, self.budgets))}"
         if self.soft:
             raise ConfigError(f"--masking-mode is {self.masking_mode!r}; {several}, it must be hard")
-        if len(set(self.budgets)) < len(self.budgets):
-            raise ConfigError(f"--target-flops is {self.target_flops}; each budget must be named once")
         if self.vocabulary_keep_rate not in (None, 1):
             raise ConfigError(
                 f"--vocabulary-keep-rate is {self.vocabulary_keep_rate}; {several}, each has its own: leave it out, or "
