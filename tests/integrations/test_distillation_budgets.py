@@ -122,7 +122,8 @@ def test_each_step_has_a_budget_of_its_own(home: Path, monkeypatch: pytest.Monke
         drawn[:], taken[:], stepped[:] = [[]], [], []
         tp.distill(model, TEXTS, BUDGETS, seed=seed, **SHORT)
         low, high = table_of(model)[0].relative_flops, table_of(model)[-1].relative_flops
-        assert len(stepped) == 7 and len({*taken}) == len(taken)
+        above = [budget for budget in taken if budget > low]
+        assert len(stepped) == 7 and len(above) == len({*above}) < len(taken)  # some at the lowest, no other one twice
         assert all(low <= budget <= high for budget in taken) and max(taken) - min(taken) > 0.1
         assert all(each[-1] == low for each in drawn[1:])  # when the step is over
         assert len({*stepped}) > 3  # and nothing leaves at the highest

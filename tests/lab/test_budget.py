@@ -411,7 +411,8 @@ def test_one_run_for_several_budgets(
     assert cost_at(folder, 0.7) == pytest.approx(0.7, abs=0.06)
     assert results(folder, "at")["metrics"]["accuracy"] == written[1]["accuracy"]
     assert cost_at(folder, 1) == pytest.approx(table[-1]["relative_flops"], abs=0.02)
-    assert len({*drawn} - {entry["relative_flops"] for entry in table}) >= 16  # one for each step
+    between = {*drawn} - {entry["relative_flops"] for entry in table}
+    assert 8 <= len(between) < 16  # of the 16 steps, those that are not at the lowest
     assert all(0.55 <= budget <= table[-1]["relative_flops"] for budget in drawn)
 
 

@@ -14,10 +14,13 @@ from token_pruning.pruners import FixedThreshold
 from token_pruning.pruners.budgets import Budget, as_json, checked_budgets
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, set_budget
 
+_AT_LOWEST = 0.3  # of the steps
+
 
 class ElasticHolder(CalibratedHolder):
     """The same for a model that is pruned for several budgets: each step takes one of them, drawn at random.
 
+    Three steps in ten take the lowest, which is the hardest, and the others more often a low one than a high one.
     So one set of weights serves them all (as in LengthDrop, arXiv 2010.07003, and slimmable networks, 1812.08928).
     Between two steps the model is at the lowest: that is what is saved and evaluated.
     """
@@ -73,8 +76,9 @@ class ElasticHolder(CalibratedHolder):
         """Fit as often as for one budget; then draw this step's."""
         super().on_step_begin(args, state, control, model=model)
         low, high = self.table[0].relative_flops, self.table[-1].relative_flops
-        drawn = random.Random(f"{self.seed} {state.global_step}").uniform(low, high)  # the same in a run that goes on
-        set_budget(hugging_face_model(model), drawn)
+        drawn = random.Random(f"{self.seed} {state.global_step}").random()  # the same in a run that goes on
+        above = max(0.0, (drawn - _AT_LOWEST) / (1 - _AT_LOWEST))
+        set_budget(hugging_face_model(model), low + (high - low) * above**2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Back to the lowest budget."""
