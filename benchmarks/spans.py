@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from span_tasks import Answers, Row, Tagging, read_answers, read_tagging
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import token_pruning as tp
 from token_pruning.budget.examples import as_batch
@@ -164,7 +164,7 @@ def topk_for(config: Any, lengths: Sequence[int], budget: float) -> tp.TopK:
 
 
 def shallow(task: Answers | Tagging, seed: int) -> Any:
-    layers = shape_of(start(task, seed).config).num_layers // 2
+    layers = shape_of(AutoConfig.from_pretrained(find_minilm())).num_layers // 2
     model = start(task, seed, num_hidden_layers=layers)
     first, more = EPOCHS[task.name]
     return fine_tune(fine_tune(model, task, first, seed), task, more, seed + 1)

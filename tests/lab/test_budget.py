@@ -25,7 +25,7 @@ from token_pruning.lab.training.budget import (
     BudgetController,
     fitting_examples,
     soft_relative_flops,
-    with_budgets,
+    with_budget_table,
     with_relative_scores,
 )
 from token_pruning.lab.training.options import TrainOptions
@@ -313,22 +313,27 @@ def test_the_cost_of_other_texts_can_be_held_to_the_budget(folder: Path, capsys:
     assert abs(results(folder)["relative_flops"] - 0.6) > 0.02  # the task's own texts are shorter
 
 
-def test_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, seen = BudgetHolder.fit, []
+@pytest.mark.parametrize(("holder", "budgets", "last"), [(BudgetHolder, "0.6", 14), (ElasticHolder, "0.6 0.8", 6)])
+def test_a_killed_run_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, holder: type[BudgetHolder], budgets: str, last: int
+) -> None:
+    fit, seen = holder.fit, []
 
     def fail(self: BudgetHolder, model: Any) -> Any:
         seen.append(None)
-        if len(seen) == 14:
+        if len(seen) == last:
             raise KeyboardInterrupt
         return fit(self, model)
 
-    monkeypatch.setattr(BudgetHolder, "fit", fail)
-    line = "--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6"
+    monkeypatch.setattr(holder, "fit", fail)
+    line = f"--task SST2 --restore CKPT --masking_mode hard --target_flops {budgets}"
     assert run(line) == 130
     assert (folder / "out" / "checkpoint-8").exists()
-    monkeypatch.setattr(BudgetHolder, "fit", fit)
+    monkeypatch.setattr(holder, "fit", fit)
     assert run(line) == 0
     assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
+    if holder is ElasticHolder:
+        assert cost_at(folder, 0.8) == pytest.approx(0.8, abs=0.06)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +439,7 @@ def test_entries_that_still_cost_as_much_are_fitted_in_one_pass(monkeypatch: pyt
     model, batch = tiny_model(), ragged_batch([30, 12, 25, 8] * 16)
     whole = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")
     drain = named_schedule("drain", 3)
-    tp.prune(model, with_budgets(whole, model, batch, [0.5, 0.6], drain)).train()
+    tp.prune(model, with_budget_table(whole, model, batch, [0.5, 0.6], drain)).train()
     holder = ElasticHolder(model, None, batch, False, 0, drain)
     holder.fit(model)
     with torch.no_grad():
@@ -456,25 +461,6 @@ def test_entries_that_still_cost_as_much_are_fitted_in_one_pass(monkeypatch: pyt
     full.clear()
     holder.fit(model)
     assert len(full) == len(before) - 2
-
-
-def test_a_killed_run_for_several_budgets_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, seen = ElasticHolder.fit, []
-
-    def fail(self: ElasticHolder, model: Any) -> Any:
-        seen.append(None)
-        if len(seen) == 6:  # in step 10
-            raise KeyboardInterrupt
-        return fit(self, model)
-
-    monkeypatch.setattr(ElasticHolder, "fit", fail)
-    line = "--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 0.8"
-    assert run(line) == 130
-    assert (folder / "out" / "checkpoint-8").exists()
-    monkeypatch.setattr(ElasticHolder, "fit", fit)
-    assert run(line) == 0
-    assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
-    assert cost_at(folder, 0.8) == pytest.approx(0.8, abs=0.06)
 
 
 def test_one_budget_after_several(folder: Path) -> None:

@@ -17,6 +17,7 @@ from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
     CLOSE_ENOUGH,
     Fit,
+    cost_of,
     default_keep_rate,
     entering_rate,
     fit_profile,
@@ -228,9 +229,7 @@ class Comparison:
     def cost(self, pruner: FixedThreshold) -> float:
         """Relative FLOPs of a method on the examples that thresholds are fitted to."""
         rows = self.fitting if self.plan.only_received else self.held_out
-        with using(self.model, pruner), record(self.model) as trace:
-            outputs_in_parts(self.model, self.part(self._for_thresholds(rows)))
-        return count_flops(self.model, trace).relative
+        return cost_of(self.model, pruner, self.part(self._for_thresholds(rows)))
 
     @property
     def observed(self) -> Observed:

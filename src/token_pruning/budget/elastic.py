@@ -59,7 +59,7 @@ def with_budgets(comparison: Comparison, best: Fit, targets: Sequence[float]) ->
         fits[target] = found
         return Budget(target, found.thresholds, found.vocabulary_threshold or 0.0)
 
-    budgets = budget_table(targets, nothing, fit, lambda budget: comparison.cost(at(best.pruner, budget)))
+    budgets = budget_table(targets, nothing, fit, lambda budget: comparison.cost(best.pruner.at(budget)))
     return replace(best.pruner, budgets=budgets), [fits[target] for target in targets if target in fits]
 
 
@@ -118,9 +118,3 @@ def budget_dropping_nothing(model: Any, pruner: FixedThreshold, batch: Batch) ->
     thresholds = tuple(dropping_nothing(pruner, len(pruner.thresholds)))
     with using(model, replace(pruner, thresholds=thresholds, vocabulary=None, budgets=None)):
         return Budget(highest_flops(model, batch), thresholds)
-
-
-def at(pruner: FixedThreshold, budget: Budget) -> FixedThreshold:
-    """The method with an entry's thresholds."""
-    gate = None if pruner.vocabulary is None else pruner.vocabulary.at(budget.vocabulary_threshold)
-    return replace(pruner, thresholds=budget.thresholds, vocabulary=gate)

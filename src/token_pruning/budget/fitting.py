@@ -341,6 +341,13 @@ def outputs_in_parts(model: Any, batch: Batch) -> Tensor:
     return torch.cat([outputs_of(model, part) for part in in_parts(batch)])
 
 
+def cost_of(model: Any, pruner: Pruner, batch: Batch) -> float:
+    """Relative FLOPs of a pruned model on a batch, with another method."""
+    with using(model, pruner), record(model) as trace:
+        outputs_in_parts(model, batch)
+    return count_flops(model, trace).relative
+
+
 def in_parts(batch: Batch) -> Iterator[dict[str, Tensor]]:
     """A batch's examples in their order, as many at a time as one pass should take."""
     lengths = batch["attention_mask"].sum(1).tolist()

@@ -1,7 +1,7 @@
 """Absolute thresholds: a token leaves when its importance is below its layer's threshold (Learned Token Pruning)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -69,6 +69,11 @@ class FixedThreshold(Pruner):
     def stores_thresholds(self) -> bool:
         """The linear rule needs no tensor: an edit of ``config.json`` then decides."""
         return self.thresholds is not None
+
+    def at(self, budget: Budget) -> "FixedThreshold":
+        """The same method with a budget's thresholds."""
+        gate = None if self.vocabulary is None else self.vocabulary.at(budget.vocabulary_threshold)
+        return replace(self, thresholds=budget.thresholds, vocabulary=gate)
 
     @property
     def has_gate(self) -> bool:

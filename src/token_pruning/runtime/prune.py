@@ -207,10 +207,9 @@ def set_budget(model: Any, budget: float) -> None:
             "does that"
         )
     found = at_budget(pruner.budgets, budget)
-    gate = None if pruner.vocabulary is None else pruner.vocabulary.at(found.vocabulary_threshold)
     with torch.no_grad():
         token_pruner.thresholds.copy_(torch.tensor(found.thresholds, dtype=torch.float32))
-    token_pruner.pruner = replace(pruner, thresholds=found.thresholds, vocabulary=gate)
+    token_pruner.pruner = pruner.at(found)
     if token_pruner.attachment is not None:
         token_pruner.attachment.describe()
         return

@@ -15,14 +15,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES
-from token_pruning.budget.elastic import at, budget_dropping_nothing, budget_table
+from token_pruning.budget.elastic import budget_dropping_nothing, budget_table
 from token_pruning.budget.elastic_holding import ElasticHolder
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
     check_target,
+    cost_of,
     default_keep_rate,
     fit_to_budget,
-    outputs_in_parts,
     prunable_layers,
     using,
 )
@@ -38,8 +38,8 @@ from token_pruning.lab.training.options import TrainOptions
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.pruners.budgets import Budget
 from token_pruning.pruners.importance import SCORING_MODES, convert_scores
-from token_pruning.runtime.flops import count_flops, relative_flops
-from token_pruning.runtime.prune import prunable, record
+from token_pruning.runtime.flops import relative_flops
+from token_pruning.runtime.prune import prunable
 from token_pruning.runtime.trace import Trace
 
 # Units of scoring mode "relative": 128 times the paper's, whose mean score is 1/128.
@@ -153,7 +153,7 @@ def budget_schedule(model: Any, options: TrainOptions, learned: bool) -> Schedul
     return None if by_thresholds else named_schedule("drain", prunable_layers(model))
 
 
-def with_budgets(
+def with_budget_table(
     pruner: FixedThreshold, model: Any, batch: Batch, targets: Sequence[float], schedule: Schedule
 ) -> FixedThreshold:
     """The method with a table of budgets, pruning to the lowest.
@@ -186,19 +186,14 @@ def with_budgets(
             if gate is not None:
                 gate = gate.keeping(token_ids(batch), default_keep_rate(model, batch, target))
             threshold = gate.threshold if gate else 0.0
-            with using(model, at(whole, replace(nothing, vocabulary_threshold=threshold))):
+            with using(model, whole.at(replace(nothing, vocabulary_threshold=threshold))):
                 found = fit_to_budget(model, batch, schedule, target)
             return None if found is None else Budget(target, found.thresholds, threshold)
 
-        def cost(budget: Budget) -> float:
-            with using(model, at(whole, budget)), record(model) as trace:
-                outputs_in_parts(model, batch)
-            return count_flops(model, trace).relative
-
-        table = budget_table(targets, nothing, fit, cost)
+        table = budget_table(targets, nothing, fit, lambda budget: cost_of(model, whole.at(budget), batch))
     if table[0].relative_flops != targets[0]:
         raise ConfigError(f"--schedule {schedule.name} cannot reach --target-flops {targets[0]:g}")
-    return replace(at(whole, table[0]), budgets=table)
+    return replace(whole.at(table[0]), budgets=table)
 
 
 def budget_holder(model: Any, batch: Batch, options: TrainOptions, schedule: Schedule | None) -> BudgetHolder:

@@ -26,7 +26,7 @@ from token_pruning.lab.training.budget import (
     budget_holder,
     budget_schedule,
     fitting_examples,
-    with_budgets,
+    with_budget_table,
 )
 from token_pruning.lab.training.distillation import teacher_logits
 from token_pruning.lab.training.evaluate import EvaluateSplits, make_evaluator
@@ -162,7 +162,7 @@ def _build(plan: TrainPlan) -> _Built:
         pruner = with_vocabulary_gate(plan.pruner, plan, model, tokenizer, features, texts)
         if options.elastic:
             assert batch is not None and schedule is not None and isinstance(pruner, FixedThreshold)
-            pruner = with_budgets(pruner, model, batch, options.budgets, schedule)
+            pruner = with_budget_table(pruner, model, batch, options.budgets, schedule)
         prune(model, pruner)
     elif plan.arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
