@@ -1,4 +1,4 @@
-"""Probes, maps, corrections and the keys around them: saved, loaded, written by hand, and taken off again."""
+"""Probes, maps, context, corrections and the keys around them: saved, loaded, written by hand, and taken off again."""
 
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ EVERYTHING: dict[str, Any] = {
     "vocabulary": tp.VocabularyGate(torch.linspace(0, 1, 200), 0.25),
     "probes": tp.Probes([1, 3], random(2, HIDDEN + 1)),
     "maps": tp.DepartureMaps(range(LAYERS + 1), random(LAYERS + 1, HIDDEN, HIDDEN + 1)),
+    "context": tp.LinearContext([0, 2], random(2, 6, HIDDEN + 1, seed=1), 6 * random(LAYERS, 2 * HIDDEN, 7, seed=2)),
     "correction": tp.Correction(random(HIDDEN, HIDDEN + 1)),
     "protect": ["separators", "first_segment"],
     "received_from": "first_segment",
@@ -42,11 +43,15 @@ KEYS = {
     "vocabulary_threshold": 0.25,
     "probe_layers": [1, 3],
     "map_layers": [0, 1, 2, 3, 4],
+    "context_layers": [0, 2],
     "reads": "mean",
 }
 WEIGHTS = {
-    f"token_pruner.{name}" for name in ("vocabulary_scores", "probe_weights", "map_weights", "correction_weights")
-}
+    f"token_pruner.{name}"
+    for name in (
+        "vocabulary_scores", "probe_weights", "map_weights", "context_down", "context_up", "correction_weights"
+    )
+}  # fmt: skip
 METHODS: dict[str, tp.Pruner] = {
     "fixed": tp.FixedThreshold(thresholds=[0.1, 0.2, 0.3, 0.4], scoring_mode="relative", **EVERYTHING),
     "learned": tp.LearnedThreshold(thresholds=[0.1, 0.2, 0.3, 0.4], **EVERYTHING),
@@ -149,7 +154,15 @@ def test_unprune_gives_keys_back_that_were_there(folder: Path) -> None:
         ({"map_layers": [0, 1, 2, 3]}, "map weights are torch.float32 [5, 32, 33]; they must be"),
         ({"map_layers": [0, 1, 2, 3, 9]}, "map_layers names layer 9; the model has 4 layers"),
         ({"map_layers": None}, "the model has weights token_pruner.map_weights, but map_layers is missing"),
-        ({"summary_tokens": "shared"}, "summary_tokens is 'shared'; with probes it must be none"),
+        ({"context_layers": 2}, "context_layers is 2; it must be a list of layers that rises from 0 or more"),
+        ({"context_layers": []}, "context_layers is []; it must be a list of layers that rises from 0"),
+        ({"context_layers": [-1, 2]}, "context_layers[0] is -1; it must be a whole number >= 0"),
+        ({"context_layers": [2, 0]}, "context_layers is [2, 0]; it must be a list of layers that rises"),
+        ({"context_layers": [0, "2"]}, "context_layers[1] is '2'; it must be a whole number"),
+        ({"context_layers": [0, 9]}, "context_layers names layer 9; the model has 4 layers"),
+        ({"context_layers": [0]}, "context down weights are torch.float32 [2, 6, 33]; they must be floating-point"),
+        ({"context_layers": None}, "the model has weights token_pruner.context_…, but context_layers is missing"),
+        ({"context_layer": [0]}, "context_layer is no key that means anything; did you mean context_layers?"),
         ({"recieved_from": "first"}, "recieved_from is no key that means anything; did you mean received_from?"),
         ({"probes_layers": [1]}, "probes_layers is no key that means anything; did you mean probe_layers?"),
         ({"max_token": 20}, "max_token is no key that means anything; did you mean max_tokens?"),
@@ -175,6 +188,21 @@ def test_a_key_that_is_wrong_is_one_line(folder: Path, keys: dict[str, Any], mes
         ("map_weights", torch.zeros(5, 16, 33), tp.ConfigError, "map weights are torch.float32 [5, 16, 33]"),
         ("map_weights", torch.zeros(5, 16, 17), tp.ConfigError, "map weights are for hidden size 16; the"),
         ("map_weights", torch.full((5, 32, 33), torch.inf), tp.CheckpointError, "with inf; it must be several"),
+        ("context_down", None, tp.ConfigError, "context_layers is [0, 2], but the model has no weights token_pruner."),
+        ("context_up", None, tp.ConfigError, "but the model has no weights token_pruner.context_up"),
+        ("context_down", torch.zeros(6, 33), tp.CheckpointError, "of shape [6, 33]; it must be several tables"),
+        ("context_down", torch.zeros(2, 6, 33).long(), tp.CheckpointError, "is torch.int64 of shape [2, 6, 33]"),
+        ("context_down", torch.full((2, 6, 33), torch.nan), tp.CheckpointError, "it must be several tables of finite"),
+        ("context_down", torch.zeros(1, 6, 33), tp.ConfigError, "context down weights are torch.float32 [1, 6, 33]"),
+        ("context_down", torch.zeros(2, 0, 33), tp.ConfigError, "context down weights are torch.float32 [2, 0, 33]"),
+        ("context_down", torch.zeros(2, 6, 17), tp.ConfigError, "context down weights are for hidden size 16; the"),
+        ("context_down", torch.zeros(2, 5, 33), tp.ConfigError, "context up weights are torch.float32 [4, 64, 7]"),
+        ("context_up", torch.zeros(64, 7), tp.CheckpointError, "of shape [64, 7]; it must be several tables"),
+        ("context_up", torch.full((4, 64, 7), torch.inf), tp.CheckpointError, "with inf; it must be several tables"),
+        ("context_up", torch.zeros(4, 64, 8), tp.ConfigError, "context up weights are torch.float32 [4, 64, 8]"),
+        ("context_up", torch.zeros(4, 63, 7), tp.ConfigError, "context up weights are torch.float32 [4, 63, 7]"),
+        ("context_up", torch.zeros(3, 64, 7), tp.ConfigError, "context up weights are [3, 64, 7]; the model has 4"),
+        ("context_up", torch.zeros(4, 32, 7), tp.ConfigError, "context up weights are [4, 32, 7]; the model has 4"),
         ("correction_weights", torch.zeros(33, 32), tp.ConfigError, "correction weights are torch.float32 [33, 32]"),
         ("correction_weights", torch.zeros(8, 9), tp.ConfigError, "correction weights are for hidden size 8; the"),
         ("correction_weights", torch.zeros(1, 32, 33), tp.CheckpointError, "of shape [1, 32, 33]; it must be rows"),
@@ -189,6 +217,17 @@ def test_a_tensor_that_is_wrong_is_one_line(
             weights[f"token_pruner.{name}"] = change
 
     refused(edit_weights(folder, replace), error, message, str(folder))
+
+
+def test_neither_context_nor_probes_go_with_summaries(folder: Path) -> None:
+    def without_context(weights: dict[str, Any]) -> None:
+        del weights["token_pruner.context_down"], weights["token_pruner.context_up"]
+
+    edit(folder, summary_tokens="shared")
+    refused(folder, tp.ConfigError, "summary_tokens is 'shared'; with context it must be none", "config.json")
+    edit(edit_weights(folder, without_context), context_layers=None)
+    refused(folder, tp.ConfigError, "summary_tokens is 'shared'; with probes it must be none", "config.json")
+    assert tp.from_pretrained(edit(folder, summary_tokens=None)).token_pruner.pruner.context is None
 
 
 def test_a_map_may_be_left_out_where_nothing_leaves(folder: Path) -> None:
@@ -216,6 +255,8 @@ def test_a_resized_vocabulary(folder: Path, tmp_path: Path) -> None:
     for name in ("probes", "maps", "correction"):
         own = getattr(larger.token_pruner.pruner, name).weights
         assert torch.equal(own, EVERYTHING[name].weights)
+    for name in ("down", "up"):
+        assert torch.equal(getattr(larger.token_pruner.pruner.context, name), getattr(EVERYTHING["context"], name))
     assert_equal(states_of(larger)[0], states_of(model)[0])
 
 
@@ -229,10 +270,12 @@ def test_a_state_dict_brings_its_tensors(folder: Path) -> None:
     for setting in (pruner.probes, pruner.maps, pruner.correction):
         wanted = EVERYTHING[{tp.Probes: "probes", tp.DepartureMaps: "maps"}.get(type(setting), "correction")]
         assert torch.equal(setting.weights, 0.5 * wanted.weights)
+    for name in ("down", "up"):
+        assert torch.equal(getattr(pruner.context, name), 0.5 * getattr(EVERYTHING["context"], name))
     half = tp.FixedThreshold(
         thresholds=pruner.thresholds, scoring_mode="relative", vocabulary=pruner.vocabulary, probes=pruner.probes,
-        maps=pruner.maps, correction=pruner.correction, departed="map", max_tokens=20, chunks=True,
-        protect=["first_segment", "separators"], received_from="first_segment",
+        maps=pruner.maps, context=pruner.context, correction=pruner.correction, departed="map", max_tokens=20,
+        chunks=True, protect=["first_segment", "separators"], received_from="first_segment",
     )  # fmt: skip
     again = tp.prune(tiny_model("bert", "encoder"), half, reads="mean")
     assert_equal(states_of(again)[0], states_of(model)[0])

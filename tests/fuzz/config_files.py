@@ -65,29 +65,31 @@ _METHODS: dict[str, dict[str, Any]] = {
     },
     "camembert": {
         "prune_mode": "absolute_threshold", "thresholds": [-0.5, 0.5], "vocabulary_threshold": 0.1, "departed": "map",
-        "probe_layers": [1, 2], "map_layers": [0, 1, 2],
+        "probe_layers": [1, 2], "map_layers": [0, 1, 2], "context_layers": [0, 1],
     },
 }  # fmt: skip
 # What stands beside the weights of the last of them.
 _FITTED = {
     "thresholds": torch.tensor([-0.5, 0.5]), "vocabulary_scores": torch.linspace(0, 1, 24),
     "probe_weights": torch.ones(2, 9), "map_weights": torch.ones(3, 8, 9), "correction_weights": torch.eye(8, 9),
+    "context_down": torch.ones(2, 3, 9), "context_up": torch.ones(2, 16, 4),
 }  # fmt: skip
 # Keys that are looked at besides those that a file has.
 _KEYS = [
     "prune_mode", "masking_mode", "final_token_threshold", "thresholds", "token_keep_rate", "token_threshold",
     "keep_all_layers", "scoring_mode", "max_seq_length", "summary_tokens", "prune_layers", "vocabulary_threshold",
     "threshold_temperature", "protect", "received_from", "departed", "max_tokens", "chunks", "probe_layers",
-    "map_layers", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
-    "quant_mode", "quantization_config", "auto_map", "is_decoder", "return_dict", "use_return_dict", "use_cache",
-    "output_attentions", "output_hidden_states", "pruned_heads", "tie_word_embeddings", "chunk_size_feed_forward",
-    "add_cross_attention", "cross_attention_hidden_size", "torchscript", "attn_implementation", "_attn_implementation",
-    "transformers_weights", "architectures", "model_type", "pad_token_id", "type_vocab_size", "hidden_act",
-    "layer_norm_eps", "hidden_dropout_prob", "classifier_dropout", "position_embedding_type", "rope_parameters",
-    "rope_theta", "layer_types", "sliding_window", "embedding_size", "prune_kwargs", "prunemode", "token_keep_rates",
-    "final_token_treshold", "scoringmode", "transformers_version", "_name_or_path", "initializer_range", "head_dim",
-    "tokenizer_class", "max_length", "bos_token_id", "eos_token_id", "finetuning_task", "task_specific_params",
-    "base_model_tp_plan", "attribute_map", "sub_configs", "per_layer_config", "num_key_value_heads", "budgets",
+    "map_layers", "context_layers", "reads", "id2label", "label2id", "num_labels", "problem_type", "dtype",
+    "torch_dtype", "quant_mode", "quantization_config", "auto_map", "is_decoder", "return_dict", "use_return_dict",
+    "use_cache", "output_attentions", "output_hidden_states", "pruned_heads", "tie_word_embeddings",
+    "chunk_size_feed_forward", "add_cross_attention", "cross_attention_hidden_size", "torchscript",
+    "attn_implementation", "_attn_implementation", "transformers_weights", "architectures", "model_type",
+    "pad_token_id", "type_vocab_size", "hidden_act", "layer_norm_eps", "hidden_dropout_prob", "classifier_dropout",
+    "position_embedding_type", "rope_parameters", "rope_theta", "layer_types", "sliding_window", "embedding_size",
+    "prune_kwargs", "prunemode", "token_keep_rates", "final_token_treshold", "scoringmode", "transformers_version",
+    "_name_or_path", "initializer_range", "head_dim", "tokenizer_class", "max_length", "bos_token_id", "eos_token_id",
+    "finetuning_task", "task_specific_params", "base_model_tp_plan", "attribute_map", "sub_configs", "per_layer_config",
+    "num_key_value_heads", "budgets",
 ]  # fmt: skip
 _VALUES: list[Any] = [
     None, True, False, 0, 1, 2, 3, -1, 7, 10**6, 10**9, 2**31, 2**63, 10**30, 0.0, 0.5, 1.5, -0.1, 1e-9, 1e300,
@@ -434,6 +436,7 @@ def _of_folder(rng: random.Random, folder: Path) -> str:
     else:
         name = rng.choice([*_FITTED, "thresholds"])
         shapes = [(2,), (1,), (), (2, 2), (0,), (24,), (2, 9), (3, 9), (2, 8, 9), (3, 8, 9), (8, 9), (9, 8)]
+        shapes += [(2, 3, 9), (2, 16, 4), (2, 16, 5)]
         tensor = torch.rand(rng.choice(shapes)) / 500
         if rng.random() < 0.3:
             tensor.fill_(rng.choice([math.nan, math.inf, 1e30]))

@@ -125,6 +125,13 @@ METHODS: dict[str, tp.Pruner] = {
     "probes": tp.FixedThreshold(
         thresholds=[0.0, 0.0, 0.9, 1.0], scoring_mode="relative", probes=tp.Probes([1, 2], _affine(2))
     ),
+    "context": tp.FixedThreshold(
+        thresholds=[0.0, 0.7, 0.9, 1.0],
+        scoring_mode="relative",
+        vocabulary=tp.VocabularyGate(_scores(), 0.3),
+        probes=tp.Probes([1], _affine(1)),
+        context=tp.LinearContext([0, 1, 2], _affine(3, 10), _affine(4, 64)[..., -11:]),
+    ),
     "own": _Own(scoring_mode="relative"),
 }
 
@@ -132,6 +139,11 @@ METHODS: dict[str, tp.Pruner] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str, tmp_path: Path) -> None:
     check(tp.prune(tiny_model(), METHODS[name]), tmp_path)
+
+
+@pytest.mark.parametrize(("family", "head"), [("mpnet", "encoder"), ("deberta-v2", "token"), ("albert", "sequence")])
+def test_context_of_other_families(family: str, head: str, tmp_path: Path) -> None:
+    check(tp.prune(tiny_model(family, head), METHODS["context"]), tmp_path, family)
 
 
 DEPARTED = {"state": "all", "survivors": "first", "map": "mean"}

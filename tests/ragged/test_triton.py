@@ -291,6 +291,11 @@ METHODS = {
     "top-k": tp.TopK(token_keep_rate=0.2, keep_all_layers=1),
     "relative": tp.RelativeThreshold(token_threshold=0.4),
     "summaries": tp.FixedThreshold(final_token_threshold=1.1, scoring_mode="relative", summary_tokens="segment"),
+    "context": tp.FixedThreshold(
+        final_token_threshold=1.1,
+        scoring_mode="relative",
+        context=tp.LinearContext([1], torch.eye(8, 33)[None], torch.eye(64, 9).expand(3, -1, -1)),
+    ),
     "none": tp.Unpruned(),
 }
 

@@ -155,7 +155,7 @@ def text_by_hand(model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor]) -> Te
                 divisor = {"mean": pruner.max_seq_length, "mean_norm": len(alive), "relative": 1}[pruner.scoring_mode]
                 scores = [value / divisor for value in received]
             torch.testing.assert_close(record.scores.double(), torch.tensor(scores).double(), rtol=2e-5, atol=2e-5)
-            keep, near = _keep(pruner, layer, layers, record.scores.tolist(), entered)
+            keep, near = keep_by_hand(pruner, layer, layers, record.scores.tolist(), entered)
             margin = min(margin, near)
             for i, stay in zip(alive, keep, strict=True):
                 if not stay and not stays[i]:
@@ -169,7 +169,9 @@ def text_by_hand(model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor]) -> Te
         return Text(raw, family(model).finish(raw), left_at, margin)
 
 
-def _keep(pruner: tp.Pruner, layer: int, layers: int, scores: list[float], entered: int) -> tuple[list[bool], float]:
+def keep_by_hand(
+    pruner: tp.Pruner, layer: int, layers: int, scores: list[float], entered: int
+) -> tuple[list[bool], float]:
     """Beside the largest score others are small only if it is above zero, which a probe need not say of any."""
     if isinstance(pruner, tp.RelativeThreshold) and max(scores) <= 0:
         return [i == 0 for i in range(len(scores))], -max(scores)

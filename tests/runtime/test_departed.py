@@ -1,5 +1,6 @@
 """What tokens that left count as, with every other setting: against loops over single texts and tokens."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -58,14 +59,16 @@ def singles(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     ]
 
 
-def parts_by_hand(model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor]) -> tuple[list[list[int]], list[Text]]:
+def parts_by_hand(
+    model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor], text: Callable[..., Text] = text_by_hand
+) -> tuple[list[list[int]], list[Text]]:
     """The tokens that enter, of each window, and these windows' passes."""
     ids = inputs["input_ids"][0].tolist()
     chosen = [list(range(len(ids)))]
     if pruner.max_tokens is not None and len(ids) > pruner.max_tokens:
         most = pruner.max_tokens
         chosen = windows_by_hand(len(ids), most) if pruner.chunks else [spans_by_hand(ids, most)]
-    parts = [text_by_hand(model, pruner, {name: x[:, part] for name, x in inputs.items()}) for part in chosen]
+    parts = [text(model, pruner, {name: x[:, part] for name, x in inputs.items()}) for part in chosen]
     return chosen, parts
 
 

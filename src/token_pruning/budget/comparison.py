@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from token_pruning.budget.context import can_have_context, fit_context
 from token_pruning.budget.divergence import Divergence, neighbours_error
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
@@ -236,8 +237,16 @@ class Comparison:
         """What was fitted to the fitting part."""
         if self._observed is None:
             targets, fitting = targets_for(self._pairs), self.part(self.fitting)
-            self._observed = observe(self.model, fitting, self.cuts, targets, seed=self.seed)
+            observed = observe(self.model, fitting, self.cuts, targets, seed=self.seed)
+            if self._context:
+                observed = replace(observed, context=fit_context(self.model, fitting, self.cuts))
+            self._observed = observed
         return self._observed
+
+    @property
+    def _context(self) -> bool:
+        """Whether tokens that left can be attended to still."""
+        return can_have_context(self.model)
 
     @property
     def _pairs(self) -> bool:
@@ -271,7 +280,7 @@ class Comparison:
 
         departed = self._departed()
         cuts = self.cuts
-        best = compare(first_rules(layers, pairs, departed), "who decides")
+        best = compare(first_rules(layers, pairs, departed, self._context), "who decides")
         if not pairs or best is None:  # short passages leave too little beside a long query
             best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:

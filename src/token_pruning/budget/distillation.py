@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
 WARM_UP = 0.1  # of the steps
 _FAR = 0.03  # from the budget: a gate alone, or one beside few layers that prune, costs what it costs
-_LINEAR = ("map_weights", "correction_weights")
+_LINEAR = ("map_weights", "context_down", "context_up", "correction_weights")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def distill(
     learn from the others, without dropout, in the trainer of sentence-transformers: vectors by their cosine to the
     dense vectors and by how the texts of a batch rank each other; a reranker's scores by their squared distance to the
     dense scores, and by how they rank each query's passages. Meanwhile thresholds are fitted to the budget again and
-    again, and probes to what they said of the dense model's states; maps and corrections learn like weights. Token
-    embeddings, and a vocabulary gate, which says what tokens are worth to the dense model, stay.
+    again, and probes to what they said of the dense model's states; maps, context and corrections learn like weights.
+    Token embeddings, and a vocabulary gate, which says what tokens are worth to the dense model, stay.
 
     Args:
         model: a ``SentenceTransformer`` or ``CrossEncoder``: dense, or calibrated.
@@ -337,7 +337,7 @@ def _teacher(model: Any, given: Any) -> Any:
 
 @contextmanager
 def _learning(token_pruner: TokenPruner) -> Iterator[None]:
-    """Inside, maps and corrections are trained with the weights; afterwards the method has what was learned."""
+    """Inside, maps, context and corrections train with the weights; afterwards the method has what was learned."""
     for name in _LINEAR:
         tensor = getattr(token_pruner, name)
         if tensor is not None:

@@ -165,7 +165,8 @@ def _prediction(model: Any, batch: Batch) -> Callable[[Sequence[float]], float]:
     method, reads = attachment.token_pruner.pruner, attachment.reads
     probed = method.probes.layers if method.probes is not None else ()
     unread = (reads == "first" or method.departed == "survivors") and not summaries
-    joined = [not unread or layer in probed for layer in range(1, shape.num_layers + 1)]
+    coded = [] if method.context is None else [x for x in method.context.layers if x < shape.num_layers]
+    joined = [not unread or layer in (*probed, *coded) for layer in range(1, shape.num_layers + 1)]
 
     def predict(profile: Sequence[float]) -> float:
         left = [lengths]
@@ -179,6 +180,7 @@ def _prediction(model: Any, batch: Batch) -> Callable[[Sequence[float]], float]:
             torch.stack(left),
             first_only=reads == "first",
             dropped_are_joined=joined,
+            context=method.context,
         )
         return float(cost)
 

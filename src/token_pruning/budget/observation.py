@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from token_pruning.budget.examples import Batch, model_inputs, part_of
 from token_pruning.budget.ridge import Ridge
+from token_pruning.pruners import LinearContext
 from token_pruning.ragged import LogitTerms
 from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.loop import PackedLoop, PaddedLoop
@@ -41,11 +42,13 @@ class Observed:
         tables: for each target, ``[vocabulary]`` float32 above 0: what an entry's tokens are worth.
         probes: for each target and layer (1-based), ``[hidden + 1]``: the target's logarithm from a token's state.
         maps: for each layer, 0 for the entry, ``[hidden, hidden + 1]``: the last state from the one there.
+        context: of tokens that leave before the first layer or after one of these; None for a model that has none.
     """
 
     tables: dict[Target, Tensor]
     probes: dict[tuple[Target, int], Tensor]
     maps: dict[int, Tensor]
+    context: LinearContext | None = None
 
 
 def observe(model: Any, batch: Batch, layers: Sequence[int], targets: Sequence[Target], *, seed: int) -> Observed:
@@ -117,54 +120,71 @@ class _Table:
         return ((self.sums + _PRIOR_TOKENS * prior) / (self.counts + _PRIOR_TOKENS)).exp().float()
 
 
-class _Watching(PackedLoop):
-    """Keeps the states after each attention block, and the last ones."""
+class Watching(PackedLoop):
+    """Keeps each layer's keys and values, the states after its attention block, and the last ones."""
 
-    def __init__(self, *args: Any, seen: "list[_Watching]", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, seen: "list[Watching]", **kwargs: Any) -> None:
+        """Keep itself in a list when it has run."""
         super().__init__(*args, **kwargs)
         self.seen = seen
         self.joined: dict[int, Tensor] = {}
+        self.given: dict[int, Tensor] = {}
 
     def run(self) -> LastStates:
+        """See :class:`PackedLoop`."""
         last = super().run()
         self.last = last.states
         self.seen.append(self)
         return last
 
     def enter(self) -> Tensor:
+        """See :class:`PackedLoop`."""
         rows = super().enter()
         self.joined[0] = rows[: self.tokens.layout.total]
         return rows
 
+    def attend(
+        self, number: int, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, asking: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`PackedLoop`."""
+        total = self.tokens.layout.total
+        self.given[number] = torch.stack([key[:total], value[:total]], 1)
+        return super().attend(number, layer, query, key, value, asking)
+
     def join(self, number: int, layer: nn.Module, record: LayerRecord, *args: Any) -> Tensor:
+        """See :class:`PackedLoop`."""
         joined = super().join(number, layer, record, *args)
         self.joined[number] = joined[: record.entering.total]
         return joined
 
 
-def _attention(model: Any, batch: Batch, maps: dict[int, Ridge]) -> Iterator[_Seen]:
-    """Attention received in the upper half of the layers; maps are fitted on the way."""
+def watched(model: Any, batch: Batch, tokens: int) -> Iterator[Watching]:
+    """Passes of a dense model over examples, so many tokens at a time; recorded, so that importance is known."""
     attachment = attachment_of(model)
     before = attachment.loop
-    loops: list[_Watching] = []
-    attachment.loop = partial(_Watching, seen=loops)
+    loops: list[Watching] = []
+    attachment.loop = partial(Watching, seen=loops)
     try:
         with torch.inference_mode():
-            for inputs in _batches(model, batch, _BATCH_TOKENS):
-                with record(model) as trace:
+            for inputs in _batches(model, batch, tokens):
+                with record(model):
                     model(**inputs)
-                [loop], [done] = loops, trace.passes
-                loops.clear()
-                upper = range(len(done.layers) // 2 + 1, len(done.layers) + 1)
-                scores = [done.layers[layer].scores for layer in upper]
-                received = torch.stack([score for score in scores if score is not None]).mean(0)
-                assert loop.tokens.ids is not None
-                for layer, ridge in maps.items():
-                    ridge.add(loop.joined[layer], loop.last)
-                # log(1 + received) is what is averaged and predicted.
-                yield _Seen(loop.tokens.ids, loop.joined, {0: received.clamp(max=_MOST_RECEIVED).log1p().exp()})
+                yield loops.pop()
     finally:
         attachment.loop = before
+
+
+def _attention(model: Any, batch: Batch, maps: dict[int, Ridge]) -> Iterator[_Seen]:
+    """Attention received in the upper half of the layers; maps are fitted on the way."""
+    for loop in watched(model, batch, _BATCH_TOKENS):
+        layers = loop.decisions.record.layers
+        scores = [layers[layer].scores for layer in range(len(layers) // 2 + 1, len(layers) + 1)]
+        received = torch.stack([score for score in scores if score is not None]).mean(0)
+        assert loop.tokens.ids is not None
+        for layer, ridge in maps.items():
+            ridge.add(loop.joined[layer], loop.last)
+        # log(1 + received) is what is averaged and predicted.
+        yield _Seen(loop.tokens.ids, loop.joined, {0: received.clamp(max=_MOST_RECEIVED).log1p().exp()})
 
 
 class _TakingPart(PaddedLoop):

@@ -32,6 +32,12 @@ class Ridge:
                 total += part
         self.rows += len(x)
 
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of ``x`` and ``y``, and the covariance of ``x`` ``[in, in]``; float64."""
+        assert self._x is not None and self._y is not None and self._xx is not None
+        mean_x = self._x / self.rows
+        return mean_x, self._y / self.rows, self._xx / self.rows - torch.outer(mean_x, mean_x)
+
     def solve(self, penalty: float) -> Tensor:
         """The affine map with the least squared error and small weights.
 

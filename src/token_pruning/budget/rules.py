@@ -9,7 +9,7 @@ import torch
 
 from token_pruning.budget.observation import Observed, Target
 from token_pruning.budget.schedules import Schedule, schedules
-from token_pruning.pruners import DepartureMaps, FixedThreshold, Probes
+from token_pruning.pruners import DepartureMaps, FixedThreshold, LinearContext, Probes
 from token_pruning.pruners.fitted import Departed, Protected, ReceivedFrom
 
 QUERY: tuple[Protected, ...] = ("first_segment", "separators")  # what never leaves in a ranking's pairs
@@ -28,6 +28,7 @@ class Rule:
         received_from: whose attention that is.
         protect: which tokens never leave.
         departed: what tokens that left count as.
+        context: whether they are attended to still.
     """
 
     target: Target
@@ -37,6 +38,7 @@ class Rule:
     received_from: ReceivedFrom
     protect: tuple[Protected, ...]
     departed: Departed
+    context: bool = False
 
     def __str__(self) -> str:
         parts = []
@@ -49,6 +51,8 @@ class Rule:
             parts.append(f"{source} {self.schedule.name}")
         if self.departed != "state":
             parts.append(f"departed: {self.departed}")
+        if self.context:
+            parts.append("as context")
         if self.protect:
             parts.append(f"{' and '.join(self.protect)} protected")
         return ", ".join(parts)
@@ -60,17 +64,27 @@ class Rule:
         if self.probes and layers:
             rows = [observed.probes[self.target, layer] for layer in layers]
             probes = Probes(layers, torch.stack(rows))
+        cuts = [*([0] if self.gate else []), *layers]
+        context = self._context_of(cuts, observed) if self.context else None
         if self.departed == "map":
-            cuts = [*([0] if self.gate else []), *layers]
             maps = DepartureMaps(cuts, torch.stack([observed.maps[cut] for cut in cuts]))
         return replace(
             template,
             probes=probes,
             maps=maps,
+            context=context,
             departed=self.departed,
             protect=self.protect,
             received_from=self.received_from,
         )
+
+    @staticmethod
+    def _context_of(cuts: Sequence[int], observed: Observed) -> LinearContext | None:
+        """Of the cuts that have any."""
+        found = observed.context
+        assert found is not None
+        rows = {cut: row for row, cut in enumerate(found.layers) if cut in cuts}
+        return LinearContext([*rows], found.down[[*rows.values()]], found.up) if rows else None
 
 
 def targets_for(pairs: bool) -> tuple[Target, ...]:
@@ -87,13 +101,14 @@ def targets_for(pairs: bool) -> tuple[Target, ...]:
     return every[:1] if pairs else every
 
 
-def first_rules(layers: int, pairs: bool, departed: Sequence[Departed]) -> list[Rule]:
+def first_rules(layers: int, pairs: bool, departed: Sequence[Departed], context: bool = False) -> list[Rule]:
     """The rules tried first: who decides, by tokens' entry or after an early layer.
 
     Args:
         layers: layers after which a token's leaving saves anything.
         pairs: whether the examples are a ranking's pairs, whose first text is protected then.
         departed: what tokens that left may count as.
+        context: whether tokens that left can be attended to still.
     """
     targets = targets_for(pairs)
     protections: tuple[tuple[Protected, ...], ...] = (QUERY,) if pairs else ((), ("separators",))
@@ -101,16 +116,16 @@ def first_rules(layers: int, pairs: bool, departed: Sequence[Departed]) -> list[
     found = []
     for protect, counts in product(protections, departed):
         for target in targets:
-            found += [Rule(target, gate, early, True, "all", protect, counts) for gate in (1.0, 0.5, 0.0)]
+            found += [Rule(target, gate, early, True, "all", protect, counts, context) for gate in (1.0, 0.5, 0.0)]
         asking: tuple[ReceivedFrom, ...] = ("all", "first_segment") if pairs else ("all",)
-        found += [Rule("attention", 0.0, early, False, received_from, protect, counts) for received_from in asking]
+        found += [Rule("attention", 0.0, early, False, source, protect, counts, context) for source in asking]
     return found
 
 
 def further_rules(
     best: Rule, layers: int, cuts: Sequence[int], departed: Sequence[Departed], pairs: bool
 ) -> list[Rule]:
-    """The best of the first rules with other layers, other shares of the gate, and other counts for what left.
+    """The best of the first rules with other layers, other shares of the gate, other counts for what left, no context.
 
     Args:
         best: the rule.
@@ -125,6 +140,8 @@ def further_rules(
         replace(best, gate=gate, schedule=schedule, departed=counts)
         for gate, schedule, counts in product(shares, steps, departed)
     ]
+    if best.context:
+        found.append(replace(best, context=False))
     return [rule for rule in found if rule != best]
 
 

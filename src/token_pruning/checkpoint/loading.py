@@ -28,7 +28,15 @@ from token_pruning.runtime.attachment import Execution
 from token_pruning.runtime.prune import ModelT, prune
 
 # What a pruned model's weights have besides the dense one's, and of how many dimensions each is.
-_TENSORS = {"thresholds": 1, "vocabulary_scores": 1, "probe_weights": 2, "map_weights": 3, "correction_weights": 2}
+_TENSORS = {
+    "thresholds": 1,
+    "vocabulary_scores": 1,
+    "probe_weights": 2,
+    "map_weights": 3,
+    "context_down": 3,
+    "context_up": 3,
+    "correction_weights": 2,
+}
 logger = logging.getLogger(__name__)
 
 _LTP_THRESHOLDS = "pruner.keep_threshold"

@@ -220,7 +220,8 @@ class Engine:
         self._pools = model is not base and not self._one_each and name.endswith(family.first_token_heads)
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         pruner = self.token_pruner.pruner
-        needs_embeddings = pruner.has_gate and reads != "first" and pruner.departed != "survivors"
+        natively = pruner.context is not None and 0 in pruner.context.layers
+        needs_embeddings = pruner.has_gate and reads != "first" and pruner.departed != "survivors" and not natively
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._family, self._model_class = stub.family, type(model)
         self._encoder, self._lines = _make_encoder(family, stub.family if needs_embeddings else None, dtype, threads)

@@ -29,7 +29,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 ACTIVATIONS = {"gelu": 0, "relu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "silu": 3, "swish": 3}
 PARTS = ("embed", "pack", "project", "attend", "output", "up", "down", "norm", "decide")
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _LIBRARY = Path(__file__).parent / "libtoken_pruning.so"
 
 
@@ -78,6 +78,8 @@ class Request(ctypes.Structure):
         ("probed", c_void_p),
         ("segments", c_void_p),
         ("hosts", c_void_p),
+        ("context", c_void_p),
+        ("outside", c_void_p),
         ("out", c_void_p),
         ("survived", c_void_p),
         ("received", c_void_p),
@@ -126,6 +128,8 @@ def load_library() -> ctypes.CDLL | None:
         "tp_encoder_weight_bytes": (c_int64, [c_void_p]),
         "tp_encoder_workspace_bytes": (c_int64, [c_void_p, POINTER(Request)]),
         "tp_encoder_forward": (c_int, [c_void_p, POINTER(Request)]),
+        "tp_context_new": (c_void_p, [c_void_p, c_void_p, c_int, c_int, *[c_void_p] * 4]),
+        "tp_context_free": (None, [c_void_p]),
         "tp_linear_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_int]),
         "tp_linear_get": (c_int, [c_void_p, c_void_p, c_void_p, c_void_p]),
         "tp_linear_free": (None, [c_void_p]),
@@ -226,6 +230,11 @@ class Handle:
         self._as_parameter_ = address
         self._free = getattr(library, free)
         check(library, not address)
+
+    @property
+    def address(self) -> int | None:
+        """Where it is."""
+        return self._as_parameter_
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
         return self

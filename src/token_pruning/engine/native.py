@@ -333,6 +333,36 @@ class _Roles(NamedTuple):
     segments: Tensor | None
     stays: Tensor | None
     asks: Tensor | None
+    outside: Tensor | None
+
+
+class _Context:
+    """A method's :class:`token_pruning.LinearContext` on the native kernels."""
+
+    def __init__(self, library: ctypes.CDLL, encoder: Handle, token_pruner: TokenPruner) -> None:
+        setting = token_pruner.pruner.context
+        assert setting is not None
+        self.tensors = token_pruner.context_down, token_pruner.context_up
+        self.versions = _versions(self.tensors)
+        numbers = []
+        for tensor in map(as_float32, self.tensors):
+            assert tensor is not None
+            numbers += [tensor[..., :-1].contiguous(), tensor[..., -1].contiguous()]
+        cuts = torch.tensor(setting.layers, dtype=torch.int32, device="cpu")
+        rank = setting.down.shape[1]
+        address = library.tp_context_new(encoder, cuts.data_ptr(), len(cuts), rank, *map(pointer, numbers))
+        self.handle = Handle(library, address, "tp_context_free")
+
+    def is_of(self, token_pruner: TokenPruner) -> bool:
+        """Whether it was made from the tensors as they are now."""
+        now = token_pruner.context_down, token_pruner.context_up
+        same = all(mine is other for mine, other in zip(self.tensors, now, strict=True))
+        return same and self.versions == _versions(now)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """What changes when a tensor is written to; inference tensors do not say."""
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class NativeEncoder:
@@ -374,6 +404,7 @@ class NativeEncoder:
         self.shape = family.shape(family.config)
         self._embeddings = embeddings
         self._limit, self._restored = limit, False
+        self._context: _Context | None = None
         self._gain: float | None = None
         first, projection = family.layers[0], family.embedding_modules().projection
         modules = family.layer_modules(first)
@@ -510,7 +541,7 @@ class NativeEncoder:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_library", "_handle", "_spare", "_shapes", "_small", "level")
+        left_out = ("_library", "_handle", "_spare", "_shapes", "_small", "_context", "level")
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         parts = [(*place, *map(_Value.of, self._get(*place).tensors)) for place in self._shapes]
         return {**state, "parts": parts, "format": _STATE_FORMAT}
@@ -518,7 +549,7 @@ class NativeEncoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         library, state["_limit"] = _restored_limit(state)
         parts = state.pop("parts")
-        self.__dict__.update(state, _restored=True, _gain=None)
+        self.__dict__.update(state, _restored=True, _gain=None, _context=None)
         self._pack(
             library,
             (
@@ -557,6 +588,10 @@ class NativeEncoder:
             return LastStates(torch.empty(0, self.shape.hidden_size, dtype=torch.float32, device="cpu"))
         pruner, first_only = token_pruner.pruner, reads == "first"
         entering, kept, dropped = token_pruner.enter(tokens)
+        outside = None
+        if pruner.context is not None and 0 in pruner.context.layers and dropped is not None:  # they are keys still
+            outside = torch.zeros(tokens.layout.total, dtype=torch.uint8, device="cpu").index_fill(0, dropped, 1)
+            kept = dropped = None
         traces = [trace for recorded, trace in recording.get() if recorded is token_pruner]
 
         def of_entered(role: Tensor | None) -> Tensor | None:
@@ -566,10 +601,15 @@ class NativeEncoder:
         if pruner.summary_tokens == "segment":
             assert tokens.ids is not None
             second = ~first_segment(tokens.ids, tokens.layout)
-        roles = _Roles(of_entered(second), of_entered(protected(tokens, pruner)), of_entered(asking(tokens, pruner)))
+        roles = _Roles(
+            of_entered(second),
+            of_entered(protected(tokens, pruner)),
+            of_entered(asking(tokens, pruner)),
+            outside,
+        )
         entered = (tokens if kept is None else tokens.of(kept, entering)).int32()
         states, survived, layers = self._forward(
-            entered, token_pruner, roles, first_only=first_only, recorded=bool(traces), seconds=seconds
+            entered, token_pruner, roles, entering, first_only=first_only, recorded=bool(traces), seconds=seconds
         )
         for trace in traces:
             trace.passes.append(PassRecord(pruner, tokens.layout, entering, reads, layers))
@@ -594,6 +634,7 @@ class NativeEncoder:
         tokens: PackedTokens,
         token_pruner: TokenPruner,
         roles: _Roles,
+        entering: Layout,
         *,
         first_only: bool,
         recorded: bool,
@@ -616,6 +657,9 @@ class NativeEncoder:
         make = torch.empty if first_only or departed else torch.zeros
         out = make(rows, size, dtype=torch.float32, device="cpu")
         survived = torch.zeros(total, dtype=torch.int32, device="cpu")
+        if roles.outside is not None:
+            survived -= roles.outside
+        context = self._context_of(token_pruner)
         received = None
         if recorded:
             received = torch.full((layers, total), torch.nan, dtype=torch.float32, device="cpu")
@@ -657,6 +701,8 @@ class NativeEncoder:
             probed=None if probed is None else ctypes.cast(c_char_p(probed), c_void_p),
             segments=sized(roles.segments, torch.uint8, total),
             hosts=pointer(hosts),
+            context=None if context is None else context.handle.address,
+            outside=sized(roles.outside, torch.uint8, total),
             out=out.data_ptr(),
             survived=survived.data_ptr(),
             received=pointer(received),
@@ -672,13 +718,22 @@ class NativeEncoder:
                 began = time.perf_counter()
                 scores = importance[: request.rows]
                 keep[: request.rows] = _decision(
-                    tokens, token_pruner, request.layer, survived, hosts, roles.stays, scores
+                    tokens, token_pruner, entering, request.layer, survived, hosts, roles.stays, scores
                 )
                 if seconds is not None:
                     seconds[PARTS.index("decide")] += time.perf_counter() - began
             self._spare.append(workspace)
         records = {} if received is None else _records(tokens, token_pruner, survived, hosts, received)
         return layout.per_sequence(out) if first_only else out, survived, records
+
+    def _context_of(self, token_pruner: TokenPruner) -> _Context | None:
+        """What tokens that left go on giving, packed once for the tensors that a method has."""
+        if token_pruner.pruner.context is None:
+            return None
+        found = self._context
+        if found is None or not found.is_of(token_pruner):
+            self._context = found = _Context(self._library, self._handle, token_pruner)
+        return found
 
     def _workspace_for(self, request: Request) -> "Workspace":
         """Memory for a call, an earlier one's where that is large enough."""
@@ -782,6 +837,7 @@ def _probes(pruner: TokenPruner, size: int) -> tuple[Tensor | None, bytes | None
 def _decision(
     tokens: PackedTokens,
     pruner: TokenPruner,
+    entering: Layout,
     layer: int,
     survived: Tensor,
     hosts: Tensor | None,
@@ -799,7 +855,7 @@ def _decision(
             num_layers=pruner.num_layers,
             layout=layout,
             scores=_scores(pruner, layer + 1, received, layout),
-            input_lengths=tokens.layout.lengths_tensor,
+            input_lengths=entering.lengths_tensor,
             threshold=None if pruner.thresholds is None else pruner.thresholds[layer],
             summaries=None if hosts is None else (survived < layer)[present],
             protected=None if stays is None else stays[present].bool(),

@@ -97,7 +97,8 @@ class Deberta(Bert):
                 products = query @ position_key.to(query.dtype).transpose(1, 2)
                 added = products.gather(-1, column.expand(-1, query.shape[1], -1, -1))
             if position_query is not None:
-                if query.shape[2] == 1:  # one product per key, not with all columns
+                # One product per key, not with all columns; a graph that is traced must do for more queries.
+                if query.shape[2] == 1 and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
                     at_key = position_query.to(key.dtype)[:, column[:, 0, 0]].transpose(0, 1)
                     other = (key * at_key).sum(-1)[:, :, None]
                 else:

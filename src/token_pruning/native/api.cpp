@@ -115,7 +115,7 @@ struct Head {
 TP_EXPORT const char* tp_last_error() { return last_error; }
 
 // What Python must agree with: a number that changes with the interface, and the sizes of the structures it fills.
-TP_EXPORT int tp_abi_version() { return 6; }
+TP_EXPORT int tp_abi_version() { return 7; }
 
 TP_EXPORT int tp_request_size() { return (int)sizeof(Request); }
 
@@ -352,6 +352,40 @@ TP_EXPORT int64_t tp_encoder_workspace_bytes(const Encoder* encoder, const Reque
 TP_EXPORT int tp_encoder_forward(const Encoder* encoder, Request* request) {
     return guarded([&] { return encoder->forward(*request) ? 0 : 1; }, -1);
 }
+
+// What tokens that left go on giving, see ContextMaps: for each of `count` layers, rising, 0 for tokens that never
+// enter, down [rank, hidden] and its bias [rank]; for every layer of the encoder up [2 · key size, rank] and its bias.
+TP_EXPORT ContextMaps* tp_context_new(const Encoder* encoder, const int32_t* layers, int count, int rank,
+                                      const float* down, const float* down_bias, const float* up,
+                                      const float* up_bias) {
+    return guarded(
+        [&] {
+            const Shape& s = encoder->shape;
+            const Kernels* kernels = encoder->distance_kernels;
+            require(kernels && kernels->half == encoder->kernels.half, "this kernel level has no context");
+            require(rank > 0 && count > 0, "context needs a rank and layers");
+            const int padded = (rank + 63) / 64 * 64, out = 2 * s.key_size();  // tiles need such sizes
+            std::unique_ptr<ContextMaps> maps(new ContextMaps(*kernels, s.layers, padded));
+            std::vector<float> weight((size_t)padded * s.hidden), bias(padded);
+            for (int i = 0; i < count; i++) {
+                require(layers[i] >= 0 && layers[i] <= s.layers, "no such layer");
+                std::copy_n(down + (size_t)i * rank * s.hidden, (size_t)rank * s.hidden, weight.data());
+                std::copy_n(down_bias + (size_t)i * rank, rank, bias.data());
+                maps->down[layers[i]] =
+                    pack_linear(*kernels, maps->memory, weight.data(), bias.data(), nullptr, s.hidden, padded);
+            }
+            std::vector<float> wide((size_t)out * padded);
+            for (int l = 0; l < s.layers; l++, up += (size_t)out * rank, up_bias += out) {
+                for (int i = 0; i < out; i++)
+                    std::copy_n(up + (size_t)i * rank, rank, wide.data() + (size_t)i * padded);
+                maps->up[l] = pack_linear(*kernels, maps->memory, wide.data(), up_bias, nullptr, padded, out);
+            }
+            return maps.release();
+        },
+        (ContextMaps*)nullptr);
+}
+
+TP_EXPORT void tp_context_free(ContextMaps* maps) { delete maps; }
 
 TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const float* bias, const float* scale, int in,
                               int out) {

@@ -123,6 +123,9 @@ struct ChunkSpace {
     float *sums, *attended;  // [rows, hidden]
     float* received;         // [heads, rows]
     float* row_scale;        // [rows]
+    char* context_packed;    // rows of the hidden size, or codes, packed for context
+    float* codes;            // [rows, rank]
+    char *given, *woven;     // keys and values of context tokens, of all, exchange type [rows, 2 · key size]
 };
 
 struct ThreadSpace {
@@ -130,6 +133,7 @@ struct ThreadSpace {
     char* attention;
     char* distance_rows;          // a head's queries or keys, packed
     float *of_queries, *of_keys;  // what they are multiplied to, see DistanceTerms
+    char* context;
 };
 
 struct Range {
@@ -161,6 +165,7 @@ public:
             longest_ = std::max(longest_, request.cu_seqlens[s + 1] - request.cu_seqlens[s]);
         chunk_rows_ = (int)round_up(std::min(tokens_, std::max(kernels_.chunk_rows, longest_)), 32);
         summaries_wanted_ = request.hosts, probes_wanted_ = request.probes, placed_ = request.places;
+        context_maps_ = request.context;
     }
 
     // Every list and array of the pass, which lies in the workspace itself. Nothing is allocated besides: no thread may
@@ -183,6 +188,13 @@ public:
             means_ = arena.take<float>(SEGMENTS * sequences * hidden);
         }
         if (probes_wanted_) joined_ = arena.take<float>(tokens * hidden);
+        if (context_maps_) {
+            others_ = arena.list<int>(tokens), other_offsets_ = arena.list<int32_t>(sequences + 1);
+            key_rows_ = arena.list<int>(tokens), key_offsets_ = arena.list<int32_t>(sequences + 1);
+            key_places_ = arena.take<int>(tokens), key_of_row_ = arena.take<int>(tokens);
+            is_context_ = arena.take<uint8_t>(tokens);
+            codes_ = arena.take<float>(tokens * context_maps_->rank);
+        }
         const size_t inner = shape_.inner, rows = chunk_rows_, wide = exchange();
         states_[0] = arena.take<float>(tokens * hidden);
         states_[1] = arena.take<float>(tokens * hidden);
@@ -194,7 +206,7 @@ public:
         const size_t unpacked = shape_.gated ? 2 * inner : kernels_.quantized ? inner : 0;
         chunks_ = arena.take<ChunkSpace>(asked_), scratch_ = arena.take<ThreadSpace>(asked_);
         for (int t = 0; t < asked_; t++) {
-            ChunkSpace c;
+            ChunkSpace c{};
             c.packed = arena.take<char>(kernels_.packed_rows_bytes(rows, widest));
             c.packed_inner = arena.take<char>(kernels_.packed_rows_bytes(rows, inner));
             c.inner = arena.take<char>(rows * unpacked * wide);
@@ -204,7 +216,16 @@ public:
             c.attended = arena.take<float>(rows * widest);
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
-            ThreadSpace s;
+            if (context_maps_) {
+                const Kernels& k = context_maps_->kernels;
+                const int rank = context_maps_->rank;
+                c.context_packed =
+                    arena.take<char>(std::max(k.packed_rows_bytes(rows, hidden), k.packed_rows_bytes(rows, rank)));
+                c.codes = arena.take<float>(rows * rank);
+                c.given = arena.take<char>(rows * keys_and_values() * wide);
+                c.woven = arena.take<char>(rows * keys_and_values() * wide);
+            }
+            ThreadSpace s{};
             size_t product = std::max(kernels_.product_scratch(rows, inner, hidden),
                                       kernels_.product_scratch(rows, widest, std::max(inner, widest)));
             if (by_distance())
@@ -217,6 +238,11 @@ public:
                 s.of_queries = arena.take<float>(longest_ * distance_stride());
                 s.of_keys = arena.take<float>(longest_ * distance_stride());
             }
+            if (context_maps_) {
+                const Kernels& k = context_maps_->kernels;
+                s.context = arena.take<char>(std::max(k.product_scratch(rows, hidden, context_maps_->rank),
+                                                      k.product_scratch(rows, context_maps_->rank, keys_and_values())));
+            }
             if (arena.base) chunks_[t] = c, scratch_[t] = s;
         }
     }
@@ -227,18 +253,28 @@ public:
         fresh_ = !request.waiting;
         request.waiting = false;
         if (fresh_) {
-            for (int s = 0; s <= sequences_; s++) offsets_.push_back(request.cu_seqlens[s]);
             std::copy_n(request.cu_seqlens, sequences_, firsts_);
-            for (int i = 0; i < tokens_; i++) original_[i] = i;
-            for (int i = 0; placed_ && i < tokens_; i++) places_[i] = request.places[i];
+            int rows = 0;
+            offsets_.push_back(0);
+            for (int s = 0; s < sequences_; s++) {
+                for (int t = request.cu_seqlens[s]; t < request.cu_seqlens[s + 1]; t++) {
+                    const bool outside = request.outside && request.outside[t];
+                    if (!outside) original_[rows++] = t;
+                    if (context_maps_) is_context_[t] = outside;
+                }
+                offsets_.push_back(rows);
+            }
+            for (int i = 0; placed_ && i < rows; i++) places_[i] = request.places[original_[i]];
             for (int i = 0; request.hosts && i < SEGMENTS * sequences_; i++) summaries_.push_back(Summary());
         }
         auto begin = [&](int, int threads) {
             barrier_.expect(threads);
             next_.store(0);
-            if (fresh_)
+            if (fresh_) {
+                plan_keys();
                 plan(threads);
-            else
+                if (has_context()) plan_rows(threads, (int)others_.size(), dropped_chunks_);
+            } else
                 apply_decision(layer_, threads);
         };
         auto work_ = [&](int rank, int threads) {
@@ -299,8 +335,14 @@ private:
     void work(int rank, int threads) {
         Team team = team_of(rank, threads);
         if (fresh_) {
-            take(team, row_chunks_, [&](Range r) { embed(team, r); });
+            take(team, row_chunks_, [&](Range r) {
+                embed(team, original_ + r.begin, r.size(), states_[0] + (size_t)r.begin * shape_.hidden);
+            });
             restart(rank);
+            if (!dropped_chunks_.empty()) {
+                take(team, dropped_chunks_, [&](Range r) { embed_outside(team, r); });
+                restart(rank);
+            }
         }
         for (int layer = fresh_ ? 0 : layer_; layer < shape_.layers; layer++) {
             if (fresh_ || layer != layer_) {  // else this is where the decision was waited for
@@ -364,13 +406,14 @@ private:
     // Groups of whole sequences, as even as their lengths allow.
     void plan_sequences(int threads) {
         sequence_chunks_.clear();
-        const int rows = offsets_.back();
+        const List<int32_t>& offsets = has_context() ? key_offsets_ : offsets_;
+        const int rows = offsets.back();
         const int groups = chunk_count(threads, rows);
         const int target = std::max(1, (rows + groups - 1) / groups);
         for (int s = 0; s < sequences_;) {
             int end = s + 1;
-            while (end < sequences_ && offsets_[end + 1] - offsets_[s] <= chunk_rows_ &&
-                   offsets_[end] - offsets_[s] + (offsets_[end + 1] - offsets_[end]) / 2 < target)
+            while (end < sequences_ && offsets[end + 1] - offsets[s] <= chunk_rows_ &&
+                   offsets[end] - offsets[s] + (offsets[end + 1] - offsets[end]) / 2 < target)
                 end++;
             sequence_chunks_.push_back({s, end});
             s = end;
@@ -378,7 +421,7 @@ private:
         // The longest first, so that the threads end together.
         if (!together_)
             std::sort(sequence_chunks_.begin(), sequence_chunks_.end(), [&](Range a, Range b) {
-                const int first = offsets_[a.end] - offsets_[a.begin], second = offsets_[b.end] - offsets_[b.begin];
+                const int first = offsets[a.end] - offsets[a.begin], second = offsets[b.end] - offsets[b.begin];
                 return first != second ? first > second : a.begin < b.begin;
             });
     }
@@ -430,39 +473,120 @@ private:
 
     const Layer& weights(int layer) const { return encoder_.layers[encoder_.steps[layer].weights]; }
 
-    // Token states from the tables, and their projection where the tables have another width.
-    void embed(const Team& team, Range chunk) {
+    // Tokens' states from the tables, and their projection where the tables have another width.
+    void embed(const Team& team, const int* tokens, int count, float* out) {
         const Embeddings& e = encoder_.embeddings;
         const bool project = e.projection.weight;
-        const size_t row = (size_t)e.size * (encoder_.half_tables ? 2 : 4);
-        float* out = states_[0] + (size_t)chunk.begin * shape_.hidden;
+        const size_t row = (size_t)e.size * (encoder_.half_tables ? 2 : 4), head = shape_.head_size;
         float* rows = project ? team.chunk->attended : out;
         {
             Clock clock(*this, team, EMBED);
-            const Range part = share(chunk.size(), team.rank, team.threads, 16);
+            const Range part = share(count, team.rank, team.threads, 16);
             for (int i = part.begin; i < part.end; i++) {
-                const int t = chunk.begin + i;
+                const int t = tokens[i];
                 kernels_.embed(e.word + request_->ids[t] * row,
                                e.position ? e.position + request_->positions[t] * row : nullptr,
                                e.types ? e.type + (request_->types ? request_->types[t] : 0) * row : nullptr,
                                encoder_.half_tables, e.size, rows + (size_t)i * e.size);
+                for (size_t r = 0; r < encoder_.rotations.size(); r++)
+                    find_angles(encoder_.rotations[r], request_->positions[t], angles_ + (r * tokens_ + t) * head);
             }
             if (!e.norm.gamma.empty()) normalize(rows, rows, part, e.size, e.norm);
-            for (size_t r = 0; r < encoder_.rotations.size(); r++) {
-                float* angles = angles_ + (r * tokens_ + chunk.begin) * shape_.head_size;
-                for (int i = part.begin; i < part.end; i++)
-                    find_angles(encoder_.rotations[r], request_->positions[chunk.begin + i],
-                                angles + (size_t)i * shape_.head_size);
-            }
         }
         if (!project) return;
-        pack(team, rows, false, e.size, nullptr, chunk.size(), e.size, team.chunk->packed);
+        pack(team, rows, false, e.size, nullptr, count, e.size, team.chunk->packed);
         team.wait();
-        multiply(team, EMBED, e.projection, team.chunk->packed, chunk.size(), Epilogue::store_float, out,
-                 shape_.hidden);
+        multiply(team, EMBED, e.projection, team.chunk->packed, count, Epilogue::store_float, out, shape_.hidden);
         if (e.projected_norm.gamma.empty()) return;
         team.wait();
-        normalize(team, out, out, chunk.size(), shape_.hidden, e.projected_norm);
+        normalize(team, out, out, count, shape_.hidden, e.projected_norm);
+    }
+
+    // The same of tokens that never enter: their codes, and their states where these are wanted.
+    void embed_outside(const Team& team, Range r) {
+        const size_t hidden = shape_.hidden;
+        const int* tokens = others_.data() + r.begin;
+        float* states = team.chunk->sums;
+        embed(team, tokens, r.size(), states);
+        team.wait();
+        const Range part = share(r.size(), team.rank, team.threads, 16);
+        for (int i = part.begin; departed_wanted() && i < part.end; i++)
+            give(states + i * hidden, request_->out + tokens[i] * hidden);
+        encode(team, states, nullptr, r.size(), context_maps_->down[0], tokens);
+    }
+
+    // A token's last state, which left.
+    void give(const float* state, float* out) {
+        if (request_->unread)
+            memcpy(out, state, shape_.hidden * sizeof(float));
+        else
+            finish(state, out);
+    }
+
+    void multiply_context(const Team& team, Part timed, const Linear& linear, int rows, Epilogue epilogue, void* out,
+                          size_t out_stride) const {
+        Clock clock(*this, team, timed);
+        const Kernels& k = context_maps_->kernels;
+        const Range part = share(panels(k, linear), team.rank, team.threads);
+        if (part.size() == 0) return;
+        k.multiply({&linear, team.chunk->context_packed, nullptr, rows, part.begin, part.end, epilogue,
+                    shape_.activation, out, out_stride, nullptr, nullptr, team.scratch->context});
+    }
+
+    void pack_context(const Team& team, const float* source, const int* index, int rows, int width) const {
+        Clock clock(*this, team, PACK);
+        const Range part = share(rows, team.rank, team.threads, 16);
+        context_maps_->kernels.pack_rows(source, false, width, index, part.begin, part.end, rows, width,
+                                         team.chunk->context_packed, team.chunk->row_scale);
+    }
+
+    // Codes of tokens that leave, from their states, by `index` where that is not null.
+    void encode(const Team& team, const float* states, const int* index, int rows, const Linear& down,
+                const int* tokens) {
+        const size_t rank = context_maps_->rank;
+        pack_context(team, states, index, rows, shape_.hidden);
+        team.wait();
+        multiply_context(team, OUTPUT, down, rows, Epilogue::store_float, team.chunk->codes, rank);
+        team.wait();
+        const Range part = share(rows, team.rank, team.threads, 16);
+        for (int i = part.begin; i < part.end; i++)
+            memcpy(codes_ + tokens[i] * rank, team.chunk->codes + i * rank, rank * sizeof(float));
+    }
+
+    // Keys and values of sequences: their rows' own, and those of their context tokens, as their tokens stand in the
+    // text. They begin with those of the first sequence.
+    struct Keys {
+        const char* rows;
+        size_t stride;
+        const int* places;
+        const List<int32_t>& offsets;
+        int first;
+        int at(int sequence) const { return offsets[sequence] - first; }
+        int count(int sequence) const { return offsets[sequence + 1] - offsets[sequence]; }
+        int total(Range sequences) const { return offsets[sequences.end] - first; }
+    };
+
+    Keys keys_of(const Team& team, int layer, Range sequences) {
+        const int first = offsets_[sequences.begin];
+        if (!has_context() || other_offsets_[sequences.begin] == other_offsets_[sequences.end])
+            return {projected(team, 0, keys_at()), (size_t)inputs(), places_, offsets_, first};
+        const int begin = other_offsets_[sequences.begin], others = other_offsets_[sequences.end] - begin;
+        const size_t width = keys_and_values(), bytes = width * exchange();
+        pack_context(team, codes_, others_.data() + begin, others, context_maps_->rank);
+        team.wait();
+        multiply_context(team, PROJECT, context_maps_->up[layer], others, Epilogue::store, team.chunk->given, width);
+        team.wait();
+        Clock clock(*this, team, ATTEND);
+        const int first_key = key_offsets_[sequences.begin];
+        const Range part = share(key_offsets_[sequences.end] - first_key, team.rank, team.threads, 16);
+        for (int i = part.begin; i < part.end; i++) {
+            const int row = key_rows_[first_key + i];
+            memcpy(team.chunk->woven + i * bytes,
+                   row >= 0 ? projected(team, row - first, keys_at()) : team.chunk->given + (~row - begin) * bytes,
+                   bytes);
+        }
+        team.wait();
+        return {team.chunk->woven, width, key_places_, key_offsets_, first_key};
     }
 
     // Cosines and sines of a position, as Kernels::rotate reads them.
@@ -478,6 +602,7 @@ private:
     int inputs() const { return shape_.query_size() + 2 * shape_.key_size(); }
     int keys_at() const { return shape_.query_size(); }
     int values_at() const { return shape_.query_size() + shape_.key_size(); }
+    int keys_and_values() const { return 2 * shape_.key_size(); }
     char* projected(const Team& team, int row, int column) const {
         return team.chunk->projected + ((size_t)row * inputs() + column) * exchange();
     }
@@ -516,14 +641,14 @@ private:
         team.wait();
     }
 
-    // What a layer adds to the logits of a head; rows are counted from the first of all.
-    LogitTerms terms(int layer, int head, int query, int key, const DistanceTerms& distance) const {
+    // What a layer adds to the logits of a head, by the places of a sequence's queries and keys.
+    LogitTerms terms(int layer, int head, const int* queries, const int* keys, const DistanceTerms& distance) const {
         const DistanceBias& bias = encoder_.bias;
         const int window = encoder_.steps[layer].window;
         if (bias.table.empty() && window < 0 && !distance.columns) return {};
-        return {places_ + query, places_ + key,
-                window,          bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
-                bias.far,        distance};
+        return {queries,  keys,
+                window,   bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
+                bias.far, distance};
     }
 
     bool by_distance() const { return !encoder_.distances.columns.empty(); }
@@ -531,17 +656,17 @@ private:
     // share few of a cache's sets.
     size_t distance_stride() const { return round_up(encoder_.distances.count(), 32) + DISTANCE_EDGE + 16; }
 
-    // Multiplies a head's queries and keys for disentangled attention, for the distances that occur. The rows are the
-    // sequence's, of which the first `queries` ask.
+    // Multiplies a head's queries and keys for disentangled attention, for the distances that occur: those of a
+    // sequence's first `queries` rows from all of its keys.
     DistanceTerms multiply_by_distance(const Team& team, const Layer& l, int head, int sequence, const char* query,
-                                       size_t query_stride, int queries, const char* key) const {
+                                       size_t query_stride, int queries, const Keys& keys, const char* key) const {
         if (!l.distance.any()) return {};
         const Kernels& kernels = *encoder_.distance_kernels;
         const DistanceColumns& distances = encoder_.distances;
-        const int begin = offsets_[sequence], keys = offsets_[sequence + 1] - begin;
-        const int nearest = places_[begin], last_query = places_[begin + queries - 1], last = places_[begin + keys - 1];
-        const int first_panel = distances.of(nearest - last) / kernels.panel;
-        const int last_panel = distances.of(last_query - nearest) / kernels.panel + 1;
+        const int *query_places = places_ + offsets_[sequence], *key_places = keys.places + keys.offsets[sequence];
+        const int count = keys.count(sequence);
+        const int first_panel = distances.of(query_places[0] - key_places[count - 1]) / kernels.panel;
+        const int last_panel = distances.of(query_places[queries - 1] - key_places[0]) / kernels.panel + 1;
         const size_t stride = distance_stride();
         auto product = [&](const std::vector<Linear>& by, const char* rows, size_t row_stride, int count,
                            float* out) -> const float* {
@@ -554,7 +679,7 @@ private:
             return out;
         };
         return {product(l.distance.of_queries, query, query_stride, queries, team.scratch->of_queries),
-                product(l.distance.of_keys, key, inputs(), keys, team.scratch->of_keys), stride,
+                product(l.distance.of_keys, key, keys.stride, count, team.scratch->of_keys), stride,
                 distances.columns.data(), distances.far};
     }
 
@@ -568,6 +693,8 @@ private:
         project(team, l.value, rows, values_at());
         team.wait();
         rotate(team, layer, projected(team, 0, 0), inputs(), rows, shape_.heads + shape_.key_heads, original_ + first);
+        const Keys keys = keys_of(team, layer, sequences);
+        const int all_keys = keys.total(sequences);
         Clock clock(*this, team, ATTEND);
         const bool receive = decides(layer) && !joins(layer);
         const int size = shape_.head_size, heads = shape_.heads;
@@ -575,22 +702,22 @@ private:
         for (int item = items.begin; item < items.end; item++) {
             const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
                       count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
-            const char* key = projected(team, at, keys_at() + shared * size);
-            float* received = receive ? team.chunk->received + (size_t)head * rows + at : nullptr;
+            const char* key = keys.rows + (keys.at(s) * keys.stride + shared * size) * exchange();
+            float* received = receive ? team.chunk->received + (size_t)head * all_keys + keys.at(s) : nullptr;
             const DistanceTerms by =
-                multiply_by_distance(team, l, head, s, projected(team, at, head * size), inputs(), count, key);
+                multiply_by_distance(team, l, head, s, projected(team, at, head * size), inputs(), count, keys, key);
             const Range asking = receive ? asking_rows(s) : Range{0, count};
             // What rows pay is added up in the kernel, so those that do not count go there by themselves.
             for (Range queries : {Range{0, asking.begin}, asking, Range{asking.end, count}}) {
                 if (queries.size() == 0) continue;
                 DistanceTerms these = by;
                 if (by.of_queries) these.of_queries += queries.begin * by.stride;
-                kernels_.attend({projected(team, at + queries.begin, head * size), key,
-                                 projected(team, at, values_at() + shared * size), (size_t)inputs(), (size_t)inputs(),
-                                 queries.size(), count, size, shape_.scale,
-                                 context(offsets_[s] + queries.begin, head * size), (size_t)shape_.query_size(),
-                                 queries.begin == asking.begin ? received : nullptr, team.scratch->attention,
-                                 terms(layer, head, offsets_[s] + queries.begin, offsets_[s], these)});
+                kernels_.attend(
+                    {projected(team, at + queries.begin, head * size), key, key + shape_.key_size() * exchange(),
+                     (size_t)inputs(), keys.stride, queries.size(), keys.count(s), size, shape_.scale,
+                     context(offsets_[s] + queries.begin, head * size), (size_t)shape_.query_size(),
+                     queries.begin == asking.begin ? received : nullptr, team.scratch->attention,
+                     terms(layer, head, places_ + offsets_[s] + queries.begin, keys.places + keys.offsets[s], these)});
             }
         }
         if (!receive) return;
@@ -599,8 +726,12 @@ private:
         const Range part = share(rows, team.rank, team.threads, 16);
         float* total = received_ + first;
         for (int i = part.begin; i < part.end; i++) total[i] = 0;
-        for (int head = 0; head < heads; head++)
-            for (int i = part.begin; i < part.end; i++) total[i] += team.chunk->received[(size_t)head * rows + i];
+        const bool woven = keys.rows == team.chunk->woven;
+        for (int head = 0; head < heads; head++) {
+            const float* by_key = team.chunk->received + (size_t)head * all_keys;
+            for (int i = part.begin; i < part.end; i++)
+                total[i] += by_key[woven ? key_of_row_[first + i] - keys.first : i];
+        }
         for (int i = part.begin; i < part.end; i++) total[i] /= (float)heads;
         for (int s = sequences.begin; request_->asks && s < sequences.end; s++) {
             const int from = offsets_[s] - first, to = offsets_[s + 1] - first;
@@ -651,19 +782,21 @@ private:
         rotate(team, layer, projected(team, 0, keys_at()), inputs(), rows, shape_.key_heads, original_ + first);
         rotate(team, layer, team.chunk->first_queries, queries, sequences.size(), shape_.heads,
                firsts_ + sequences.begin);
+        const Keys keys = keys_of(team, layer, sequences);
         Clock clock(*this, team, ATTEND);
         const int size = shape_.head_size, heads = shape_.heads;
         const Range items = share(sequences.size() * heads, team.rank, team.threads);
         for (int item = items.begin; item < items.end; item++) {
-            const int s = sequences.begin + item / heads, head = item % heads, at = offsets_[s] - first,
-                      count = offsets_[s + 1] - offsets_[s], shared = head / (heads / shape_.key_heads);
+            const int s = sequences.begin + item / heads, head = item % heads,
+                      shared = head / (heads / shape_.key_heads);
             const char *query =
                            team.chunk->first_queries + ((s - sequences.begin) * queries + head * size) * exchange(),
-                       *key = projected(team, at, keys_at() + shared * size);
-            const DistanceTerms by = multiply_by_distance(team, l, head, s, query, queries, 1, key);
-            kernels_.attend({query, key, projected(team, at, values_at() + shared * size), queries, (size_t)inputs(), 1,
-                             count, size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
-                             team.scratch->attention, terms(layer, head, offsets_[s], offsets_[s], by)});
+                       *key = keys.rows + (keys.at(s) * keys.stride + shared * size) * exchange();
+            const DistanceTerms by = multiply_by_distance(team, l, head, s, query, queries, 1, keys, key);
+            kernels_.attend({query, key, key + shape_.key_size() * exchange(), queries, keys.stride, 1, keys.count(s),
+                             size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
+                             team.scratch->attention,
+                             terms(layer, head, places_ + offsets_[s], keys.places + keys.offsets[s], by)});
         }
     }
 
@@ -712,15 +845,12 @@ private:
         const Range part = share(r.size(), team.rank, team.threads, 16);
         for (int i = part.begin; i < part.end; i++) {
             const float* state = joined ? joined_ + rows[i] * hidden : team.chunk->attended + i * hidden;
-            if (departed_wanted()) {
-                float* out = request_->out + left_[r.begin + i] * hidden;
-                if (request_->unread)
-                    memcpy(out, state, bytes);
-                else
-                    finish(state, out);
-            }
+            if (departed_wanted()) give(state, request_->out + left_[r.begin + i] * hidden);
             if (summarizes(layer)) memcpy(gone_ + (r.begin + i) * hidden, state, bytes);
         }
+        if (becomes_context(layer))
+            encode(team, joined ? joined_ : team.chunk->attended, joined ? rows : nullptr, r.size(),
+                   context_maps_->down[layer + 1], left_.data() + r.begin);
     }
 
     // What this layer's dropped tokens add to their summaries, by importance.
@@ -807,6 +937,30 @@ private:
     bool joins(int layer) const { return request_->probed && request_->probed[layer] && decides(layer); }
 
     bool departed_wanted() const { return request_->departed && !request_->first_only; }
+    // Whether tokens that leave after a layer are attended to still.
+    bool becomes_context(int layer) const {
+        return context_maps_ && layer + 1 < shape_.layers && context_maps_->down[layer + 1].weight;
+    }
+    bool has_context() const { return context_maps_ && !others_.empty(); }
+
+    // Rows and context tokens of each sequence, in their order in the text.
+    void plan_keys() {
+        if (!context_maps_) return;
+        others_.clear(), other_offsets_.clear(), key_rows_.clear(), key_offsets_.clear();
+        other_offsets_.push_back(0), key_offsets_.push_back(0);
+        for (int s = 0; s < sequences_; s++) {
+            int row = offsets_[s];
+            for (int t = request_->cu_seqlens[s]; t < request_->cu_seqlens[s + 1]; t++) {
+                const bool present = row < offsets_[s + 1] && original_[row] == t;
+                if (!present && !is_context_[t]) continue;
+                if (placed_) key_places_[key_rows_.size()] = request_->places[t];
+                if (present) key_of_row_[row] = (int)key_rows_.size();
+                key_rows_.push_back(present ? row++ : ~(int)others_.size());
+                if (!present) others_.push_back(t);
+            }
+            other_offsets_.push_back((int)others_.size()), key_offsets_.push_back((int)key_rows_.size());
+        }
+    }
     bool summarizes(int layer) const { return request_->hosts && layer + 1 < shape_.layers; }
     bool is_summary(int row) const { return request_->hosts && request_->hosts[original_[row]]; }
 
@@ -885,6 +1039,8 @@ private:
                 for (size_t i = 0; i < kept_.size(); i++) original_[i] = original_[kept_[i]];
                 for (size_t i = 0; placed_ && i < kept_.size(); i++) places_[i] = places_[kept_[i]];
                 std::swap(offsets_, next_offsets_);
+                for (size_t i = 0; becomes_context(layer) && i < left_.size(); i++) is_context_[left_[i]] = 1;
+                plan_keys();
             }
         }
         if (first_rows_only(layer)) {
@@ -895,7 +1051,8 @@ private:
             return;
         }
         plan(threads);
-        if (departed_wanted() || summarizes(layer)) plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
+        if (departed_wanted() || summarizes(layer) || becomes_context(layer))
+            plan_rows(threads, (int)dropped_.size(), dropped_chunks_);
     }
 
     // After the last layer: what is wanted of the states that are left.
@@ -954,6 +1111,14 @@ private:
     bool gather_ = false;                       // whether rows are taken by `kept_`
     List<Range> sequence_chunks_, row_chunks_, dropped_chunks_;
 
+    const ContextMaps* context_maps_ = nullptr;
+    List<int> others_;  // context tokens, in their order
+    List<int32_t> other_offsets_, key_offsets_;
+    List<int> key_rows_;  // of a key, its row, or ~ its number among `others_`
+    int *key_places_ = nullptr, *key_of_row_ = nullptr;
+    uint8_t* is_context_ = nullptr;  // [tokens]
+    float* codes_ = nullptr;         // [tokens, rank]
+
     Barrier barrier_;
     std::atomic<size_t> next_{0};
 };
@@ -980,6 +1145,15 @@ void check_contents(const Encoder& encoder, const Request& r) {
     require(!r.keep == !r.importance, "keep and importance go together");
     require(!r.probes == !r.probed, "probes and probed go together");
     require(!r.hosts || !r.probes, "summaries and probes exclude each other");
+    require(!r.context || r.context->up.size() == encoder.layers.size(), "context of another encoder");
+    require(!r.context || !r.hosts, "summaries and context exclude each other");
+    require(!r.outside || (r.context && r.context->down[0].weight), "tokens outside are context");
+    for (const Step& step : encoder.steps)
+        require(!r.context || (step.rotation < 0 && step.window < 0), "context goes with no rotation and no window");
+    for (int s = 0; r.outside && s < r.sequences; s++)
+        require(!r.outside[r.cu_seqlens[s]], "no sequence's first token can be outside");
+    for (int i = 0; r.outside && i < r.tokens; i++)
+        require(r.outside[i] <= 1 && r.survived[i] == -r.outside[i], "outside must be 0 or 1, as survived says");
     for (int s = 0; r.asks && s < r.sequences; s++)
         for (int i = r.cu_seqlens[s], runs = 0; i < r.cu_seqlens[s + 1]; i++) {
             runs += r.asks[i] && (i == r.cu_seqlens[s] || !r.asks[i - 1]);

@@ -108,6 +108,20 @@ struct DistanceColumns {
     int of(int distance) const { return columns[std::max(-far, std::min(distance, far)) + far]; }
 };
 
+// Keys and values that tokens go on giving after they left. A token's state where it left times `down` is its code, and
+// its code times a layer's `up` all its keys, and then all its values, there. The kernels do not quantise, and have the
+// encoder's exchange type.
+struct ContextMaps {
+    ContextMaps(const Kernels& kernels, int layers, int rank)
+        : kernels(kernels), rank(rank), down(layers + 1), up(layers) {}
+    const Kernels& kernels;
+    const int rank;
+    // For tokens that never enter, then for those that leave after each layer; none where they are gone.
+    std::vector<Linear> down;  // [layers + 1] of hidden → rank
+    std::vector<Linear> up;    // [layers] of rank → 2 · key size
+    Slabs memory{0};
+};
+
 struct Embeddings {
     // Rows of bfloat16 or float32, of one width, which may differ from the encoder's. All but `word` may be null.
     const char *word = nullptr, *position = nullptr, *type = nullptr;
@@ -152,11 +166,16 @@ struct Request {
     // is given: [tokens], zero at first, set to 1 for a dropped token whose row carries a summary from then on.
     const uint8_t* segments;  // [tokens]
     uint8_t* hosts;
-    float* out;         // [sequences, hidden] if first_only, else [tokens, hidden]: tokens' last states
-    int32_t* survived;  // [tokens], zero at first: layers after which the token was still there
-    float* received;    // [layers, tokens] or null: what each layer decided by, untouched where it did not
-    double* seconds;    // [PARTS] or null: what the calling thread spent its time on
-    char* workspace;    // aligned to 64 bytes; nothing else is needed between calls, and nothing is kept after the last
+    // Context, or null: tokens with outside[t] 1 (null: none) never enter the first layer, and no sequence's first
+    // token is one; these and those that leave are attended to still where `context` has a `down` for them. Not with
+    // summaries, rotations or windows.
+    const ContextMaps* context;
+    const uint8_t* outside;  // [tokens]
+    float* out;              // [sequences, hidden] if first_only, else [tokens, hidden]: tokens' last states
+    int32_t* survived;       // [tokens], zero at first, −1 outside: layers after which the token was still there
+    float* received;         // [layers, tokens] or null: what each layer decided by, untouched where it did not
+    double* seconds;         // [PARTS] or null: what the calling thread spent its time on
+    char* workspace;  // aligned to 64 bytes; nothing else is needed between calls, and nothing is kept after the last
     size_t workspace_bytes;
     // Decisions taken by the caller in place of thresholds: forward() returns at each with `layer`, `rows`, and what
     // each row received, or its probe says, in importance[0, rows); the caller writes 1 or 0 to keep[0, rows) and
@@ -187,6 +206,7 @@ public:
     //     N · (8·H + wide·Q) + N · 44 + S · 64                  states, context, who is where
     //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes, N · 4 · head size for each rotation
     //     T · R · (4·H + wide · (2·Q + 2·K) + 4·E + 8·heads)    a chunk's rows: projections, sums
+    //     N · (4·rank + 20), and T · R · (4·rank + 4·wide·K + packed rows) with context
     //     T · 8·R·C, C columns of distances, and R packed rows of a head, for disentangled attention
     //     T · packed rows of R · (E + F), for int8 R · F · wide, and twice that where the feed-forward is gated, and
     //     the kernels' scratch for R rows and for the longest sequence's keys (product_scratch, attention_scratch)

@@ -11,7 +11,7 @@ from token_pruning.pruners.base import (
     pruner_from_config,
 )
 from token_pruning.pruners.budgets import Budget
-from token_pruning.pruners.fitted import Correction, DepartureMaps, Probes
+from token_pruning.pruners.fitted import Correction, DepartureMaps, LinearContext, Probes
 from token_pruning.pruners.relative import RelativeThreshold, RisingThreshold
 from token_pruning.pruners.topk import TopK
 from token_pruning.pruners.unpruned import Unpruned
@@ -24,6 +24,7 @@ __all__ = [
     "FixedThreshold",
     "LayerTokens",
     "LearnedThreshold",
+    "LinearContext",
     "Probes",
     "Pruner",
     "RelativeThreshold",

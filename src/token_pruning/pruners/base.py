@@ -18,6 +18,7 @@ from token_pruning.pruners.fitted import (
     Correction,
     Departed,
     DepartureMaps,
+    LinearContext,
     Probes,
     Protected,
     ReceivedFrom,
@@ -74,7 +75,8 @@ class Pruner(ABC):
         protect: which tokens never leave, besides the first: ``"separators"``, and ``"first_segment"``, the first text
             of a pair, such as a reranker's query.
         received_from: whose attention counts as importance: that of ``"all"`` tokens, of the ``"first_segment"`` (but
-            for the first token and separators), or of the ``"first"`` token. Its mean over a sequence is 1 for each.
+            for the first token and separators), or of the ``"first"`` token. Its mean over a sequence is 1 for each;
+            less with ``context``, which receives some.
         departed: what a token that left counts as where all last states are read or pooled: its ``"state"`` when it
             left; nothing, ``"survivors"`` alone count; or ``"map"``, what ``maps`` makes of its state.
         max_tokens: of a longer text only so many tokens enter: its first and last, and evenly spaced spans of eight; of
@@ -85,6 +87,8 @@ class Pruner(ABC):
         probes: in which layers a probe says what tokens are worth, not attention (``probe_layers`` in ``config.json``,
             the weights beside the model's); None for none.
         maps: see ``departed`` (``map_layers`` in ``config.json``).
+        context: the keys and values that tokens which left go on giving (``context_layers`` in ``config.json``); None
+            for none: those that stay attend to one another alone.
         correction: what is made of the pooled vector of a text that lost tokens; None for nothing.
 
     Raises:
@@ -109,6 +113,7 @@ class Pruner(ABC):
     vocabulary: VocabularyGate | None = None
     probes: Probes | None = None
     maps: DepartureMaps | None = None
+    context: LinearContext | None = None
     correction: Correction | None = None
 
     def __init_subclass__(cls, *, registered: bool = True, **kwargs: Any) -> None:
@@ -157,6 +162,11 @@ class Pruner(ABC):
         if self.departed == "map" and self.maps is None:
             raise ConfigError(
                 "departed is 'map', but there are no maps of what left: token_pruning.calibrate makes them"
+            )
+        if self.context is not None and self.summary_tokens != "none":
+            raise ConfigError(
+                f"summary_tokens is {self.summary_tokens!r}; with context it must be none: what left is attended to "
+                "one by one"
             )
         if self.probes is not None and self.summary_tokens != "none":
             raise ConfigError(
@@ -221,6 +231,7 @@ class Pruner(ABC):
         values["vocabulary_threshold"] = self.vocabulary_threshold
         values["probe_layers"] = None if self.probes is None else list(self.probes.layers)
         values["map_layers"] = None if self.maps is None else list(self.maps.layers)
+        values["context_layers"] = None if self.context is None else list(self.context.layers)
         for name, default in _LEFT_OUT.items():
             if values[name] == default:
                 values[name] = None
@@ -243,6 +254,7 @@ _TENSOR_SETTINGS = {
     "vocabulary": VocabularyGate,
     "probes": Probes,
     "maps": DepartureMaps,
+    "context": LinearContext,
     "correction": Correction,
 }
 # Defaults that config.json is not filled with.
@@ -253,6 +265,7 @@ _OTHER_KEYS = {
     "vocabulary": "vocabulary_threshold",
     "probes": "probe_layers",
     "maps": "map_layers",
+    "context": "context_layers",
 }
 # What a setting does not go without, as small as can be.
 _COMPANIONS: dict[str, dict[str, Any]] = {
@@ -363,8 +376,21 @@ def pruner_from_config(
             raise ConfigError(f"the model has weights token_pruner.{name}_weights, but {name}_layers is missing")
         if weights is not None and layers is not None:
             values[f"{name}s"] = kind(layers, weights)
+    values |= _context(config.get("context_layers"), tensors)
     if "correction_weights" in tensors:
         values["correction"] = Correction(tensors["correction_weights"])
     if cls.learned:
         values["temperature"] = config.get("threshold_temperature", 1e-3) if temperature is None else temperature
     return cls(**values)
+
+
+def _context(layers: Any, tensors: Mapping[str, Tensor]) -> dict[str, LinearContext]:
+    """The context that a checkpoint has."""
+    missing = [name for name in ("context_down", "context_up") if name not in tensors]
+    if len(missing) == 2 and layers is None:
+        return {}
+    if layers is None:
+        raise ConfigError("the model has weights token_pruner.context_…, but context_layers is missing")
+    if missing:
+        raise ConfigError(f"context_layers is {layers!r}, but the model has no weights token_pruner.{missing[0]}")
+    return {"context": LinearContext(layers, tensors["context_down"], tensors["context_up"])}

@@ -57,7 +57,8 @@ class Attachment:
         self.loop: Callable[..., Any] = PackedLoop if self.packed else PaddedLoop
         token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         token_pruner.train(model.training)
-        token_pruner.check_fit(self.shape.hidden_size, self.reads)
+        token_pruner.check_fit(self.shape, self.reads)
+        _check_keys_stand(pruner, self.family)
         token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
@@ -337,6 +338,14 @@ def _check_lengths(pruner: Pruner, reads: Reads, max_positions: int | None) -> N
         raise ConfigError('chunks is true; windows can only be pooled where the mean is read: reads="mean"')
     if max_positions is not None and pruner.max_tokens > max_positions:
         raise ConfigError(f"max_tokens is {pruner.max_tokens}; the model has positions for at most {max_positions}")
+
+
+def _check_keys_stand(pruner: Pruner, family: Family) -> None:
+    """Raises ConfigError for context in a model whose keys turn with their positions: no one map gives them."""
+    if pruner.context is not None and any(family.rotation(layer) is not None for layer in family.layers):
+        raise ConfigError(
+            f"context is {pruner.context!r}, but {family.config.model_type!r} has rotary positions; leave context out"
+        )
 
 
 def write_keys(config: Any, pruner: Pruner) -> None:

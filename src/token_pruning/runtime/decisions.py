@@ -48,8 +48,9 @@ class Decisions:
             and pruner.summary_tokens == "none"
             and triton.usable(entering.indices.device)
         )
-        # Where first tokens alone are read, nobody asks which others left, but for a trace and a correction.
-        self._names_dropped = bool(self.traces) or reads != "first" or pruner.correction is not None
+        # Where first tokens alone are read, nobody asks which others left, but for a trace, a correction and context.
+        linear = pruner.correction is not None or pruner.context is not None
+        self._names_dropped = bool(self.traces) or reads != "first" or linear
         self.segments: Tensor | None = None
         if token_pruner.pruner.summary_tokens == "segment" and tokens.ids is not None:
             second = ~first_segment(tokens.ids, tokens.layout)

@@ -1,9 +1,9 @@
 """Floating-point operations in closed form, from token counts per layer.
 
 Counted is every matrix product of the encoder's layers (Q, K, V and output projections, query·key, attention·value, the
-feed-forward), and of probes, maps and corrections, at two operations per multiply–accumulate. Embeddings,
+feed-forward), and of probes, maps, context and corrections, at two operations per multiply–accumulate. Embeddings,
 normalisations, softmax and heads are not counted. Of a layer with a window the keys inside it count, though plain
-PyTorch attention also computes the others and masks them.
+PyTorch attention also computes the others and masks them; context tokens count as keys, though it asks for them too.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from token_pruning.families import ModelShape, shape_of
+from token_pruning.pruners import LinearContext
 from token_pruning.runtime.trace import ComputedLengths, Trace
 
 
@@ -47,6 +48,7 @@ def layer_flops(
     ffn_lengths: Tensor,
     query_lengths: Tensor | None = None,
     projected_lengths: Tensor | None = None,
+    context_lengths: Tensor | None = None,
 ) -> Tensor:
     """FLOPs of single layers.
 
@@ -57,6 +59,8 @@ def layer_flops(
         ffn_lengths: tokens in its feed-forward, the same shape.
         query_lengths: tokens whose own attention is computed, the same shape; all unless given.
         projected_lengths: tokens in attention's output projection, the same shape; as ``query_lengths`` unless given.
+        context_lengths: further keys, of tokens that left, the same shape; none unless given. What these take to be
+            made is not counted here.
 
     Returns:
         float64, the same shape, differentiable.
@@ -65,7 +69,8 @@ def layer_flops(
     asking = attending if query_lengths is None else query_lengths.double()
     joining = asking if projected_lengths is None else projected_lengths.double()
     projections = (2 * attending * shape.key_size + (asking + joining) * shape.query_size) * shape.hidden_size
-    attention = asking * (2 * _reached(shape, attending) + shape.position_columns) * shape.query_size
+    keys = attending if context_lengths is None else attending + context_lengths.double()
+    attention = asking * (2 * _reached(shape, keys) + shape.position_columns) * shape.query_size
     feed_forward = shape.ffn_matrices * remaining * shape.hidden_size * shape.intermediate_size
     return 2 * (projections + attention + feed_forward)
 
@@ -87,6 +92,7 @@ def relative_flops(
     *,
     first_only: bool,
     dropped_are_joined: Sequence[bool] | None = None,
+    context: LinearContext | None = None,
 ) -> Tensor:
     """Cost of a batch relative to the dense model, from tokens left, where these need not be whole numbers.
 
@@ -97,6 +103,7 @@ def relative_flops(
         first_only: whether first tokens' last states alone are used.
         dropped_are_joined: for each layer, whether tokens that leave are in its attention's output projection too; as
             where their states are read, if not given.
+        context: what tokens that left go on giving.
 
     Returns:
         A float64 scalar, differentiable.
@@ -109,7 +116,11 @@ def relative_flops(
             torch.cat([rows[:-1], rows[-1:].clamp(max=1)]) for rows in (queries, projected, feed_forward)
         )
     dense = layer_flops(shape, input_lengths, input_lengths).sum() * shape.num_layers
-    return layer_flops(shape, keys, feed_forward, queries, projected).sum() / dense
+    if context is None:
+        return layer_flops(shape, keys, feed_forward, queries, projected).sum() / dense
+    lost = torch.cat([input_lengths[None].to(left), left]).diff(dim=0).neg()
+    layers = layer_flops(shape, keys, feed_forward, queries, projected, context.lengths(lost))
+    return (layers.sum() + 2 * context.products(lost).sum()) / dense
 
 
 def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_length: int) -> Flops:
@@ -122,13 +133,13 @@ def flops_from_lengths(shape: ModelShape, computed: ComputedLengths, max_seq_len
     """
     valid = computed.dense
     padded = torch.full_like(valid, max(max_seq_length, int(valid.max())))
-    rows = (computed.keys, computed.queries, computed.projected, computed.feed_forward)
+    rows = (computed.keys, computed.queries, computed.projected, computed.feed_forward, computed.context)
     totals = [
-        layer_flops(shape, keys, feed_forward, queries, projected).sum(0).mean().item()
-        for keys, queries, projected, feed_forward in ((padded,) * 4, (valid,) * 4, rows)
+        layer_flops(shape, keys, feed_forward, queries, projected, *context).sum(0).mean().item()
+        for keys, queries, projected, feed_forward, *context in ((padded,) * 4, (valid,) * 4, rows)
     ]
     products = computed.probed.sum(0) + computed.mapped[0] * shape.hidden_size  # each with a row of the hidden size
-    totals[-1] += 2 * shape.hidden_size * products.double().mean().item()
+    totals[-1] += 2 * (shape.hidden_size * products + computed.context_products[0]).double().mean().item()
     return Flops(*totals)
 
 

@@ -22,6 +22,7 @@ from token_pruning.ragged import (
     row_bucket,
 )
 from token_pruning.ragged.layout import computed_once
+from token_pruning.runtime.context import Context, ContextTokens
 from token_pruning.runtime.decisions import Decisions
 from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -42,6 +43,7 @@ class PackedLoop:
         """
         self.family, self.tokens, self.reads = family, tokens, reads
         self.decisions = Decisions(token_pruner, tokens, reads=reads)
+        self.context = Context(token_pruner)
         self.departed: dict[int, tuple[Tensor, Tensor]] = {}
         """Per layer, the places in the padded batch of the tokens dropped there and their states; 0 for the entry.
 
@@ -98,7 +100,7 @@ class PackedLoop:
         decisions, record = self.decisions, self.decisions.record
         if decisions.entered_rows is None or decisions.never_entered_rows is None:
             return self._with_filler(self.family.embed(self.tokens))
-        if not self.keeps_departed:
+        if not self._keeps(0):
             return self._with_filler(self.family.embed(self.tokens.of(decisions.entered_rows, record.entering)))
         embedded, gone = self.family.embed(self.tokens), decisions.never_entered_rows
         self.departed[0] = (record.valid.indices[gone], embedded[gone])
@@ -108,6 +110,10 @@ class PackedLoop:
     def keeps_departed(self) -> bool:
         """Whether the states of tokens that left count for something."""
         return self.reads != "first" and self.decisions.record.pruner.departed != "survivors"
+
+    def _keeps(self, number: int) -> bool:
+        """Whether the states of tokens that leave after a layer, 0 for those that never enter, are needed."""
+        return self.keeps_departed or self.context.takes(number)
 
     def states(self, number: int, rows: Tensor) -> Tensor:
         """The rows of the tokens that entered the layer, ``[entering.total, dim]``."""
@@ -148,6 +154,9 @@ class PackedLoop:
         dropout = family.dropout(layer) if layer.training else 0.0
         # Windows and distances are those of the text as it came: of columns, whatever position ids there are.
         columns = pad(entering.indices % entering.width, (0, key.shape[0] - entering.total)) if terms else None
+        others = self.context.of(number, self.departed, key)
+        if others is not None and others.places.numel():
+            return self._attend_beside(others, number, layer, query, key, value, asking)
         if asking is not None:
             context = first_token_attention(query, key, value, entering, scale, dropout, terms=terms, positions=columns)
             return context, None
@@ -158,6 +167,45 @@ class PackedLoop:
             paid=self.decisions.paid(number),
             terms=terms, positions=columns,
         )  # fmt: skip
+
+    def _attend_beside(
+        self,
+        others: ContextTokens,
+        number: int,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        asking: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`attend`, with tokens that left among the keys. They ask nothing."""
+        family, entering = self.family, self.decisions.entering(number)
+        scale, terms, total = family.scale(layer), self.terms(number, layer), entering.total
+        dropout = family.dropout(layer) if layer.training else 0.0
+        layout, order, own = others.beside(entering)
+        key, value = (
+            torch.cat([rows[:total], more]).index_select(0, order)
+            for rows, more in ((key, others.key), (value, others.value))
+        )
+        columns = layout.indices % layout.width if terms else None
+        if asking is not None:
+            context = first_token_attention(query, key, value, layout, scale, dropout, terms=terms, positions=columns)
+            return context, None
+        needs_importance = self.decisions.prunes(number) and not self.decisions.probes(number)
+        paid = self.decisions.paid(number) if needs_importance else None
+        if needs_importance:
+            own_paid = torch.ones(total, dtype=torch.float32, device=own.device) if paid is None else paid
+            paid = own_paid.new_zeros(layout.total).index_copy(0, own, own_paid)
+        context, received = packed_attention(
+            query.new_zeros(layout.total, *query.shape[1:]).index_copy(0, own, query[:total]),
+            key, value, layout, scale, dropout,
+            needs_importance=needs_importance,
+            differentiable_importance=self.decisions.differentiable_importance,
+            paid=paid,
+            terms=terms, positions=columns,
+        )  # fmt: skip
+        context = pad(context.index_select(0, own), (0, 0, 0, 0, 0, query.shape[0] - total))
+        return context, None if received is None else received.index_select(0, own)
 
     def join(
         self,
@@ -176,7 +224,7 @@ class PackedLoop:
         if asking is not None:
             return self._with_filler(family.join(layer, context, rows[asking]))
         stay = self._staying(number, record)
-        if stay is not None and record.merge is None and not self.keeps_departed:
+        if stay is not None and record.merge is None and not self._keeps(number):
             return self._with_filler(family.join(layer, context.index_select(0, stay), rows.index_select(0, stay)))
         return self.remove(number, record, family.join(layer, context, rows))
 
@@ -185,7 +233,7 @@ class PackedLoop:
         stay = self._staying(number, record)
         if stay is None:
             return joined
-        if self.keeps_departed and record.dropped_rows is not None:
+        if self._keeps(number) and record.dropped_rows is not None:
             self.beside[number] = joined.index_select(0, record.dropped_rows)
             places = record.entering.indices.index_select(0, record.dropped_rows)
             self.departed[number] = (places, self.beside[number])
@@ -260,8 +308,8 @@ class PackedLoop:
         def step(rows: Tensor) -> tuple[Tensor, Tensor | None]:
             if with_grad and not torch.is_grad_enabled() and not self.reentrant:
                 raise ConfigError(
-                    "the masked reference and summary tokens cannot train through re-entrant gradient checkpointing; "
-                    'use activation_checkpointing_kwargs={"use_reentrant": False}'
+                    "the masked reference, summary tokens and context cannot train through re-entrant gradient "
+                    'checkpointing; use activation_checkpointing_kwargs={"use_reentrant": False}'
                 )
             return self.step(number, layer, rows), self.beside.pop(number, None)
 
@@ -278,7 +326,7 @@ class PackedLoop:
     @property
     def reentrant(self) -> bool:
         """Whether re-entrant checkpointing, which cuts the graph between layers, loses nothing but the rows' part."""
-        return self.decisions.record.pruner.summary_tokens == "none"
+        return self.decisions.record.pruner.summary_tokens == "none" and self.context.setting is None
 
 
 class PaddedLoop(PackedLoop):
@@ -330,12 +378,20 @@ class PaddedLoop(PackedLoop):
     ) -> tuple[Tensor, Tensor | None]:
         """One softmax over the whole batch, with all that is gone masked out."""
         family, entering = self.family, self.decisions.entering(number)
-        q, k, v = (self._padded(x).transpose(1, 2) for x in (query, key, value))
         alive = self._at(entering).view(entering.batch_size, entering.width)
+        others = self.context.of(number, self.departed, key)
+        paid = self._paid(number)
+        if others is not None:
+            paid = alive.float() if paid is None else paid
+            alive = alive.flatten().index_fill(0, others.places, True).view(alive.shape)
+            key, value = (
+                x.index_copy(0, others.places, more) for x, more in ((key, others.key), (value, others.value))
+            )
+        q, k, v = (self._padded(x).transpose(1, 2) for x in (query, key, value))
         columns = torch.arange(entering.width, device=alive.device)
         context, probabilities, received = masked_attention(
             q, k, v, alive, family.scale(layer), family.dropout(layer) if layer.training else 0.0,
-            paid=self._paid(number), terms=self.terms(number, layer), positions=columns.expand(alive.shape),
+            paid=paid, terms=self.terms(number, layer), positions=columns.expand(alive.shape),
         )  # fmt: skip
         self.probabilities.append(probabilities)
         by_attention = self.decisions.prunes(number) and not self.decisions.probes(number)
@@ -356,12 +412,12 @@ class PaddedLoop(PackedLoop):
 
     def remove(self, number: int, record: LayerRecord, joined: Tensor) -> Tensor:
         """Nothing is; a merge puts summaries into the places of some of the tokens dropped."""
-        if record.merge is not None and record.dropped_rows is not None:
-            places = record.entering.indices
-            gone = places[record.dropped_rows]
-            self.departed[number] = (gone, joined[gone])
-            joined = joined.index_copy(0, places, record.merge.apply(joined[places]))
-        return joined
+        if record.dropped_rows is None or (record.merge is None and not self.context.takes(number)):
+            return joined
+        places = record.entering.indices
+        gone = places[record.dropped_rows]
+        self.departed[number] = (gone, joined[gone])
+        return joined if record.merge is None else joined.index_copy(0, places, record.merge.apply(joined[places]))
 
     def settle(self, number: int, record: LayerRecord, after: Tensor, joined: Tensor, rows: Tensor) -> Tensor:
         """Tokens that are gone keep their last state."""

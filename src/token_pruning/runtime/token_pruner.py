@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from token_pruning.errors import ConfigError
-from token_pruning.families import Reads
+from token_pruning.families import ModelShape, Reads
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.ragged import Layout, PackedTokens, drop
 from token_pruning.runtime.roles import protected
@@ -23,6 +23,8 @@ class TokenPruner(nn.Module):
         vocabulary_scores: ``[vocabulary]`` float32, or None: what the vocabulary threshold is compared with.
         probe_weights: those of :class:`token_pruning.Probes`, float32, or None.
         map_weights: those of :class:`token_pruning.DepartureMaps`, float32, or None.
+        context_down: of :class:`token_pruning.LinearContext`, float32, or None.
+        context_up: likewise.
         correction_weights: those of :class:`token_pruning.Correction`, float32, or None.
         attachment: what pruning put on the model; None in an engine.
 
@@ -33,6 +35,8 @@ class TokenPruner(nn.Module):
     vocabulary_scores: Tensor | None
     probe_weights: Tensor | None
     map_weights: Tensor | None
+    context_down: Tensor | None
+    context_up: Tensor | None
     correction_weights: Tensor | None
 
     def __init__(self, pruner: Pruner, num_layers: int, device: torch.device) -> None:
@@ -43,6 +47,8 @@ class TokenPruner(nn.Module):
             "vocabulary_scores": None if pruner.vocabulary is None else pruner.vocabulary.scores,
             "probe_weights": None if pruner.probes is None else pruner.probes.weights,
             "map_weights": None if pruner.maps is None else pruner.maps.weights,
+            "context_down": None if pruner.context is None else pruner.context.down,
+            "context_up": None if pruner.context is None else pruner.context.up,
             "correction_weights": None if pruner.correction is None else pruner.correction.weights,
         }
         for name, tensor in given.items():
@@ -53,6 +59,7 @@ class TokenPruner(nn.Module):
             ("prune_layers", pruner.prune_layers),
             ("probe_layers", pruner.probes and pruner.probes.layers),
             ("map_layers", pruner.maps and pruner.maps.layers),
+            ("context_layers", pruner.context and pruner.context.layers),
         ):
             for layer in layers or ():
                 if layer > num_layers:
@@ -107,16 +114,18 @@ class TokenPruner(nn.Module):
             values = torch.tensor(pruner.thresholds, dtype=torch.float32).tolist()
             if loaded.tolist() != values:
                 changed["thresholds"] = tuple(loaded.tolist())
-        for name, weights in (
-            ("vocabulary", scores),
-            ("probes", self.probe_weights),
-            ("maps", self.map_weights),
-            ("correction", self.correction_weights),
+        for name, tensors in (
+            ("vocabulary", {"scores": scores}),
+            ("probes", {"weights": self.probe_weights}),
+            ("maps", {"weights": self.map_weights}),
+            ("context", {"down": self.context_down, "up": self.context_up}),
+            ("correction", {"weights": self.correction_weights}),
         ):
             setting = getattr(pruner, name)
-            if setting is not None and weights is not None and not weights.is_meta:
-                own = weights.clone()  # two names of one memory would not go through to other processes
-                changed[name] = replace(setting, **{"scores" if name == "vocabulary" else "weights": own})
+            if setting is not None and not any(tensor is None or tensor.is_meta for tensor in tensors.values()):
+                # Two names of one memory would not go through to other processes.
+                own = {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}
+                changed[name] = replace(setting, **own)
         if changed:
             self.pruner = replace(pruner, **changed)
             if self.attachment is not None:
@@ -153,20 +162,27 @@ class TokenPruner(nn.Module):
             for layer, can, threshold in zip(layers, drops, thresholds.tolist(), strict=True)
         ]
 
-    def check_fit(self, hidden_size: int, reads: Reads) -> None:
+    def check_fit(self, shape: ModelShape, reads: Reads) -> None:
         """Hold the linear settings against the model.
 
         Raises:
-            ConfigError: for weights of another hidden size, a correction where no single vector is read, or as
-                :meth:`check_maps`.
+            ConfigError: for weights of another hidden size, number of layers or size of keys, a correction where no
+                single vector is read, or as :meth:`check_maps`.
         """
         for name, tensor in (
-            ("probe", self.probe_weights), ("map", self.map_weights), ("correction", self.correction_weights)
+            ("probe", self.probe_weights), ("map", self.map_weights), ("correction", self.correction_weights),
+            ("context down", self.context_down),
         ):  # fmt: skip
-            if tensor is not None and tensor.shape[-1] != hidden_size + 1:
+            if tensor is not None and tensor.shape[-1] != shape.hidden_size + 1:
                 raise ConfigError(
-                    f"{name} weights are for hidden size {tensor.shape[-1] - 1}; the model's is {hidden_size}"
+                    f"{name} weights are for hidden size {tensor.shape[-1] - 1}; the model's is {shape.hidden_size}"
                 )
+        wanted = [shape.num_layers, 2 * shape.key_size]
+        if self.context_up is not None and [*self.context_up.shape[:2]] != wanted:
+            raise ConfigError(
+                f"context up weights are {[*self.context_up.shape]}; the model has {wanted[0]} layers with {wanted[1]} "
+                "numbers of keys and values"
+            )
         if self.correction_weights is not None and reads == "all":
             raise ConfigError("correction is for one vector of a text; this model's outputs read all last states")
         self.check_maps(reads)

@@ -61,6 +61,8 @@ class ComputedLengths(NamedTuple):
         feed_forward: rows of the feed-forward.
         probed: rows that a probe was asked about.
         mapped: ``[1, batch]`` int64: how often a map, or the correction, was applied.
+        context: keys and values that tokens which left still give.
+        context_products: ``[1, batch]`` int64: multiply–accumulates that these took.
     """
 
     dense: Tensor
@@ -70,12 +72,14 @@ class ComputedLengths(NamedTuple):
     feed_forward: Tensor
     probed: Tensor
     mapped: Tensor
+    context: Tensor
+    context_products: Tensor
 
     @classmethod
     def without_pruning(cls, lengths: Tensor) -> "ComputedLengths":
         """What a dense model computes, from the valid tokens ``[layers, batch]``."""
         nothing = torch.zeros_like(lengths)
-        return cls(lengths, lengths, lengths, lengths, lengths, nothing, nothing[:1])
+        return cls(lengths, lengths, lengths, lengths, lengths, nothing, nothing[:1], nothing, nothing[:1])
 
 
 @dataclass
@@ -190,7 +194,10 @@ class Trace:
         narrow = torch.cat([torch.full((done.valid.batch_size,), done.first_only) for done in self.passes])
         for lengths in (queries, projected, feed_forward):
             lengths[-1] = torch.where(narrow.to(lengths.device), lengths[-1].clamp(max=1), lengths[-1])
-        return ComputedLengths(dense, keys, queries, projected, feed_forward, probed, mapped[None])
+        context, products = (torch.cat(parts, -1) for parts in zip(*map(_context, self.passes), strict=True))
+        return ComputedLengths(
+            dense, keys, queries, projected, feed_forward, probed, mapped[None], context, products[None]
+        )
 
     @property
     def soft_lengths(self) -> Tensor:
@@ -262,9 +269,12 @@ def _projected_lengths(done: PassRecord) -> Tensor:
     """Rows of each layer's output projection, ``[layers, batch]`` int64: all where dropped tokens' states are used."""
     unread = done.first_only or done.pruner.departed == "survivors"
     only_those_left = unread and done.pruner.summary_tokens == "none"
+    coded = () if done.pruner.context is None else [x for x in done.pruner.context.layers if x < len(done.layers)]
     return torch.stack(
         [
-            (each.leaving if only_those_left and not done.probed(layer) else each.entering).lengths_tensor
+            (
+                each.leaving if only_those_left and not done.probed(layer) and layer not in coded else each.entering
+            ).lengths_tensor
             for layer, each in sorted(done.layers.items())
         ]
     )
@@ -277,10 +287,22 @@ def _probed_lengths(done: PassRecord) -> Tensor:
     )
 
 
+def _lost(done: PassRecord) -> Tensor:
+    """Tokens that never entered, then those that left after each layer, ``[layers + 1, batch]`` int64."""
+    return torch.stack([done.lost(layer) for layer in range(len(done.layers) + 1)])
+
+
+def _context(done: PassRecord) -> tuple[Tensor, Tensor]:
+    """Context tokens of each layer, ``[layers, batch]``, and multiply–accumulates for them, ``[batch]``; int64."""
+    lost, context = _lost(done), done.pruner.context
+    if context is None:
+        return torch.zeros_like(lost[1:]), torch.zeros_like(lost[0])
+    return context.lengths(lost), context.products(lost)
+
+
 def _mapped(done: PassRecord) -> Tensor:
     """How often a map or the correction was applied, ``[batch]`` int64: where means are read, a map once for a text."""
-    pruner = done.pruner
-    lost = torch.stack([done.lost(layer) for layer in range(len(done.layers) + 1)])
+    pruner, lost = done.pruner, _lost(done)
     if done.first_only:
         lost = lost[:-1]
     total = torch.zeros_like(lost[0])

@@ -17,6 +17,7 @@ from token_pruning.families import Family, Reads
 from token_pruning.pruners.fitted import apply_affine
 from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.ragged.layout import computed_once
+from token_pruning.runtime.context import ContextTokens
 from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -201,13 +202,20 @@ class GraphLoop(PackedLoop):
         scores = self.decisions.prunes(number) and not self.decisions.probes(number)
         query = query * family.scale(layer)
         query = query[:, :, None] if asking is not None else query[rows].transpose(1, 2)
-        key, value = key[rows].transpose(1, 2), value[rows].transpose(1, 2)
         terms, columns = self.terms(number, layer), layout.columns[rows]
-        added = terms.of(query, key, columns if asking is None else columns[:, :1], columns) if terms else None
-        masked = (~layout.grid_mask).float() * _MASKED
+        others = self.context.of(number, self.departed, key)
+        if others is None:
+            key, value, present, key_columns = key[rows], value[rows], layout.grid_mask, columns
+        else:
+            key, value, present = self._beside(others, layout, key, value)
+            key_columns = torch.arange(layout.width).expand(present.shape)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        added = terms.of(query, key, columns if asking is None else columns[:, :1], key_columns) if terms else None
+        masked = (~present).float() * _MASKED
         if scores:  # the mask is one more number of every query and key, which saves a pass over all logits
             masked = masked[:, None, :, None].expand(-1, key.shape[1], -1, 1)
-            logits = torch.cat([query, torch.ones_like(masked)], 3) @ torch.cat([key, masked], 3).transpose(-1, -2)
+            ones = torch.ones_like(masked if others is None else query[..., :1])
+            logits = torch.cat([query, ones], 3) @ torch.cat([key, masked], 3).transpose(-1, -2)
         else:  # in this form OpenVINO computes attention in one operation
             logits = query @ key.transpose(-1, -2) + masked[:, None, None]
         logits = logits if added is None else logits + added
@@ -227,7 +235,22 @@ class GraphLoop(PackedLoop):
         if paid is not None:
             weights = weights * paid[rows]
         received = (weights[:, None, None] @ probabilities)[:, :, 0].mean(1)
-        return context, received.flatten()[layout.grid_places]
+        return context, received.flatten()[layout.grid_places if others is None else layout.indices]
+
+    @staticmethod
+    def _beside(
+        others: ContextTokens, layout: GraphLayout, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of rows and context tokens, ``[batch, width, heads, head_dim]``, and where there are any."""
+        total, more = layout.indices.shape[0], others.places.shape[0]
+        found = torch.zeros(layout.batch_size * layout.width, dtype=torch.int64)
+        found = found.scatter(0, layout.indices, 1 + torch.arange(total))
+        found = found.scatter(0, others.places, 1 + total + torch.arange(more)).view(layout.batch_size, layout.width)
+        keys, values = (
+            torch.cat([torch.zeros_like(rows[:1]), rows[:total], given])[found]
+            for rows, given in ((key, others.key), (value, others.value))
+        )
+        return keys, values, found > 0
 
     def leave(self, rows: Tensor) -> LastStates:
         """``[batch, dim]`` of first tokens where only these are read, else of every place, ``[batch · width, dim]``.

@@ -1,0 +1,88 @@
+"""Tokens that left and are attended to still: by keys and values guessed from where they left.
+
+For PyTorch's loops. The native kernels have the same in C++.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from token_pruning.pruners.fitted import apply_affine
+from token_pruning.ragged import Layout
+from token_pruning.runtime.token_pruner import TokenPruner
+
+
+@dataclass(frozen=True)
+class ContextTokens:
+    """The context tokens of one layer.
+
+    Attributes:
+        places: ``[tokens]`` int64, in the padded batch.
+        key: ``[tokens, heads, head_dim]``.
+        value: likewise.
+    """
+
+    places: Tensor
+    key: Tensor
+    value: Tensor
+
+    def beside(self, layout: Layout) -> tuple[Layout, Tensor, Tensor]:
+        """A layout of these tokens and others, all in their order in the text.
+
+        Args:
+            layout: the others.
+
+        Returns:
+            The layout; where its rows are among the others' rows followed by these, int64; and which of its rows the
+            others are, int64.
+        """
+        places = torch.cat([layout.indices, self.places])
+        order = places.argsort()
+        together = places[order]
+        lengths = (together // layout.width).bincount(minlength=layout.batch_size)
+        cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        rows = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        return Layout(together, cu_seqlens, layout.width), order, rows[: layout.total]
+
+
+class Context:
+    """What tokens that left give to each layer."""
+
+    def __init__(self, token_pruner: TokenPruner) -> None:
+        """Take a method's setting, which may be none."""
+        self.setting, self._layers = token_pruner.pruner.context, token_pruner.num_layers
+        self._down, self._up = token_pruner.context_down, token_pruner.context_up
+        self._codes: dict[int, Tensor] = {}
+
+    def takes(self, layer: int) -> bool:
+        """Whether tokens that leave after a layer, 0 for those that never enter, become context."""
+        return self.setting is not None and layer in self.setting.layers and layer < self._layers
+
+    def of(self, layer: int, departed: Mapping[int, tuple[Tensor, Tensor]], like: Tensor) -> ContextTokens | None:
+        """The context tokens in a layer's attention; None where no tokens can have become such.
+
+        Args:
+            layer: 1-based.
+            departed: per layer, the places of the tokens that left there and their states, ``[tokens, dim]``.
+            like: keys ``[rows, heads, head_dim]``, of the dtype that is wanted.
+        """
+        before = [left for left in departed if left < layer and self.takes(left)]
+        if not before or self._up is None:
+            return None
+        codes = torch.cat([self._code(left, departed[left][1]) for left in before])
+        both = apply_affine(codes, self._up[layer - 1]).to(like.dtype)
+        key, value = both.view(-1, 2, *like.shape[1:]).unbind(1)
+        return ContextTokens(torch.cat([departed[left][0] for left in before]), key, value)
+
+    def _code(self, layer: int, states: Tensor) -> Tensor:
+        """``[tokens, rank]`` float32; where gradients are wanted computed in each layer, as checkpointing does."""
+        assert self.setting is not None and self._down is not None
+        if layer in self._codes:
+            return self._codes[layer]
+        code = apply_affine(states, self._down[self.setting.layers.index(layer)])
+        if not torch.is_grad_enabled():
+            self._codes[layer] = code
+        return code
