@@ -361,24 +361,23 @@ TP_EXPORT ContextMaps* tp_context_new(const Encoder* encoder, const int32_t* lay
     return guarded(
         [&] {
             const Shape& s = encoder->shape;
-            const Kernels* kernels = encoder->distance_kernels;
-            require(kernels && kernels->half == encoder->kernels.half, "this kernel level has no context");
+            const Kernels& kernels = encoder->kernels;
             require(rank > 0 && count > 0, "context needs a rank and layers");
             const int padded = (rank + 63) / 64 * 64, out = 2 * s.key_size();  // tiles need such sizes
-            std::unique_ptr<ContextMaps> maps(new ContextMaps(*kernels, s.layers, padded));
+            std::unique_ptr<ContextMaps> maps(new ContextMaps(kernels, s.layers, padded));
             std::vector<float> weight((size_t)padded * s.hidden), bias(padded);
             for (int i = 0; i < count; i++) {
                 require(layers[i] >= 0 && layers[i] <= s.layers, "no such layer");
                 std::copy_n(down + (size_t)i * rank * s.hidden, (size_t)rank * s.hidden, weight.data());
                 std::copy_n(down_bias + (size_t)i * rank, rank, bias.data());
                 maps->down[layers[i]] =
-                    pack_linear(*kernels, maps->memory, weight.data(), bias.data(), nullptr, s.hidden, padded);
+                    pack_linear(kernels, maps->memory, weight.data(), bias.data(), nullptr, s.hidden, padded);
             }
             std::vector<float> wide((size_t)out * padded);
             for (int l = 0; l < s.layers; l++, up += (size_t)out * rank, up_bias += out) {
                 for (int i = 0; i < out; i++)
                     std::copy_n(up + (size_t)i * rank, rank, wide.data() + (size_t)i * padded);
-                maps->up[l] = pack_linear(*kernels, maps->memory, wide.data(), up_bias, nullptr, padded, out);
+                maps->up[l] = pack_linear(kernels, maps->memory, wide.data(), up_bias, nullptr, padded, out);
             }
             return maps.release();
         },

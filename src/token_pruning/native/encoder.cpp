@@ -529,7 +529,7 @@ private:
         const Kernels& k = context_maps_->kernels;
         const Range part = share(panels(k, linear), team.rank, team.threads);
         if (part.size() == 0) return;
-        k.multiply({&linear, team.chunk->context_packed, nullptr, rows, part.begin, part.end, epilogue,
+        k.multiply({&linear, team.chunk->context_packed, team.chunk->row_scale, rows, part.begin, part.end, epilogue,
                     shape_.activation, out, out_stride, nullptr, nullptr, team.scratch->context});
     }
 

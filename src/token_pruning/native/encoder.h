@@ -109,8 +109,8 @@ struct DistanceColumns {
 };
 
 // Keys and values that tokens go on giving after they left. A token's state where it left times `down` is its code, and
-// its code times a layer's `up` all its keys, and then all its values, there. The kernels do not quantise, and have the
-// encoder's exchange type.
+// its code times a layer's `up` all its keys, and then all its values, there. The kernels have the encoder's exchange
+// type.
 struct ContextMaps {
     ContextMaps(const Kernels& kernels, int layers, int rank)
         : kernels(kernels), rank(rank), down(layers + 1), up(layers) {}
