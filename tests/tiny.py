@@ -210,7 +210,7 @@ def decision_margin(trace: tp.Trace, layers: int) -> float:
     """How near the recorded pass came to a decision that rounding could turn around."""
     margin = 1.0
     for done in trace.passes:
-        sizes = done.valid.lengths
+        sizes = done.entering.lengths  # what a gate keeps outside is not counted
         for layer, record in done.layers.items():
             if record.scores is None:
                 continue

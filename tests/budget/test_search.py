@@ -91,6 +91,8 @@ def settings(method: tp.Pruner) -> dict[str, Any]:
     ):
         if found[name] is not None:
             found[name] = (repr(found[name]), getattr(found[name], tensor).tolist())
+    if found["context"] is not None:
+        found["context"] = (repr(found["context"]), found["context"].down.tolist(), found["context"].up.tolist())
     return found
 
 
@@ -230,7 +232,7 @@ def test_a_fit_gives_back_the_method_it_was_made_for() -> None:
     for fit in found.candidates:
         assert isinstance(fit, Fit) and fit.method is not None
         assert fit.pruner.thresholds == fit.thresholds
-        for name in ("vocabulary", "probes", "maps", "correction", "protect", "received_from", "departed"):
+        for name in ("vocabulary", "probes", "maps", "context", "correction", "protect", "received_from", "departed"):
             assert getattr(fit.pruner, name) == getattr(fit.method, name)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 import token_pruning as tp
 from tests.engine.test_engine import own_levels
 from tests.families.shared import assert_same, batch_of, model_of, valid
-from tests.tiny import LONGEST, assert_close, decision_margin, outputs, pruned, ragged_batch, same_survivors
+from tests.tiny import LONGEST, VOCABULARY, assert_close, decision_margin, outputs, pruned, ragged_batch, same_survivors
 from token_pruning.engine.library import KERNELS_VARIABLE
 from token_pruning.families import family_of
 
@@ -22,6 +24,7 @@ FAMILIES = (
     "mpnet", "albert", "megatron-bert", "xlm-roberta-xl", "modernbert", "nomic_bert", "gte", "eurobert",
     "jina_embeddings_v3", "deberta", "deberta-v2",
 )  # fmt: skip
+STANDING = FAMILIES[:4] + FAMILIES[-2:]  # whose keys do not turn with their positions
 SETTINGS: dict[str, dict[str, Any]] = {
     "mpnet, more buckets": {"relative_attention_num_buckets": 64},
     "albert, two layers per group": {"inner_group_num": 2, "layers": 3},
@@ -76,6 +79,13 @@ def maps() -> tp.DepartureMaps:
     return tp.DepartureMaps(range(5), weights / HIDDEN**0.5)
 
 
+def context(*layers: int, rank: int = 7, number: int = 4) -> tp.LinearContext:
+    """Of so many layers; keys and values about as large as a tiny model's own."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(len(layers), rank, HIDDEN + 1, generator=generator) / HIDDEN**0.5
+    return tp.LinearContext(layers, down, torch.randn(number, 2 * HIDDEN, rank + 1, generator=generator) / rank**0.5)
+
+
 RELATIVE: dict[str, Any] = {"thresholds": [0.5, 0.6, 0.7, 0.8], "scoring_mode": "relative"}
 PRUNERS: dict[str, tp.Pruner] = {
     "dense": tp.Unpruned(),
@@ -89,6 +99,29 @@ PRUNERS: dict[str, tp.Pruner] = {
     "max_tokens": tp.TopK(token_keep_rate=0.5, max_tokens=24),
     "windows": tp.TopK(token_keep_rate=0.5, max_tokens=24, chunks=True),
 }
+
+GATE = tp.VocabularyGate(torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(1)), 0.4)
+CONTEXT: dict[str, tp.Pruner] = {
+    "context of all": tp.TopK(
+        token_keep_rate=0.3, keep_all_layers=1, scoring_mode="relative", vocabulary=GATE, context=context(0, 1, 2, 3, 4)
+    ),
+    "context of the gate's": tp.FixedThreshold(
+        thresholds=[0.0] * 4, vocabulary=GATE, departed="survivors", context=context(0, rank=HIDDEN)
+    ),
+    "context of what entered": tp.FixedThreshold(
+        thresholds=[0.6, 0.5, 0.4, 0.4], scoring_mode="relative", vocabulary=GATE, context=context(1, 2)
+    ),
+    "context and maps": tp.TopK(
+        token_keep_rate=0.3, keep_all_layers=1, probes=probes([2]), vocabulary=GATE, departed="map", maps=maps(),
+        context=context(0, 2, rank=1), protect=("separators",), received_from="first_segment",
+    ),
+    "context and max_tokens": tp.TopK(
+        token_keep_rate=0.5, keep_all_layers=1, max_tokens=24, vocabulary=GATE, context=context(0, 2)
+    ),
+    "context and windows": tp.TopK(
+        token_keep_rate=0.5, keep_all_layers=1, max_tokens=24, chunks=True, vocabulary=GATE, context=context(0, 2, 3)
+    ),
+}  # fmt: skip
 
 
 @cache
@@ -133,6 +166,8 @@ def test_every_level_gives_what_the_loop_gives(family: str, level: str, monkeypa
     monkeypatch.setenv(KERNELS_VARIABLE, level)
     engine = compare(shared(family), PRUNERS["topk"], pairs(family), family, threads=2)
     assert f"kernels: {level}, " in engine.explain()
+    if family in STANDING:
+        compare(shared(family), CONTEXT["context of all"], pairs(family), family, threads=2)
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -141,11 +176,20 @@ def test_every_method_gives_what_the_loop_gives(family: str, name: str) -> None:
     compare(shared(family), PRUNERS[name], pairs(family), f"{family}, {name}", threads=1)
 
 
+@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize("family", STANDING)
+def test_context_is_what_the_loop_gives(family: str, name: str) -> None:
+    compare(shared(family), CONTEXT[name], pairs(family), f"{family}, {name}", threads=1)
+    compare(shared(family), CONTEXT[name], pairs(family, left=True), f"{family}, {name}, padded left", threads=2)
+
+
 @pytest.mark.parametrize("head", ["sequence", "token"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_that_reads_first_tokens_and_one_that_reads_all(family: str, head: str) -> None:
     for name in ("dense", "thresholds", "summaries"):
         compare(shared(family, head), PRUNERS[name], pairs(family), f"{family}, {head}, {name}", threads=2)
+    for name in [*CONTEXT][:3] if family in STANDING else ():
+        compare(shared(family, head), CONTEXT[name], pairs(family), f"{family}, {head}, {name}", threads=2)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -156,6 +200,9 @@ def test_settings_of_single_families(setting: str) -> None:
     # In a window of one every token receives as much.
     for name in ("dense",) if setting.endswith("window of one") else ("dense", "topk"):
         compare(model, PRUNERS[name], batch, setting)
+    if family in STANDING:
+        by_gate = replace(CONTEXT["context of all"], context=context(0, 2, number=layers))
+        compare(model, by_gate, batch, f"{setting}, context")
     with torch.no_grad():  # and the model itself
         expected = valid(model(**batch), batch)
     assert_same(valid(tp.compile(model, "float32")(**batch), batch), expected, 1e-4, setting)
@@ -170,7 +217,7 @@ def test_settings_of_single_families(setting: str) -> None:
     threads=st.integers(1, 3),
     seed=st.integers(0, 3),
     family=st.sampled_from(FAMILIES),
-    name=st.sampled_from(["dense", "topk", "summaries", "roles", "probes", "survivors"]),
+    name=st.sampled_from(["dense", "topk", "summaries", "roles", "probes", "survivors", *[*CONTEXT][:4]]),
 )
 def test_ragged_batches(
     lengths: list[int], left: bool, holes: bool, threads: int, seed: int, family: str, name: str
@@ -184,7 +231,9 @@ def test_ragged_batches(
     mask = batch["attention_mask"].bool()
     if not mask.any():
         return
-    with pruned(model, PRUNERS[name]), torch.no_grad(), tp.record(model) as expected:
+    if name in CONTEXT and family not in STANDING:
+        name = "topk"
+    with pruned(model, {**PRUNERS, **CONTEXT}[name]), torch.no_grad(), tp.record(model) as expected:
         reference = model(**batch).last_hidden_state
         engine = tp.compile(model, "float32", threads=threads)
     with tp.record(engine) as actual:
@@ -220,8 +269,9 @@ def test_half_precision_is_near_the_model(family: str, dtype: Any, level: str, m
 @pytest.mark.parametrize("family", FAMILIES)
 def test_copies_and_pickles_give_the_same_bits(family: str) -> None:
     model, batch = shared(family, "token"), pairs(family)
-    for dtype in ("float32", "int8"):
-        with pruned(model, PRUNERS["summaries"]):
+    pruners = [PRUNERS["summaries"], *([CONTEXT["context of all"]] if family in STANDING else [])]
+    for dtype, pruner in product(("float32", "int8"), pruners):
+        with pruned(model, pruner):
             engine = tp.compile(model, dtype, threads=1)
         expected = engine(**batch).logits
         for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
@@ -251,6 +301,32 @@ def test_a_nan_in_any_weight_reaches_the_result(family: str) -> None:
 
 
 @pytest.mark.parametrize("level", own_levels("float32"))
+@pytest.mark.parametrize("family", ["mpnet", "deberta-v2"])
+def test_a_nan_in_context_stays_in_its_sequence(family: str, level: str, monkeypatch: Any) -> None:
+    """A token that never enters: nothing of it is left but its keys and values."""
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    model, batch = copy.deepcopy(shared(family)), pairs(family)
+    special, mask = 7, batch["attention_mask"].bool()
+    scores = torch.where(torch.arange(VOCABULARY) == special, 0.0, 1.0)
+    batch["input_ids"][batch["input_ids"] == special] = special + 1
+    for layers in ((0,), (1,)):
+        pruner = tp.FixedThreshold(
+            thresholds=[0.0] * 4, vocabulary=tp.VocabularyGate(scores, 0.5), departed="survivors",
+            context=context(*layers),
+        )  # fmt: skip
+        with pruned(model, pruner):
+            clean = tp.compile(model, "float32", threads=2)(**batch).last_hidden_state
+            ids = batch["input_ids"].clone()
+            ids[1, 7] = special
+            model.get_input_embeddings().weight.data[special] = torch.nan
+            found = tp.compile(model, "float32", threads=2)(**{**batch, "input_ids": ids}).last_hidden_state
+        assert found[1][mask[1]].isnan().any() == (layers == (0,))
+        others = [row for row in range(len(LENGTHS)) if row != 1]
+        assert torch.equal(found[others][mask[others]], clean[others][mask[others]])
+        model.get_input_embeddings().weight.data[special] = 0.1
+
+
+@pytest.mark.parametrize("level", own_levels("float32"))
 @pytest.mark.parametrize("family", ["mpnet", "modernbert", "eurobert", "deberta-v2"])
 def test_a_nan_stays_in_its_sequence(family: str, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
@@ -275,7 +351,9 @@ def test_long_texts_with_tokens_far_apart(family: str, rate: float) -> None:
     long = {"max_position_embeddings": 720} if family in ("mpnet", "deberta") else {}
     model = model_of(family, "encoder", **long)
     batch = ragged_batch((400, 650, 3), family=family)
-    for pruner in (tp.Unpruned(), tp.TopK(token_keep_rate=rate, keep_all_layers=1)):
+    few = tp.TopK(token_keep_rate=rate, keep_all_layers=1)
+    far = [replace(few, scoring_mode="relative", vocabulary=GATE, context=context(0, 2))] if family in STANDING else []
+    for pruner in (tp.Unpruned(), few, *far):
         compare(model, pruner, batch, family, threads=2)
 
 
@@ -313,6 +391,9 @@ def test_what_never_entered_gets_the_last_norm() -> None:
             gate = tp.VocabularyGate(scores, 0.3)
             pruner = tp.TopK(token_keep_rate=0.5, vocabulary=gate, departed=departed)
             compare(model, pruner, batch, f"{family}, {departed}")
+            if family in STANDING:
+                others = replace(pruner, scoring_mode="relative", context=context(0))
+                compare(model, others, batch, f"{family}, {departed}, context")
 
 
 def test_lengths_of_every_kind() -> None:
@@ -321,3 +402,6 @@ def test_lengths_of_every_kind() -> None:
     for family in ("mpnet", "modernbert", "deberta", "deberta-v2"):
         assert max(lengths) <= LONGEST[family]
         compare(shared(family), PRUNERS["dense"], ragged_batch(lengths, family=family), family, threads=2)
+        if family in STANDING:
+            batch = ragged_batch(lengths, family=family, seed=2)
+            compare(shared(family), CONTEXT["context of all"], batch, f"{family}, context", threads=2)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.engine.test_engine import DTYPES, own_levels, tiled_model
-from tests.tiny import assert_close, pruned, ragged_batch
+from tests.tiny import VOCABULARY, assert_close, pruned, ragged_batch
 from token_pruning.engine import native
 from token_pruning.engine.library import KERNELS_VARIABLE, load_library, sized
 
@@ -49,6 +49,23 @@ def _nothing_forced(monkeypatch: Any) -> None:
 
 def small_model(**overrides: Any) -> Any:
     return tiled_model(layers=2, **overrides)
+
+
+def context(cuts: tuple[int, ...], rank: int = 20, layers: int = 2) -> tp.LinearContext:
+    """Keys and values about as large as a model's own."""
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(len(cuts), rank, 129, generator=generator) / 128**0.5
+    return tp.LinearContext(cuts, down, torch.randn(layers, 256, rank + 1, generator=generator) / rank**0.5)
+
+
+GATE = tp.VocabularyGate(torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0)), 0.3)
+WITH_CONTEXT: tuple[tp.Pruner, ...] = (
+    tp.FixedThreshold(thresholds=[0.7, 0.6], scoring_mode="relative", vocabulary=GATE, context=context((0, 1))),
+    tp.TopK(token_keep_rate=0.3, keep_all_layers=1, vocabulary=GATE, context=context((0,), rank=3)),
+    tp.FixedThreshold(
+        thresholds=[0.95, 0.6], scoring_mode="relative", departed="survivors", context=context((1,), rank=128)
+    ),
+)
 
 
 def batch_with_the_special_word_in_row(row: int | None) -> dict[str, Tensor]:
@@ -96,7 +113,9 @@ def test_what_is_not_finite_in_a_weight_is_not_finite_in_the_result(
         weight.copy_(was)
 
 
-@pytest.mark.parametrize("pruner", [None, tp.FixedThreshold(final_token_threshold=0.02), tp.TopK(keep_all_layers=1)])
+@pytest.mark.parametrize(
+    "pruner", [None, tp.FixedThreshold(final_token_threshold=0.02), tp.TopK(keep_all_layers=1), *WITH_CONTEXT]
+)
 @pytest.mark.parametrize(("level", "dtype"), EVERYWHERE)
 def test_a_nan_stays_in_its_sequence(level: str, dtype: str, pruner: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
@@ -166,6 +185,7 @@ def test_a_result_is_the_same_to_the_last_bit_in_any_batch_and_with_any_threads(
     for pruner in (
         tp.FixedThreshold(final_token_threshold=0.012),
         tp.TopK(token_keep_rate=0.3, keep_all_layers=1, summary_tokens="segment"),
+        *WITH_CONTEXT,
     ):
         with pruned(small_model(max_position_embeddings=260), pruner) as model:
             engines = [tp.compile(model, dtype, threads=threads) for threads in (1, 2, 8)]
@@ -238,6 +258,37 @@ def test_threads_beyond_a_containers_quota_are_not_taken(group: Path, quota: int
     assert int(done.stdout) == min(cores or allowed, allowed)
 
 
+@pytest.mark.parametrize("pruner", WITH_CONTEXT)
+@pytest.mark.parametrize(("level", "dtype"), EVERYWHERE)
+def test_threads_that_share_an_engine_with_context(level: str, dtype: str, pruner: Any, monkeypatch: Any) -> None:
+    """From its first call on, which packs the context; and while somebody writes what was there already."""
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    with pruned(small_model(max_position_embeddings=260), pruner) as model:
+        engine = tp.compile(model, dtype, threads=2)
+    batches = [
+        ragged_batch(lengths, seed=seed) for seed, lengths in enumerate([(3, 250), (33,), (1, 1, 70), (16,) * 9])
+    ]
+    expected = [copy.deepcopy(engine)(**batch).logits for batch in batches]
+    assert engine._encoder._context is None
+    start, wrong = threading.Barrier(8), []
+
+    def call(which: int) -> None:
+        start.wait()
+        for _ in range(5):
+            if which >= 6:
+                engine.token_pruner.context_up.copy_(engine.token_pruner.context_up.clone())
+            found = engine(**batches[which % 4]).logits
+            if not torch.equal(found, expected[which % 4]):
+                wrong.append(which)
+
+    callers = [threading.Thread(target=call, args=(which,)) for which in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
 # Interrupts and exceptions
 
 
@@ -249,7 +300,14 @@ class KeepOdd(tp.Pruner, registered=False):
         return tokens.scores * 1e6 % 2 >= 1
 
 
-@pytest.mark.parametrize("pruner", [KeepOdd(), tp.TopK(token_keep_rate=0.3, keep_all_layers=1)])
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        KeepOdd(),
+        tp.TopK(token_keep_rate=0.3, keep_all_layers=1),
+        tp.TopK(token_keep_rate=0.3, keep_all_layers=1, vocabulary=GATE, context=context((0, 1, 2), layers=4)),
+    ],
+)
 def test_an_interrupt_at_any_moment_rises_and_nothing_else_is_lost(pruner: Any) -> None:
     """SIGALRM by a timer, which Python raises as KeyboardInterrupt wherever it then is."""
     engine = tp.compile(tp.prune(tiled_model(layers=4), pruner), "float32", threads=2)
@@ -313,7 +371,7 @@ def child_succeeds(check: Any) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("pruner", [tp.Unpruned(), tp.TopK(token_keep_rate=0.3, keep_all_layers=1)])
+@pytest.mark.parametrize("pruner", [tp.Unpruned(), tp.TopK(token_keep_rate=0.3, keep_all_layers=1), WITH_CONTEXT[1]])
 def test_a_child_forked_in_the_middle_of_a_call_can_call_too(pruner: Any) -> None:
     with pruned(small_model(), pruner) as model:
         engine = tp.compile(model, "float32", threads=2)
@@ -343,7 +401,12 @@ def run_pickled(data: bytes, batch: dict[str, Tensor]) -> tuple[Tensor, str]:
 
 
 @pytest.mark.parametrize(
-    "pruner", [tp.FixedThreshold(final_token_threshold=0.02), tp.TopK(token_keep_rate=0.3, keep_all_layers=1)]
+    "pruner",
+    [
+        tp.FixedThreshold(final_token_threshold=0.02),
+        tp.TopK(token_keep_rate=0.3, keep_all_layers=1),
+        *WITH_CONTEXT,
+    ],
 )
 @pytest.mark.parametrize(("level", "dtype"), EVERYWHERE)
 def test_a_pickled_or_copied_engine_is_the_same_to_the_last_bit(
@@ -357,7 +420,9 @@ def test_a_pickled_or_copied_engine_is_the_same_to_the_last_bit(
     copied = copy.deepcopy(engine)
     assert copied._encoder._handle is engine._encoder._handle  # the weights are there once
     data = pickle.dumps(engine)
-    assert len(data) < engine._encoder.weight_bytes + 200_000
+    tensors = [] if pruner.context is None else [pruner.context.down, pruner.context.up]
+    own = 2 * sum(tensor.nbytes for tensor in tensors)  # the method's, and the module's
+    assert len(data) < engine._encoder.weight_bytes + own + 200_000
     del engine
     gc.collect()
     assert torch.equal(copied(**batch).logits, expected)
@@ -456,6 +521,24 @@ def test_a_call_without_memory_is_a_memory_error_and_the_next_is_right(monkeypat
     assert torch.isfinite(engine(**batch).logits).all()
 
 
+@pytest.mark.parametrize(("level", "dtype"), [(level, dtype) for level, dtype in EVERYWHERE if level != "amx"])
+@pytest.mark.parametrize("lengths", [(1,), (5, 40), (250,), (60,) * 30])
+def test_the_memory_of_a_call_with_context(level: str, dtype: str, lengths: tuple[int, ...], monkeypatch: Any) -> None:
+    """That of one without and what encoder.h says of context."""
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    model, asked = small_model(max_position_embeddings=260), list[int]()
+    monkeypatch.setattr(native, "Workspace", _measured(asked))
+    setting = context((0, 1), rank=100)
+    for given in (None, setting):
+        with pruned(model, tp.FixedThreshold(thresholds=[0.7, 0.6], scoring_mode="relative", context=given)):
+            tp.compile(model, dtype, threads=1)(**ragged_batch(lengths))
+    rank, total = 128, sum(lengths)  # ranks are rounded up
+    rows = -(-min(total, max(192, *lengths)) // 32) * 32
+    more = total * (4 * rank + 20) + len(lengths) * 8 + rows * (4 * rank + 4 * 4 * 128)
+    packed, scratch = rows * 4 * 256, (rows + 256) * 32 * 4  # of 128 numbers, in steps of 256
+    assert more / 2 < asked[1] - asked[0] < more + packed + scratch + 20 * 64
+
+
 ELSEWHERE = """
 import pickle, resource, sys, torch
 from tests.tiny import ragged_batch
@@ -479,9 +562,11 @@ assert more and torch.equal(engine(**large).logits, found), more
 """
 
 
-def test_in_a_process_of_its_own_and_with_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pruner", [tp.Unpruned(), WITH_CONTEXT[0]])
+def test_in_a_process_of_its_own_and_with_little_memory(pruner: tp.Pruner, tmp_path: Path) -> None:
     """A pickled engine gives the same there to the last bit; what it has no memory for is a MemoryError."""
-    engine = tp.compile(small_model(max_position_embeddings=512), "int8", threads=2)
+    with pruned(small_model(max_position_embeddings=512), pruner) as model:
+        engine = tp.compile(model, "int8", threads=2)
     files = tmp_path / "engine", tmp_path / "logits"
     for file, thing in zip(files, (engine, engine(**ragged_batch((5, 9))).logits), strict=True):
         file.write_bytes(pickle.dumps(thing))

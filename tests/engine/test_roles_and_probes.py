@@ -1,6 +1,10 @@
-"""The engine with tokens that stay, tokens whose attention counts, probes, and tokens that leave without a trace."""
+"""The engine with tokens that stay, tokens whose attention counts, probes, and what tokens that left count as."""
 
+import copy
+import pickle
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +25,12 @@ from tests.engine.test_engine import (
     own_levels,
     tiled_model,
 )
-from tests.tiny import assert_close, decision_margin, pruned, ragged_batch, same_survivors
+from tests.tiny import VOCABULARY, assert_close, decision_margin, pruned, ragged_batch, same_survivors, topk_count
+from token_pruning.budget.comparison import _NativePass
+from token_pruning.budget.fitting import using
 from token_pruning.engine import native
 from token_pruning.engine.library import KERNELS_VARIABLE
+from token_pruning.runtime.prune import attachment_of
 
 SEPARATOR = 4
 HIDDEN = 128
@@ -41,7 +48,18 @@ def maps(layers: Sequence[int], seed: int = 0) -> tp.DepartureMaps:
     return tp.DepartureMaps(layers, weights / HIDDEN**0.5)
 
 
+def context(layers: Sequence[int], rank: int = 20, seed: int = 0) -> tp.LinearContext:
+    """Keys and values about as large as the model's own; a rank that is no multiple of anything."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(len(layers), rank, HIDDEN + 1, generator=generator) / HIDDEN**0.5
+    return tp.LinearContext(layers, down, torch.randn(4, 2 * HIDDEN, rank + 1, generator=generator) / rank**0.5)
+
+
+GATE = tp.VocabularyGate(torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0)), 0.3)
 RELATIVE: dict[str, Any] = {"thresholds": [0.89, 0.9, 0.93, 0.97], "scoring_mode": "relative"}
+# Of attention that context tokens receive nothing is left for others.
+LESS: dict[str, Any] = {"thresholds": [0.66, 0.62, 0.6, 0.55], "scoring_mode": "relative"}
+LESS_LATER: dict[str, Any] = {"thresholds": [0.89, 0.8, 0.75, 0.7], "scoring_mode": "relative"}
 BY_PROBE: dict[str, Any] = {"thresholds": [-0.8, 0.92, -0.7, -0.4], "scoring_mode": "relative"}
 PRUNERS: dict[str, tp.Pruner] = {
     "protected": tp.FixedThreshold(protect=("separators", "first_segment"), **RELATIVE),
@@ -64,7 +82,23 @@ PRUNERS: dict[str, tp.Pruner] = {
     "survivors_by_probe": tp.FixedThreshold(departed="survivors", probes=probes([1, 3]), **BY_PROBE),
     "survivors_topk": tp.TopK(token_keep_rate=0.2, keep_all_layers=1, departed="survivors"),
     "survivors_with_summaries": tp.FixedThreshold(departed="survivors", summary_tokens="shared", **RELATIVE),
-}
+    "context": tp.FixedThreshold(context=context(range(5)), vocabulary=GATE, **LESS),
+    "context_of_what_entered": tp.FixedThreshold(context=context([1, 3]), vocabulary=GATE, **LESS_LATER),
+    "context_and_roles": tp.FixedThreshold(
+        context=context([1, 2], rank=1), received_from="first_segment", protect=("separators",), **LESS_LATER
+    ),
+    "context_by_probe": tp.FixedThreshold(
+        context=context([0, 1, 3], rank=64), vocabulary=GATE, probes=probes([1, 3]), departed="survivors",
+        **{**BY_PROBE, "thresholds": [-0.8, 0.6, -0.7, 0.2]},
+    ),
+    "context_topk": tp.TopK(
+        token_keep_rate=0.2, keep_all_layers=1, scoring_mode="relative", context=context([0, 2, 3]), vocabulary=GATE
+    ),
+    "context_and_maps": tp.RelativeThreshold(
+        token_threshold=0.5, context=context([0, 1], rank=HIDDEN), vocabulary=GATE, departed="map", maps=maps(range(5))
+    ),
+}  # fmt: skip
+CONTEXT = [name for name in PRUNERS if name.startswith("context")]
 
 
 def pairs(lengths: Sequence[int], *, family: str = "bert", seed: int = 0) -> dict[str, Tensor]:
@@ -121,9 +155,10 @@ def test_engine_equals_the_masked_reference(name: str, head: str, level: str) ->
     assert_close(again if head == "sequence" else again[valid], found, 1e-5 if level == "torch" else 0, "recording")
 
 
+@pytest.mark.parametrize("name", ["probes_and_roles", "context_topk"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_with_a_probe(family: str, level: str) -> None:
-    model, batch, pruner = tiled_model(family), pairs(LENGTHS, family=family), PRUNERS["probes_and_roles"]
+def test_every_family_with_probes_and_with_context(family: str, name: str, level: str) -> None:
+    model, batch, pruner = tiled_model(family), pairs(LENGTHS, family=family), PRUNERS[name]
     with pruned(model, pruner, "masked"), tp.record(model) as expected, torch.no_grad():
         reference = model(**batch).logits
     with pruned(model, pruner):
@@ -135,7 +170,7 @@ def test_every_family_with_a_probe(family: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["first_segment", "probes"])
+@pytest.mark.parametrize("name", ["first_segment", "probes", "context", "context_by_probe"])
 def test_half_precision_is_near_the_reference(name: str, dtype: str, any_level: str) -> None:
     if any_level not in levels(dtype):
         return
@@ -161,14 +196,17 @@ def test_the_same_to_the_last_bit_in_any_batch_and_with_any_threads(level: str, 
         ("first_segment_topk", "token"),
         ("probes_and_roles", "sequence"),
         ("survivors_by_probe", "token"),
+        ("context_topk", "sequence"),
+        ("context_by_probe", "token"),
+        ("context_and_maps", "encoder"),
     ):
         with pruned(tiled_model(head=head, max_position_embeddings=130), PRUNERS[name]) as model:
             engines = [tp.compile(model, dtype, threads=threads) for threads in (1, 2)]
-        together = engines[0](**batch).logits
-        assert torch.equal(engines[1](**batch).logits, together)
+        together = main_output(engines[0](**batch))
+        assert torch.equal(main_output(engines[1](**batch)), together)
         for row, length in enumerate(lengths):
             for engine in engines:
-                alone = engine(**{name: x[row : row + 1, :length] for name, x in batch.items()}).logits[0]
+                alone = main_output(engine(**{name: x[row : row + 1, :length] for name, x in batch.items()}))[0]
                 assert torch.equal(alone, together[row] if head == "sequence" else together[row, :length])
 
 
@@ -220,7 +258,7 @@ def test_what_a_pruner_of_ones_own_is_given(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", own_levels("float32"))
-@pytest.mark.parametrize("name", ["first_segment", "probes", "survivors_by_probe"])
+@pytest.mark.parametrize("name", ["first_segment", "probes", "survivors_by_probe", "context_and_roles"])
 def test_a_nan_stays_in_its_sequence(name: str, level: str, monkeypatch: Any) -> None:
     monkeypatch.setenv(KERNELS_VARIABLE, level)
     model, batch = tiled_model(head="token"), pairs(LENGTHS)
@@ -252,3 +290,147 @@ def test_probes_need_one_more_matrix_of_states(monkeypatch: Any) -> None:
         return  # without the library there is no such memory
     without, given = asked
     assert 0 <= given - without - 4 * HIDDEN * sum(LENGTHS) <= 128
+
+
+# Context
+
+
+def test_context_needs_keys_and_values_of_all_that_left(monkeypatch: Any) -> None:
+    """As encoder.h says."""
+    asked: list[int] = []
+    original = native.Workspace
+
+    def measured(size: int) -> Any:
+        asked.append(size)
+        return original(size)
+
+    monkeypatch.setattr(native, "Workspace", measured)
+    model, batch = tiled_model(), pairs(LENGTHS)
+    for pruner in (tp.FixedThreshold(**LESS), tp.FixedThreshold(context=context([1], rank=65), **LESS)):
+        with pruned(model, pruner):
+            tp.compile(model, "float32", threads=1)(**batch)
+    if not asked:
+        return  # without the library there is no such memory
+    without, given = asked
+    rank, rows, total = 128, -(-sum(LENGTHS) // 32) * 32, sum(LENGTHS)  # ranks are rounded up
+    kept = total * (4 * rank + 20) + rows * (4 * rank + 2 * 2 * HIDDEN * 4)
+    packed, scratch = rows * 4 * 256, (rows + 256) * 32 * 4
+    assert kept + packed / 2 <= given - without <= kept + packed + scratch + 16 * 64
+
+
+@pytest.mark.parametrize("level", own_levels("float32"))
+@pytest.mark.parametrize("name", CONTEXT)
+def test_a_nan_in_context_stays_in_its_sequence(name: str, level: str, monkeypatch: Any) -> None:
+    """Where the model itself has it, and nowhere else."""
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    model, batch = tiled_model(head="token"), pairs(LENGTHS)
+    ids, valid = batch["input_ids"], batch["attention_mask"].bool()
+    special = int(ids[1][valid[1] & (GATE.scores[ids[1]] < GATE.threshold)][3])  # which the gates keep outside
+    others = [row for row in range(len(LENGTHS)) if not (ids[row][valid[row]] == special).any()]
+    assert len(others) >= 3
+    with pruned(model, PRUNERS[name]):
+        clean = tp.compile(model, "float32", threads=2)(**batch).logits
+        model.base_model.embeddings.word_embeddings.weight.data[special] = torch.nan
+        found = tp.compile(model, "float32", threads=2)(**batch).logits
+        with torch.no_grad():
+            wanted = model(**batch).logits
+    context = PRUNERS[name].context
+    assert context is not None
+    if PRUNERS[name].vocabulary is None or 0 in context.layers:
+        entered = valid[1] & ((GATE.scores[ids[1]] >= GATE.threshold) | (torch.arange(70) == 0))
+        assert PRUNERS[name].departed == "survivors" or found[1][entered].isnan().all()
+    assert torch.equal(found.isnan()[valid], wanted.isnan()[valid])
+    assert found[1][valid[1]].isnan().any() and torch.equal(found[others], clean[others])
+
+
+def alike(model: Any, name: str, **options: Any) -> tuple[Any, Tensor]:
+    """An engine, and what the model itself gives."""
+    with pruned(model, PRUNERS[name]), torch.no_grad():
+        return tp.compile(model, "float32", **options), model(**pairs(LENGTHS)).logits
+
+
+@pytest.mark.parametrize("name", ["context", "context_topk"])
+def test_tensors_that_change_are_taken_anew(name: str, level: str) -> None:
+    """Written to, loaded, and put in the place of others; and a copy has its own."""
+    model, batch = tiled_model(head="token"), pairs(LENGTHS)
+    valid = batch["attention_mask"].bool()
+    engine, before = alike(model, name)
+    assert_close(engine(**batch).logits[valid], before[valid], 1e-4)
+    copied = copy.deepcopy(engine)
+    assert copied.token_pruner.context_up is not engine.token_pruner.context_up
+    for change in ("write", "load", "replace"):
+        setting = engine.token_pruner.pruner.context
+        other = tp.LinearContext(
+            setting.layers, 0.7 * engine.token_pruner.context_down, -engine.token_pruner.context_up
+        )
+        with torch.no_grad():
+            if change == "write":
+                engine.token_pruner.context_down.copy_(other.down)
+                engine.token_pruner.context_up.copy_(other.up)
+            elif change == "load":
+                tensors = engine.token_pruner.state_dict()
+                engine.token_pruner.load_state_dict({**tensors, "context_down": other.down, "context_up": other.up})
+            else:
+                engine.token_pruner.context_down, engine.token_pruner.context_up = other.down, other.up
+        wanted = replace(PRUNERS[name], context=other)
+        with pruned(model, wanted), torch.no_grad(), tp.record(model) as expected:
+            reference = model(**batch).logits
+        assert decision_margin(expected, 4) > 1e-6, "choose another factor"
+        assert (reference - before)[valid].abs().max() > 1e-2
+        assert_close(engine(**batch).logits[valid], reference[valid], 1e-4, change)
+        pickled = pickle.loads(pickle.dumps(engine))
+        assert_close(pickled(**batch).logits[valid], reference[valid], 1e-4, change)
+    assert_close(copied(**batch).logits[valid], before[valid], 1e-4)
+
+
+@pytest.mark.parametrize("level", own_levels("float32"))
+def test_two_methods_take_turns_on_one_encoder(level: str, monkeypatch: Any) -> None:
+    """As a search compares rules: with other cuts, another rank, and without context."""
+    monkeypatch.setenv(KERNELS_VARIABLE, level)
+    model, batch = tiled_model(head="token"), pairs(LENGTHS)
+    valid = batch["attention_mask"].bool()
+    names = ("context", "context_and_roles", "probes", "context_by_probe", "context_of_what_entered")
+    engines = [alike(model, name)[0] for name in names]
+    alone = [engine(**batch).logits[valid] for engine in engines]
+    shared = engines[-1]._encoder  # which has what never entered
+    for engine in engines:
+        engine._encoder = shared
+    for _ in range(2):
+        for engine, wanted in zip(engines, alone, strict=True):
+            assert torch.equal(engine(**batch).logits[valid], wanted)
+
+
+def test_a_calibration_compares_contexts_on_one_encoder(level: str) -> None:
+    """What :class:`_NativePass` swaps the methods of."""
+    model, batch = tiled_model(head="encoder"), pairs(LENGTHS)
+    with pruned(model, tp.Unpruned(), reads="mean"):
+        encoder = tp.compile(model, "float32")._encoder
+        for other in (context([0, 1]), context([0, 1], seed=9), context([0], rank=3), None, context([1])):
+            pruner = tp.FixedThreshold(context=other, vocabulary=GATE, departed="survivors", **LESS)
+            with using(model, pruner), torch.no_grad():
+                wanted = model(**batch).last_hidden_state
+                attachment = attachment_of(model)
+                attachment.loop, before = partial(_NativePass, encoder), attachment.loop
+                try:
+                    found = model(**batch).last_hidden_state
+                finally:
+                    attachment.loop = before
+            assert_close(found, wanted, 1e-4, f"{other}")
+
+
+@pytest.mark.parametrize("execution", ["masked", "engine"])
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1, 2, 3, 4)])
+def test_topk_counts_what_entered(layers: tuple[int, ...], execution: str, level: str) -> None:
+    """A part of the tokens that the gate lets in, whatever is attended to besides."""
+    model, batch = tiled_model(), pairs(LENGTHS)
+    ids, valid = batch["input_ids"], batch["attention_mask"].bool()
+    entering = (valid & (GATE.scores[ids] >= GATE.threshold)).sum(1)
+    entering += GATE.scores[ids[:, 0]] < GATE.threshold  # the first always does
+    pruner = tp.TopK(token_keep_rate=0.4, keep_all_layers=1, context=context(layers), vocabulary=GATE)
+    with pruned(model, pruner, "masked" if execution == "masked" else "packed"), torch.no_grad():
+        one = model if execution == "masked" else tp.compile(model, "float32")
+        with tp.record(one) as trace:
+            one(**batch)
+    assert (entering < valid.sum(1)).sum() >= 5
+    wanted = [[topk_count(0.4, layer, 4, n, 1) for n in entering.tolist()] for layer in (1, 2, 3, 4)]
+    assert trace.ffn_lengths.tolist() == wanted

@@ -32,7 +32,7 @@ from tests.tiny import (
     tiny_config,
 )
 from token_pruning.engine.library import DTYPES, KERNELS_VARIABLE, levels_here, load_library
-from token_pruning.families import Reads, shape_of
+from token_pruning.families import Reads, family_of, shape_of
 from token_pruning.runtime.prune import reads_of
 
 VOCABULARY, POSITIONS = 60, 48
@@ -113,12 +113,15 @@ def random_pruner(rng: random.Random, model: Any, reads: Reads) -> tp.Pruner:
         "protect": rng.choice([[], [], ["separators"], ["first_segment"], ["separators", "first_segment"]]),
         "received_from": rng.choice(["all", "all", "first_segment", "first"]),
         **random_fitted(rng, layers, shape_of(model.config).hidden_size, reads),
+        "context": random_context(rng, model),
     }
     if reads != "all" and rng.random() < 0.4:
         common |= {"max_tokens": rng.choice([16, 24]), "chunks": reads == "mean" and rng.random() < 0.5}
     if rng.random() < 0.6:
         common.pop("probes")
     else:
+        common["summary_tokens"] = "none"
+    if common["context"] is not None:
         common["summary_tokens"] = "none"
     softly = common | {"summary_tokens": "none"}
     unit = {"mean": 1 / common["max_seq_length"], "mean_norm": 0.1, "relative": 1.0}[common["scoring_mode"]]
@@ -153,6 +156,19 @@ def random_fitted(rng: random.Random, layers: int, hidden: int, reads: Reads) ->
         "maps": tp.DepartureMaps(range(layers + 1), affine(layers + 1, hidden)) if departed == "map" else None,
         "correction": tp.Correction(affine(hidden)) if corrected else None,
     }
+
+
+def random_context(rng: random.Random, model: Any) -> tp.LinearContext | None:
+    """Of any rank and some cuts, often of what a gate keeps outside; None in families with rotary positions."""
+    family, shape = family_of(model.config)(model.base_model), shape_of(model.config)
+    generator = torch.Generator().manual_seed(rng.getrandbits(31))
+    cuts = sorted(rng.sample(range(shape.num_layers + 1), rng.randint(1, shape.num_layers + 1)))
+    rank = rng.choice([1, rng.randint(1, shape.hidden_size), shape.hidden_size])
+    if rng.random() < 0.5 or any(family.rotation(layer) is not None for layer in family.layers):
+        return None
+    down = torch.randn(len(cuts), rank, shape.hidden_size + 1, generator=generator) / shape.hidden_size**0.5
+    up = torch.randn(shape.num_layers, 2 * shape.key_size, rank + 1, generator=generator) / rank**0.5
+    return tp.LinearContext(cuts, down, up)
 
 
 def random_batch(rng: random.Random, config: Any, max_tokens: int | None) -> dict[str, Tensor]:

@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 
 import token_pruning as tp
-from tests.tiny import pruned, ragged_batch, tiny_model
+from tests.tiny import VOCABULARY, pruned, ragged_batch, tiny_model
 
+_GENERATOR = torch.Generator().manual_seed(0)
+_CONTEXT = tp.LinearContext(
+    [0, 1, 2],
+    torch.randn(3, 6, 65, generator=_GENERATOR) / 8,
+    torch.randn(4, 128, 7, generator=_GENERATOR) / 6**0.5,
+)
+_GATE = tp.VocabularyGate(torch.rand(VOCABULARY, generator=_GENERATOR), 0.3)
 PRUNERS = (
     tp.Unpruned(),
     tp.FixedThreshold(final_token_threshold=0.02),
     tp.TopK(token_keep_rate=0.3, keep_all_layers=1, summary_tokens="shared"),  # decides in Python, while C++ waits
+    tp.TopK(token_keep_rate=0.3, keep_all_layers=1, vocabulary=_GATE, context=_CONTEXT),
 )
 
 

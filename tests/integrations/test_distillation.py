@@ -119,6 +119,55 @@ def test_maps_and_corrections_learn(home: Path) -> None:
         assert (tensor == said).all() and (tensor != first).any() and not tensor.requires_grad
 
 
+@pytest.mark.parametrize("departed", ["survivors", "state"])
+def test_context_learns(home: Path, departed: Any, tmp_path: Path) -> None:
+    """And is a buffer before and afterwards, which the weights of what was saved have."""
+    model, teacher = embedder(home), embedder(home)
+    rng = torch.Generator().manual_seed(0)
+    context = tp.LinearContext(
+        [0, 1, 3], torch.randn(3, 5, 33, generator=rng) / 6, torch.randn(3, 64, 6, generator=rng) / 5**0.5
+    )
+    gate = tp.VocabularyGate(torch.rand(200, generator=rng), 0.2)
+    method = tp.FixedThreshold(
+        thresholds=[0.5, 0.5, 0.0], scoring_mode="relative", departed=departed, vocabulary=gate, context=context
+    )
+    tp.prune(model, method)
+    token_pruner = attachment_of(model).token_pruner
+    buffers = {name for name, _ in token_pruner.named_buffers()}
+    found = tp.distill(model, TEXTS, teacher=teacher, epochs=2, **SHORT)
+    assert found.divergence < found.divergence_before
+    assert attachment_of(model).token_pruner is token_pruner
+    assert {name for name, _ in token_pruner.named_buffers()} == buffers and not [*token_pruner.parameters()]
+    learned = token_pruner.pruner.context
+    assert learned is not None and learned.layers == (0, 1, 3)
+    for tensor, said, first in (
+        (token_pruner.context_down, learned.down, context.down),
+        (token_pruner.context_up, learned.up, context.up),
+    ):
+        assert type(tensor) is torch.Tensor and not tensor.requires_grad and tensor.dtype == torch.float32
+        assert torch.equal(tensor, said) and tensor.shape == first.shape
+    down, up = learned.down - context.down, learned.up - context.up
+    assert (down[:2].abs().amax((1, 2)) > 0).all() and (up.abs().amax((1, 2)) > 0).all()
+    assert (down[2] == 0).all()  # after the last layer nobody attends to anybody
+    assert torch.equal(token_pruner.vocabulary_scores, gate.scores)
+    fast = tp.compile(model, dtype="float32")
+    assert vectors_of(fast) == pytest.approx(vectors_of(model), abs=1e-4)
+    model.save_pretrained(str(tmp_path))
+    assert vectors_of(tp.from_pretrained(tmp_path)) == pytest.approx(vectors_of(model), abs=1e-6)
+
+
+def test_a_calibrated_model_with_context_is_distilled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "received_rules", lambda *_: [])
+    model = embedder(home)
+    found = tp.distill(model, some_texts(400, 40, seed=3), 0.6, **{**SHORT, "examples": 100})
+    assert found.calibration is not None and "as context" in found.calibration.chosen.rule
+    assert found.relative_flops == pytest.approx(0.6, abs=0.02)
+    first, learned = found.calibration.pruner.context, attachment_of(model).token_pruner.pruner.context
+    assert first is not None and learned is not None and learned.layers == first.layers
+    assert not torch.equal(learned.up, first.up) and not torch.equal(learned.down, first.down)
+    assert not [*attachment_of(model).token_pruner.parameters()]
+
+
 def test_vectors_are_compared_as_written_out() -> None:
     torch.manual_seed(0)
     found, wanted = torch.randn(6, 7), torch.randn(6, 7)

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,21 @@ def fitted(departed: str = "map", **settings: Any) -> tp.Pruner:
     )
 
 
+def context(*layers: int, rank: int = 9) -> tp.LinearContext:
+    """What tokens that left give to those that stay, about as large as their own keys and values."""
+    rng = torch.Generator().manual_seed(1)
+    down = torch.randn(len(layers), rank, DIM + 1, generator=rng) / DIM**0.5
+    return tp.LinearContext(layers, down, torch.randn(3, 2 * DIM, rank + 1, generator=rng) / rank**0.5)
+
+
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "of all": {"context": context(0, 1, 2, 3)},
+    "of the gate's": {"context": context(0, rank=1)},
+    "of what entered": {"context": context(1, 2, rank=DIM)},
+}
+
+
 def furthest(one: Any, other: Any) -> float:
     return max(
         (
@@ -156,9 +172,10 @@ def test_every_pooling_pruned_compiled_saved_loaded_and_dense_again(home: Path, 
     assert not {"save", "preprocess"} & vars(model[0]).keys()
 
 
+@pytest.mark.parametrize("given", CONTEXTS)
 @pytest.mark.parametrize("departed", ["state", "survivors", "map"])
-def test_every_tensor_of_a_method_is_saved_and_compiled(home: Path, departed: str, tmp_path: Path) -> None:
-    model = tp.prune(embedder(home), fitted(departed))
+def test_every_tensor_of_a_method_is_saved_and_compiled(home: Path, departed: str, given: str, tmp_path: Path) -> None:
+    model = tp.prune(embedder(home), fitted(departed, **CONTEXTS[given]))
     assert model[0].model.config.reads == "mean"
     pruned = model.encode(TEXTS)
     fast = tp.compile(model, dtype="float32")
@@ -172,7 +189,13 @@ def test_every_tensor_of_a_method_is_saved_and_compiled(home: Path, departed: st
     assert (tmp_path / "token_pruner.safetensors").exists()
     with nothing_said():
         SentenceTransformer(str(tmp_path), device="cpu")
-    assert same(tp.from_pretrained(tmp_path).encode(TEXTS), pruned)
+    loaded = tp.from_pretrained(tmp_path)
+    assert same(loaded.encode(TEXTS), pruned)
+    assert repr(loaded[0].model.token_pruner.pruner.context) == repr(CONTEXTS[given].get("context"))
+    assert same(tp.compile(loaded, dtype="float32").encode(TEXTS), fast.encode(TEXTS))
+    if given != "none":
+        without = tp.prune(embedder(home), fitted(departed))
+        assert furthest(without.encode(TEXTS), pruned) > 1e-2
     tp.unprune(model).save_pretrained(str(tmp_path / "dense"))
     assert not (tmp_path / "dense" / "token_pruner.safetensors").exists()
 
@@ -228,23 +251,23 @@ def test_what_is_recorded(home: Path) -> None:
 
 
 @cache
-def fast_embedder(home: Path) -> Any:
-    return tp.compile(tp.prune(embedder(home), fitted()), dtype="float32")
+def fast_embedder(home: Path, given: str = "none") -> Any:
+    return tp.compile(tp.prune(embedder(home), fitted(**CONTEXTS[given])), dtype="float32")
 
 
 @cache
-def alone(home: Path) -> list[Any]:
-    return [fast_embedder(home).encode(text) for text in TEXTS]
+def alone(home: Path, given: str) -> list[Any]:
+    return [fast_embedder(home, given).encode(text) for text in TEXTS]
 
 
-@given(st.lists(st.integers(0, len(TEXTS) - 1), max_size=40), st.integers(1, 300))
-@settings(max_examples=40)
-def test_a_text_has_the_same_vector_in_any_batch(home: Path, places: list[int], tokens: int) -> None:
-    fast = fast_embedder(home)
+@given(st.lists(st.integers(0, len(TEXTS) - 1), max_size=40), st.integers(1, 300), st.sampled_from([*CONTEXTS]))
+@settings(max_examples=60)
+def test_a_text_has_the_same_vector_in_any_batch(home: Path, places: list[int], tokens: int, given: str) -> None:
+    fast = fast_embedder(home, given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "BATCH_TOKENS", tokens)
         patch.setattr(batches, "_TOKENIZED_AT_ONCE", 7)
-        assert same(fast.encode([TEXTS[place] for place in places]), [alone(home)[place] for place in places])
+        assert same(fast.encode([TEXTS[place] for place in places]), [alone(home, given)[place] for place in places])
 
 
 @given(st.lists(st.integers(0, len(PAIRS) - 1), max_size=40), st.integers(1, 300))
@@ -325,8 +348,9 @@ def test_nothing_one_text_and_ten_thousand(home: Path, capsys: pytest.CaptureFix
     assert same(fast.encode(np.array(many[:3])), found[:3])
 
 
-def test_copies_casts_and_moves(home: Path, tmp_path: Path) -> None:
-    model = tp.prune(embedder(home), PRUNER)
+@pytest.mark.parametrize("pruner", [PRUNER, fitted(**CONTEXTS["of all"])], ids=["thresholds", "everything"])
+def test_copies_casts_and_moves(home: Path, pruner: tp.Pruner, tmp_path: Path) -> None:
+    model = tp.prune(embedder(home), pruner)
     fast = tp.compile(model, dtype="float32")
     before = fast.encode(TEXTS)
     copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), fast.half(), fast.to("cpu", torch.float16)]
@@ -353,19 +377,28 @@ def test_a_dense_model_compiled_is_saved_dense(home: Path, tmp_path: Path) -> No
     assert same(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), model.encode(TEXTS))
 
 
-def test_pools_of_processes(home: Path) -> None:
-    fast = tp.compile(tp.prune(embedder(home), fitted()), threads=1)
+@pytest.mark.parametrize("given", ["none", "of all"])
+def test_pools_of_processes(home: Path, given: str) -> None:
+    fast = tp.compile(tp.prune(embedder(home), fitted(**CONTEXTS[given])), threads=1)
     assert same(fast.encode(TEXTS, device=["cpu"], chunk_size=10), fast.encode(TEXTS))
 
 
 # Cross encoders.
 
+GATED = replace(
+    PRUNER,
+    vocabulary=tp.VocabularyGate(torch.rand(200, generator=torch.Generator().manual_seed(0)), 0.3),
+    received_from="first_segment",
+    protect=("first_segment", "separators"),
+)
 
+
+@pytest.mark.parametrize("given", CONTEXTS)
 @pytest.mark.parametrize("name", ["ranker", "classifier"])
-def test_cross_encoders(home: Path, name: str, tmp_path: Path) -> None:
+def test_cross_encoders(home: Path, name: str, given: str, tmp_path: Path) -> None:
     model = ranker(home, name)
     dense = model.predict(PAIRS)
-    tp.prune(model, PRUNER)
+    tp.prune(model, PRUNER if given == "none" else replace(GATED, **CONTEXTS[given]))
     fast = tp.compile(model, dtype="float32")
     assert type(fast) is CrossEncoder
     options: tuple[dict[str, Any], ...] = (
@@ -414,7 +447,8 @@ def test_a_cross_encoder_made_of_modules(home: Path) -> None:
 
 
 @pytest.mark.parametrize("chunks", [False, True])
-def test_max_tokens_sees_the_whole_text(home: Path, chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("given", ["none", "of all"])
+def test_max_tokens_sees_the_whole_text(home: Path, chunks: bool, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def warned(message: str, *_: Any) -> None:
         raise AssertionError(message)
 
@@ -424,7 +458,7 @@ def test_max_tokens_sees_the_whole_text(home: Path, chunks: bool, monkeypatch: p
     model = embedder(home)
     dense = model.encode(long)
     assert furthest(model.encode(other_end)[:3], dense[:3]) < 1e-5  # truncated before that
-    tp.prune(model, fitted(max_tokens=32, chunks=chunks))
+    tp.prune(model, fitted(max_tokens=32, chunks=chunks, **CONTEXTS[given]))
     pruned = model.encode(long)
     assert furthest(model.encode(other_end)[:1], pruned[:1]) > 1e-3
     assert [len(row) for row in model.encode(long, output_value="token_embeddings")] == [

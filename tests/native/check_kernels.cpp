@@ -126,6 +126,25 @@ static const Kernels* distance_kernels(const Kernels& k) {
     return nullptr;
 }
 
+extern "C" {
+Encoder* tp_encoder_new(int, int, const Shape*);
+void tp_encoder_free(Encoder*);
+int tp_encoder_set_linear(Encoder*, int, int, const float*, const float*, const float*, int, int);
+int tp_encoder_get_linear(const Encoder*, int, int, float*, float*, float*, int, int);
+int tp_encoder_set_norm(Encoder*, int, int, const float*, const float*, int);
+int tp_encoder_set_table(Encoder*, int, const void*, int, int, int);
+int64_t tp_encoder_workspace_bytes(const Encoder*, const Request*);
+int tp_encoder_forward(const Encoder*, Request*);
+ContextMaps* tp_context_new(const Encoder*, const int32_t*, int, int, const float*, const float*, const float*,
+                            const float*);
+void tp_context_free(ContextMaps*);
+struct Head;
+Head* tp_linear_new(int, int, const float*, const float*, const float*, int, int);
+void tp_linear_free(Head*);
+int tp_linear_apply(const Head*, const float*, int, float*, int);
+const char* tp_last_error();
+}
+
 static double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
 
 static void check_product(const Candidate& level, int rows, int in, int out) {
@@ -479,6 +498,40 @@ static void check_shapes(const Candidate& level) {
     check_largest_sums(level);
 }
 
+// What tokens that left go on giving, see ContextMaps: the same numbers for the encoder and for the reference.
+struct Context {
+    typedef std::vector<double> Row;
+    int rank = 0, hidden = 0, given = 0;
+    std::vector<int32_t> layers;                      // those that have a `down`, rising: 0 for tokens outside
+    std::vector<float> down, down_bias, up, up_bias;  // [layers, rank, hidden], [all layers, given, rank]
+    Context(const Shape& shape, int rank, std::vector<int32_t> layers)
+        : rank(rank), hidden(shape.hidden), given(2 * shape.key_size()), layers(layers) {
+        const size_t codes = layers.size() * rank, all = (size_t)shape.layers * given;
+        down = random_numbers(codes * hidden, 1 / std::sqrt((float)hidden)), down_bias = random_numbers(codes, 0.1f);
+        up = random_numbers(all * rank, 1 / std::sqrt((float)rank)), up_bias = random_numbers(all, 0.1f);
+    }
+    bool has(int layer) const { return std::count(layers.begin(), layers.end(), layer); }
+    std::unique_ptr<ContextMaps, void (*)(ContextMaps*)> build(const Encoder& encoder) const {
+        return {tp_context_new(&encoder, layers.data(), (int)layers.size(), rank, down.data(), down_bias.data(),
+                               up.data(), up_bias.data()),
+                tp_context_free};
+    }
+    static Row apply(const float* weight, const float* bias, const Row& x, int out) {
+        Row y(bias, bias + out);
+        for (int n = 0; n < out; n++)
+            for (size_t i = 0; i < x.size(); i++) y[n] += x[i] * weight[n * x.size() + i];
+        return y;
+    }
+    Row code(int layer, const Row& state) const {
+        const size_t which = std::find(layers.begin(), layers.end(), layer) - layers.begin();
+        return apply(down.data() + which * rank * hidden, down_bias.data() + which * rank, state, rank);
+    }
+    // All its keys, and then all its values.
+    Row gives(int layer, const Row& code) const {
+        return apply(up.data() + (size_t)layer * given * rank, up_bias.data() + (size_t)layer * given, code, given);
+    }
+};
+
 // How a pass decides. Decisions of the caller are random, but always the same for the same layer and token.
 struct Decisions {
     const float* thresholds = nullptr;
@@ -488,11 +541,15 @@ struct Decisions {
     const uint8_t *stays = nullptr, *asks = nullptr;  // [tokens]
     const float* probes = nullptr;                    // [layers, hidden + 1]
     const uint8_t* probed = nullptr;
+    const Context* context = nullptr;
+    const uint8_t* outside = nullptr;  // [tokens]
+    bool unread = false;               // what left has no last norm
     // The same for a sequence that begins with this token.
     Decisions from(int token) const {
         Decisions moved = *this;
         if (stays) moved.stays += token;
         if (asks) moved.asks += token;
+        if (outside) moved.outside += token;
         return moved;
     }
     static bool keeps(int layer, int token) {
@@ -654,7 +711,7 @@ struct Model {
 
     // Every token's last state, the layers it survived, what each layer decided by (NaN where it did not), and how near
     // a decision came to going the other way. With `summarize` what is dropped becomes a summary token for each half of
-    // the sequence, a row with `alive` -1 or -2.
+    // the sequence, a row with `alive` -1 or -2. With context what left, or never entered, is one of `others`.
     double reference(const std::vector<int>& ids, const Decisions& by, std::vector<Row>& out,
                      std::vector<int>& survived, std::vector<Row>& decided) const {
         double weights[2] = {0, 0};
@@ -663,15 +720,28 @@ struct Model {
         double margin = 1;
         std::vector<Row> x;
         std::vector<int> alive;
+        struct Other {
+            int token;
+            Row code;
+        };
+        std::vector<Other> others;
+        out.assign(ids.size(), {}), survived.assign(ids.size(), 0);
+        auto leaves = [&](int token, const Row& state, int down) {
+            out[token] = by.unread ? state : last(state);
+            if (by.context && by.context->has(down)) others.push_back({token, by.context->code(down, state)});
+        };
         for (size_t t = 0; t < ids.size(); t++) {
             Row row(size);
             for (int i = 0; i < size; i++)
                 row[i] = (double)word[ids[t] * size + i] + type[i] + (embeds_positions ? position[t * size + i] : 0);
             if (normalizes_embeddings) row = norm(row, inner_gamma, inner_beta);
             if (projects()) row = apply(0, row);
-            x.push_back(normalizes_projected ? norm(row) : row), alive.push_back((int)t);
+            if (normalizes_projected) row = norm(row);
+            if (by.outside && by.outside[t])
+                leaves((int)t, row, 0), survived[t] = -1;
+            else
+                x.push_back(row), alive.push_back((int)t);
         }
-        out.assign(ids.size(), {}), survived.assign(ids.size(), 0);
         decided.assign(shape.layers, Row(ids.size(), std::nan("")));
         for (int l = 0; l < shape.layers; l++) {
             const Step& step = steps[l];
@@ -690,15 +760,24 @@ struct Model {
                 for (int i = 0; i < n; i++) asking.push_back(i);
             for (int i = 0; i < n; i++)
                 if (step.rotation >= 0) turn(q[i], token_of(i), step.rotation), turn(k[i], token_of(i), step.rotation);
-            Row received(n);
+            // Keys and values go on after the rows that are there with those of the others, which ask nothing.
+            std::vector<int> key_tokens;
+            for (int i = 0; i < n; i++) key_tokens.push_back(token_of(i));
+            for (const Other& other : others) {
+                const Row given = by.context->gives(l, other.code);
+                k.push_back({given.begin(), given.begin() + shape.key_size()});
+                v.push_back({given.begin() + shape.key_size(), given.end()}), key_tokens.push_back(other.token);
+            }
+            const int keys = (int)k.size();
+            Row received(keys);
             for (int h = 0; h < heads; h++)
                 for (int i = 0; i < n; i++) {
-                    Row p(n);
+                    Row p(keys);
                     double top = -1e300, total = 0;
                     const int shared = h / (heads / shape.key_heads) * part;
-                    for (int j = 0; j < n; j++) {
+                    for (int j = 0; j < keys; j++) {
                         for (int d = 0; d < part; d++) p[j] += q[i][h * part + d] * k[j][shared + d] * shape.scale;
-                        const int distance = place(token_of(i)) - place(token_of(j));
+                        const int distance = place(token_of(i)) - place(key_tokens[j]);
                         if (!bias.empty()) p[j] += bias[h * (2 * far + 1) + far + std::clamp(distance, -far, far)];
                         if (!columns.empty()) p[j] += disentangled(step.weights, h, distance, q[i], k[j], shared);
                         if (step.window >= 0 && std::abs(distance) > step.window) p[j] = -1e30;
@@ -706,7 +785,7 @@ struct Model {
                     }
                     for (double& e : p) total += e = std::exp(e - top);
                     const bool asks = std::count(asking.begin(), asking.end(), i);
-                    for (int j = 0; j < n; j++) {
+                    for (int j = 0; j < keys; j++) {
                         if (asks) received[j] += p[j] / total / heads * n / asking.size();
                         for (int d = 0; d < part; d++) context[i][h * part + d] += p[j] / total * v[j][shared + d];
                     }
@@ -747,7 +826,7 @@ struct Model {
                 const bool may_leave = i && !summary && !(by.stays && by.stays[alive[i]]);
                 if (may_leave) margin = std::min(margin, std::fabs(distance));
                 const bool dropped = may_leave && distance < 0;
-                if (dropped) out[alive[i]] = last(attended);
+                if (dropped) leaves(alive[i], attended, l + 1);
                 if (by.summarize && (summary || dropped)) {
                     const int which = summary ? -1 - alive[i] : by.by_segment ? alive[i] >= (int)ids.size() / 2 : 0;
                     const double weight = summary ? weights[which] : std::max(received[i], 1e-6);
@@ -830,14 +909,25 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
             stays[cu_seqlens[s] + i] = i % 5 == 4, asks[cu_seqlens[s] + i] = i > 0 && i <= lengths[s] / 3;
     const std::vector<float> probes = random_numbers(3 * (hidden + 1), 1 / std::sqrt((float)hidden));
     const float by_attention[] = {0.0f, 0.0098f, 0.0123f}, by_probes[] = {0.0f, -0.8f, -0.5f};
-    enum Method { NONE, THRESHOLDS, SUMMARIES, ROLES, PROBES };
-    for (Method method : {NONE, THRESHOLDS, SUMMARIES, ROLES, PROBES}) {
-        const bool prune = method != NONE, summarize = method == SUMMARIES;
-        const float* thresholds = method == PROBES ? by_probes : by_attention;
-        const uint8_t prunes[] = {0, 1, 1}, probed[] = {1, 1, method == PROBES};
+    const float all_by_attention[] = {0.0085f, 0.0098f, 0.0123f};
+    std::vector<uint8_t> outside(tokens), few(tokens);
+    for (size_t s = 0; s < lengths.size(); s++)
+        for (int i = 1; i < lengths[s]; i++)
+            outside[cu_seqlens[s] + i] = i % 3 == 1 || i % 7 == 0, few[cu_seqlens[s] + i] = s % 2 == 0 && i % 40 == 39;
+    const Context never(model.shape, 64, {0}), always(model.shape, 50, {0, 1, 2, 3}), some(model.shape, 64, {0, 2});
+    enum Method { NONE, THRESHOLDS, SUMMARIES, ROLES, PROBES, OUTSIDE, CONTEXT, PROBED_CONTEXT };
+    for (Method method : {NONE, THRESHOLDS, SUMMARIES, ROLES, PROBES, OUTSIDE, CONTEXT, PROBED_CONTEXT}) {
+        const bool prune = method != NONE && method != OUTSIDE, summarize = method == SUMMARIES,
+                   probe = method == PROBES || method == PROBED_CONTEXT;
+        const float* thresholds = probe ? by_probes : method == CONTEXT ? all_by_attention : by_attention;
+        const uint8_t prunes[] = {method == CONTEXT, 1, 1}, probed[] = {1, 1, probe};
         Decisions decisions;
-        if (method == ROLES) decisions.stays = stays.data(), decisions.asks = asks.data();
-        if (method == PROBES) decisions.probes = probes.data(), decisions.probed = probed;
+        if (method == ROLES || method == CONTEXT) decisions.stays = stays.data(), decisions.asks = asks.data();
+        if (probe) decisions.probes = probes.data(), decisions.probed = probed;
+        if (method == OUTSIDE) decisions.context = &never, decisions.outside = outside.data();
+        if (method == CONTEXT) decisions.context = &always, decisions.outside = few.data();
+        if (method == PROBED_CONTEXT) decisions.context = &some, decisions.outside = outside.data();
+        decisions.unread = method == CONTEXT;
         decisions.thresholds = prune ? thresholds : nullptr, decisions.prunes = prunes, decisions.summarize = summarize;
         std::vector<Model::Row> expected;
         std::vector<int> survived;
@@ -849,17 +939,21 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                                                   decisions.from(cu_seqlens[s]), states, counts, decided);
             expected.insert(expected.end(), states.begin(), states.end());
             survived.insert(survived.end(), counts.begin(), counts.end());
-            const double rounding = level.dtype == Dtype::float32 ? 1e-6 : method == PROBES ? 0.1 : 1e-3;
+            const double rounding = level.dtype == Dtype::float32 ? 1e-6 : probe ? 0.1 : 1e-3;
             clear.push_back(!prune || margin > rounding);
         }
         std::vector<uint8_t> segments(tokens);
         for (size_t s = 0; s < lengths.size(); s++)
             for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++) segments[t] = t - cu_seqlens[s] >= lengths[s] / 2;
+        std::unique_ptr<ContextMaps, void (*)(ContextMaps*)> maps(nullptr, tp_context_free);
+        if (decisions.context) maps = decisions.context->build(*encoder);
+        check(!decisions.context == !maps, level.name() + " context: " + tp_last_error());
         std::vector<float> once;
         for (bool first_only : {false, true})
             for (int threads : {1, 2, 3}) {
                 Exact out((size_t)(first_only ? lengths.size() : tokens) * hidden * 4);
                 std::vector<int32_t> counts(tokens);
+                for (int t = 0; decisions.outside && t < tokens; t++) counts[t] = -decisions.outside[t];
                 std::vector<float> received((size_t)3 * tokens);
                 Request request{};
                 request.sequences = (int)lengths.size(), request.cu_seqlens = cu_seqlens.data();
@@ -869,6 +963,7 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                 request.survived = counts.data(), request.received = received.data(), request.departed = true;
                 request.stays = decisions.stays, request.asks = decisions.asks;
                 request.probes = decisions.probes, request.probed = decisions.probed;
+                request.context = maps.get(), request.outside = decisions.outside, request.unread = decisions.unread;
                 std::vector<uint8_t> hosts(tokens);
                 if (summarize) request.segments = segments.data(), request.hosts = hosts.data();
                 check(run(*encoder, request), "forward");
@@ -886,12 +981,12 @@ static void check_encoder(const Candidate& level, const Model& model, const std:
                 }
                 const std::string name = level.name() + " encoder, threads " + std::to_string(threads) +
                                          (prune ? ", pruned" : "") + (summarize ? " with summaries" : "") +
-                                         (method == ROLES    ? " by some"
-                                          : method == PROBES ? " by probes"
-                                                             : "") +
-                                         (first_only ? ", first tokens" : "");
+                                         (decisions.asks ? " by some" : "") + (probe ? " by probes" : "") +
+                                         (maps ? ", with context" : "") + (first_only ? ", first tokens" : "");
                 if (count) worst /= 3 * std::sqrt(squares / count);
-                check(worst <= 2 * level.tolerance(), name + ": " + std::to_string(worst));
+                // What context gives is quantised twice more: states, and codes.
+                const double allowed = (maps && level.dtype == Dtype::int8 ? 4 : 2) * level.tolerance();
+                check(worst <= allowed, name + ": " + std::to_string(worst));
                 if (level.dtype == Dtype::float32) check(same, name + ": other tokens kept");
                 std::vector<float> now((float*)out.data,
                                        (float*)out.data + (first_only ? lengths.size() : tokens) * hidden);
@@ -931,6 +1026,29 @@ static void check_refusals(const Candidate& level, const Model& model) {
     expect("probes and probed go together", [&](Request& r) { r.probed = probed.data(); });
     expect("summaries and probes exclude each other",
            [&](Request& r) { r.probes = probes.data(), r.probed = probed.data(), r.hosts = hosts.data(); });
+    const Context context(model.shape, 64, {0}), late(model.shape, 64, {1, 2});
+    const auto maps = context.build(*encoder), others = late.build(*encoder);
+    const ContextMaps fewer(maps->kernels, model.shape.layers - 1, 64);
+    std::vector<uint8_t> outside{0, 1, 0, 0, 0, 1}, first{0, 0, 0, 1, 0, 0}, two{0, 2, 0, 0, 0, 0};
+    auto mark = [&](const Request& r, const std::vector<uint8_t>& tokens) {
+        for (size_t i = 0; i < tokens.size(); i++) r.survived[i] = -tokens[i];
+        return tokens.data();
+    };
+    expect("", [&](Request& r) { r.context = maps.get(), r.outside = mark(r, outside); });
+    expect("", [&](Request& r) { r.context = others.get(); });
+    expect("context of another encoder", [&](Request& r) { r.context = &fewer; });
+    expect("summaries and context exclude each other",
+           [&](Request& r) { r.context = maps.get(), r.hosts = hosts.data(); });
+    expect("tokens outside are context", [&](Request& r) { r.outside = mark(r, outside); });
+    expect("tokens outside are context", [&](Request& r) { r.context = others.get(), r.outside = mark(r, outside); });
+    expect("no sequence's first token can be outside",
+           [&](Request& r) { r.context = maps.get(), r.outside = mark(r, first); });
+    expect("outside must be 0 or 1, as survived says",
+           [&](Request& r) { r.context = maps.get(), r.outside = mark(r, two); });
+    expect("outside must be 0 or 1, as survived says",
+           [&](Request& r) { mark(r, outside), r.context = maps.get(), r.outside = two.data(); });
+    encoder->steps[1].window = 3;
+    expect("context goes with no rotation and no window", [&](Request& r) { r.context = maps.get(); });
 }
 
 static void check_many_callers(const Candidate& level, const Model& model) {
@@ -978,7 +1096,10 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const int layers = pick(1, 3), inner = pick(1, 96);
     const Shape basic = post_norm(layers, head * heads * copies, heads * copies, inner, (Activation)pick(0, 3));
     const int size = one_in(2) ? basic.hidden : pick(8, 64);
-    const Model model = one_in(3) ? Model(basic, size) : Model::any(basic, size, pick);
+    Model model = one_in(3) ? Model(basic, size) : Model::any(basic, size, pick);
+    const bool with_context = one_in(2);  // which goes with no window and no rotation
+    for (Step& step : model.steps)
+        if (with_context) step.window = step.rotation = -1;
     const Shape& shape = model.shape;
     if (!level.kernels->fits(shape.hidden, shape.inner, shape.head_size) ||
         !level.kernels->fits(shape.query_size(), shape.inner, shape.head_size) ||
@@ -990,7 +1111,8 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     std::vector<int32_t> ids, positions, types, places, cu_seqlens(1, 0);
     std::vector<uint8_t> segments;
     const int longest = one_in(50) ? 250 : one_in(5) ? 60 : 16;
-    for (int s = longest > 60 ? 1 : pick(1, 5); s > 0; s--) {
+    // Many short ones share a chunk, and their context can be more than it holds.
+    for (int s = longest > 60 ? 1 : longest == 16 && one_in(10) ? 30 : pick(1, 5); s > 0; s--) {
         const int length = pick(1, longest);
         for (int i = 0; i < length; i++)
             ids.push_back(pick(0, model.words - 2)), positions.push_back(i), types.push_back(0),
@@ -1000,7 +1122,7 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const int tokens = (int)ids.size(), sequences = (int)cu_seqlens.size() - 1, hidden = shape.hidden;
     const int method = pick(0, 2);  // nothing, thresholds, the caller
     const bool first_only = one_in(2), record = one_in(2), by_segment = one_in(2), departed = one_in(2);
-    const bool probe = method && one_in(3), summarize = method && !probe && one_in(2);
+    const bool probe = method && one_in(3), summarize = method && !probe && !with_context && one_in(2);
     std::vector<float> thresholds(shape.layers), probes;
     std::vector<uint8_t> prunes(shape.layers), probed(shape.layers), stays(tokens), asks(tokens);
     for (int l = 0; l < shape.layers; l++) {
@@ -1023,6 +1145,23 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     if (one_in(3)) decisions.stays = stays.data();
     if (one_in(2)) decisions.asks = asks.data();
     if (probe) decisions.probes = probes.data(), decisions.probed = probed.data();
+    decisions.unread = one_in(3);
+    std::vector<int32_t> downs(1, pick(0, shape.layers));  // some may be missing
+    for (int l = 0; l <= shape.layers; l++)
+        if (l != downs[0] && !one_in(3)) downs.push_back(l);
+    std::sort(downs.begin(), downs.end());
+    const Context context(shape, one_in(2) ? 64 : one_in(4) ? pick(65, 130) : pick(1, 63), downs);
+    std::vector<uint8_t> outside(tokens);
+    const int out_of = pick(1, 4);  // 1: nothing but first tokens enters
+    for (int s = 0; s < sequences; s++)
+        for (int t = cu_seqlens[s] + 1; t < cu_seqlens[s + 1]; t++) outside[t] = one_in(out_of);
+    std::unique_ptr<ContextMaps, void (*)(ContextMaps*)> maps(nullptr, tp_context_free);
+    if (with_context) {
+        decisions.context = &context, maps = context.build(*encoder);
+        check(maps != nullptr, name + " context: " + tp_last_error());
+        if (context.has(0) && !one_in(4)) decisions.outside = outside.data();
+    }
+    auto is_outside = [&](int token) { return decisions.outside && decisions.outside[token]; };
     // What is compared in the end, with every buffer of exactly its size.
     struct Result {
         std::vector<float> out, received;
@@ -1040,6 +1179,10 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
         Exact out(rows * hidden * 4), received((size_t)shape.layers * tokens * 4), importance(tokens * 4), keep(tokens);
         std::vector<int32_t> survived(tokens);
         std::vector<uint8_t> hosts(tokens);
+        auto start = [&] {
+            for (int t = 0; t < tokens; t++) survived[t] = -is_outside(begin + t), hosts[t] = 0;
+        };
+        start();
         Request request{};
         request.sequences = sequences, request.cu_seqlens = offsets.data();
         request.ids = ids.data() + begin, request.positions = positions.data() + begin, request.threads = threads;
@@ -1048,13 +1191,14 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
         request.prunes = prunes.data(), request.divisor = by.divisor;
         request.stays = by.stays, request.asks = by.asks, request.probes = by.probes, request.probed = by.probed;
         request.first_only = first_only, request.record = record, request.departed = departed;
+        request.context = maps.get(), request.outside = by.outside, request.unread = by.unread;
         request.out = (float*)out.data;
         request.survived = survived.data(), request.received = one_in(2) ? (float*)received.data : nullptr;
         if (method == 2) request.importance = (float*)importance.data, request.keep = (uint8_t*)keep.data;
         if (summarize) request.hosts = hosts.data(), request.segments = by_segment ? segments.data() + begin : nullptr;
         if (method == 2 && one_in(10)) {  // given up half-way; then all over again
             run(encoder, request, pick(0, 1));
-            std::fill(survived.begin(), survived.end(), 0), std::fill(hosts.begin(), hosts.end(), 0);
+            start();
         }
         check(run(encoder, request), name + " forward");
         const float *states = (float*)out.data, *decided = request.received;
@@ -1069,8 +1213,9 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
         (shape.norm_first ? ", norm first" : "") + (shape.rms_norm ? ", RMS" : "") + (shape.gated ? ", gated" : "") +
         (model.bias.empty() ? "" : ", bias") + (model.columns.empty() ? "" : ", disentangled") + ", tokens " +
         std::to_string(tokens) + ", method " + std::to_string(method) + (summarize ? " with summaries" : "") +
-        (probe ? " with probes" : "") + (decisions.stays ? ", some stay" : "") + (decisions.asks ? ", some ask" : "");
-    if (one_in(4)) {  // the same to the last bit with more threads, and of a sequence alone
+        (probe ? " with probes" : "") + (decisions.stays ? ", some stay" : "") + (decisions.asks ? ", some ask" : "") +
+        (maps ? ", context of rank " + std::to_string(context.rank) : "") + (decisions.outside ? ", some outside" : "");
+    if (one_in(maps ? 2 : 4)) {  // the same to the last bit with more threads, and of a sequence alone
         const Result again = forward(*encoder, threads % 3 + 1, 0, sequences);
         check(bits_of(again, 0, again.out.size()) == bits_of(found, 0, found.out.size()) &&
                   again.survived == found.survived,
@@ -1087,24 +1232,28 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const std::string untouched(hidden * sizeof(float), '\xFF');
     for (int t = 0; t < tokens; t++)
         if (!wanted(t)) check(bits_of(found, (size_t)t * hidden, hidden) == untouched, what + ": an unused row");
+    for (int t = 0; t < tokens; t++)
+        check((found.survived[t] == -1) == is_outside(t) && found.survived[t] >= -1, what + ": who is outside");
     for (int s = 0; s < sequences; s++) {
         std::vector<Model::Row> states, decided;
         std::vector<int> counts;
         const double margin = model.reference({ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]},
                                               decisions.from(cu_seqlens[s]), states, counts, decided);
-        if (method == 1 && margin < (level.dtype == Dtype::float32 ? 1e-4 : 1e9)) continue;
+        const bool sure = method != 1 || margin >= (level.dtype == Dtype::float32 ? 1e-4 : 1e9);
+        auto known = [&](int token) { return wanted(token) && (sure || (is_outside(token) && !first_only)); };
         double worst = 0, squares = 0, count = 0;
         for (int t = cu_seqlens[s]; t < (first_only ? cu_seqlens[s] + 1 : cu_seqlens[s + 1]); t++)
-            for (int d = 0; wanted(t) && d < hidden; d++) {
+            for (int d = 0; known(t) && d < hidden; d++) {
                 const double expected = states[t - cu_seqlens[s]][d];
                 const double difference = std::fabs(found.out[(size_t)(first_only ? s : t) * hidden + d] - expected);
                 worst = difference <= worst ? worst : difference;  // NaN is worse than all
                 squares += expected * expected, count++;
             }
-        worst /= 1 + 3 * std::sqrt(squares / count);
+        if (count) worst /= 1 + 3 * std::sqrt(squares / count);
         compared += (long)count;
         const double allowed = level.dtype == Dtype::float32 ? 1e-3 : level.dtype == Dtype::bfloat16 ? 0.15 : 1.5;
         check(worst <= allowed, what + ": " + std::to_string(worst));
+        if (!sure) continue;
         for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++)
             check(found.survived[t] == counts[t - cu_seqlens[s]], what + ": other tokens kept");
         for (int l = 0; l < shape.layers && !found.received.empty() && level.dtype == Dtype::float32; l++)
@@ -1122,31 +1271,20 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const int victim = pick(0, sequences - 1);
     bool windowed = false;  // then a row depends on those that it sees alone
     for (const Step& step : model.steps) windowed |= step.window >= 0;
-    ids[pick(cu_seqlens[victim], cu_seqlens[victim + 1] - 1)] = model.words - 1;
+    const int spoilt = pick(cu_seqlens[victim], cu_seqlens[victim + 1] - 1);
+    ids[spoilt] = model.words - 1;
     const Result poisoned = forward(*broken.build(*level.kernels), pick(1, 3), 0, sequences);
     for (int s = 0; s < sequences; s++) {
         const size_t from = (size_t)(first_only ? s : cu_seqlens[s]) * hidden;
         const size_t to = (size_t)(first_only ? s + 1 : cu_seqlens[s + 1]) * hidden;
         bool good = s == victim || bits_of(poisoned, from, to - from) == bits_of(found, from, to - from);
-        for (size_t i = from; s == victim && !windowed && i < to; i++) good &= std::isnan(poisoned.out[i]);
+        for (size_t i = from; s == victim && !windowed && i < to; i++) {
+            const int token = (int)(i / hidden);  // one that is outside sees nobody
+            good &= !first_only && is_outside(token) && token != spoilt ? same_bits(&poisoned.out[i], &found.out[i], 1)
+                                                                        : std::isnan(poisoned.out[i]);
+        }
         check(good, what + ": a NaN was lost, or went to another sequence");
     }
-}
-
-extern "C" {
-Encoder* tp_encoder_new(int, int, const Shape*);
-void tp_encoder_free(Encoder*);
-int tp_encoder_set_linear(Encoder*, int, int, const float*, const float*, const float*, int, int);
-int tp_encoder_get_linear(const Encoder*, int, int, float*, float*, float*, int, int);
-int tp_encoder_set_norm(Encoder*, int, int, const float*, const float*, int);
-int tp_encoder_set_table(Encoder*, int, const void*, int, int, int);
-int64_t tp_encoder_workspace_bytes(const Encoder*, const Request*);
-int tp_encoder_forward(const Encoder*, Request*);
-struct Head;
-Head* tp_linear_new(int, int, const float*, const float*, const float*, int, int);
-void tp_linear_free(Head*);
-int tp_linear_apply(const Head*, const float*, int, float*, int);
-const char* tp_last_error();
 }
 
 // Everything through the C interface. False as soon as something fails, which must be for want of memory alone.
@@ -1176,6 +1314,14 @@ static bool use_interface(const Candidate& level, const Model& model) {
     request.cu_seqlens = cu_seqlens, request.ids = ids, request.positions = positions;
     request.out = out, request.survived = survived, request.workspace = workspace;
     request.workspace_bytes = sizeof workspace;
+    if (tp_encoder_workspace_bytes(e, &request) < 0 || tp_encoder_forward(e, &request)) return false;
+    static int32_t entered[] = {0, 1};
+    static uint8_t outside[] = {0, 1};
+    static float numbers[3 * 128 * 64];
+    std::unique_ptr<ContextMaps, void (*)(ContextMaps*)> maps(
+        tp_context_new(e, entered, 2, 40, numbers, numbers, numbers, numbers), tp_context_free);
+    if (!maps) return false;
+    request.context = maps.get(), request.outside = outside, survived[0] = 0, survived[1] = -1;
     if (tp_encoder_workspace_bytes(e, &request) < 0 || tp_encoder_forward(e, &request)) return false;
     std::unique_ptr<Head, void (*)(Head*)> head(
         tp_linear_new(PORTABLE, 0, model.weights[1].data(), nullptr, nullptr, shape.hidden, shape.hidden),
@@ -1324,6 +1470,7 @@ int main(int count, char** arguments) {
             check_encoder(level, model,
                           quick ? std::vector<int>{5, 70} : std::vector<int>{1, 2, 15, 16, 17, 31, 32, 33});
             if (!quick) check_encoder(level, model, {40}), check_encoder(level, model, {300, 260, 90});
+            if (!quick) check_encoder(level, model, std::vector<int>(20, 15));
             check_refusals(level, model);
             check_many_callers(level, model);
             check_memory_runs_out(level, model);

@@ -29,8 +29,9 @@ from tests.runtime.test_departed import (
 )
 from tests.tiny import PAD, assert_close, decision_margin, pruned, ragged_batch, same_survivors, tiny_model
 from token_pruning.budget.fitting import predicted_flops
-from token_pruning.ragged import layout_from_mask
-from token_pruning.runtime.context import ContextTokens
+from token_pruning.ragged import drop, layout_from_mask
+from token_pruning.runtime.context import Context, ContextTokens
+from token_pruning.runtime.token_pruner import TokenPruner
 
 FAMILIES = (
     "bert", "roberta", "mpnet", "deberta-v2", "albert", "distilbert", "xlm-roberta-xl", "megatron-bert", "electra"
@@ -238,7 +239,12 @@ def test_laid_out_beside_others_in_the_order_of_the_text(lengths: list[int], lef
     places = some.flatten().nonzero().squeeze(-1)
     places = places[torch.randperm(len(places), generator=generator)]  # by the layer where they left, not by place
     key = torch.zeros(len(places), 1, 1)
-    layout, order, rows = ContextTokens(places, key, key).beside(own)
+    context, others = Context(TokenPruner(tp.Unpruned(), LAYERS, torch.device("cpu"))), ContextTokens(places, key, key)
+    found = context.beside(own, others)
+    assert context.beside(own, others) is found  # as long as the same tokens are there
+    fewer, *_ = drop(own, torch.arange(own.total) % 2 == 0)
+    assert context.beside(fewer, others).layout.total == fewer.total + len(places)
+    layout, order, rows = context.beside(own, others)
     wanted = [[row * width + i for i in range(width) if here[row, i] or some[row, i]] for row in range(len(lengths))]
     assert layout.indices.tolist() == [place for each in wanted for place in each]
     assert layout.lengths == [len(x) for x in wanted] and layout.width == width

@@ -31,7 +31,7 @@ def rank_for(hidden_size: int) -> int:
 
 
 def can_have_context(model: Any) -> bool:
-    """Whether a pruned model's keys are linear in what enters their layer, wherever a token stands."""
+    """Whether a pruned model's keys are the same wherever a token stands."""
     family = attachment_of(model).family
     return all(family.rotation(layer) is None for layer in family.layers)
 
@@ -44,7 +44,8 @@ def fit_context(model: Any, batch: Batch, layers: Sequence[int]) -> LinearContex
         batch: padded tensors.
         layers: after which tokens may leave (1-based, rising).
     """
-    some = _sample(batch)
+    pruner = attachment_of(model).token_pruner.pruner
+    some = _sample(batch, None if pruner.chunks else pruner.max_tokens)
     entry = _Sums()
     for states, given in _passes(model, some, ()):
         entry.add(states[0], given)
@@ -105,12 +106,13 @@ class _Sums:
         )
 
 
-def _sample(batch: Batch) -> dict[str, Tensor]:
-    """Examples of all lengths, so many tokens together."""
+def _sample(batch: Batch, most: int | None = None) -> dict[str, Tensor]:
+    """Examples of all lengths, so many tokens together; of each no more than ``most`` enter."""
     lengths = batch["attention_mask"].sum(1)
+    lengths = lengths if most is None else lengths.clamp(max=most)
     order = lengths.argsort(stable=True)
     step = max(1, -(-int(lengths.sum()) // _TOKENS))
-    return part_of(batch, order[step // 2 :: step])
+    return part_of(batch, order[min(step // 2, len(order) - 1) :: step])
 
 
 def _passes(model: Any, batch: Batch, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], Tensor]]:

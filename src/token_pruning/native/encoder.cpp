@@ -641,14 +641,15 @@ private:
         team.wait();
     }
 
-    // What a layer adds to the logits of a head, by the places of a sequence's queries and keys.
-    LogitTerms terms(int layer, int head, const int* queries, const int* keys, const DistanceTerms& distance) const {
+    // What a layer adds to the logits of a head, by the places of queries, from a row on, and of a sequence's keys.
+    LogitTerms terms(int layer, int head, int row, const Keys& keys, int sequence,
+                     const DistanceTerms& distance) const {
         const DistanceBias& bias = encoder_.bias;
         const int window = encoder_.steps[layer].window;
         if (bias.table.empty() && window < 0 && !distance.columns) return {};
-        return {queries,  keys,
-                window,   bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
-                bias.far, distance};
+        return {places_ + row, keys.places + keys.offsets[sequence],
+                window,        bias.table.empty() ? nullptr : bias.table.data() + (size_t)head * (2 * bias.far + 1),
+                bias.far,      distance};
     }
 
     bool by_distance() const { return !encoder_.distances.columns.empty(); }
@@ -712,12 +713,12 @@ private:
                 if (queries.size() == 0) continue;
                 DistanceTerms these = by;
                 if (by.of_queries) these.of_queries += queries.begin * by.stride;
-                kernels_.attend(
-                    {projected(team, at + queries.begin, head * size), key, key + shape_.key_size() * exchange(),
-                     (size_t)inputs(), keys.stride, queries.size(), keys.count(s), size, shape_.scale,
-                     context(offsets_[s] + queries.begin, head * size), (size_t)shape_.query_size(),
-                     queries.begin == asking.begin ? received : nullptr, team.scratch->attention,
-                     terms(layer, head, places_ + offsets_[s] + queries.begin, keys.places + keys.offsets[s], these)});
+                kernels_.attend({projected(team, at + queries.begin, head * size), key,
+                                 key + shape_.key_size() * exchange(), (size_t)inputs(), keys.stride, queries.size(),
+                                 keys.count(s), size, shape_.scale, context(offsets_[s] + queries.begin, head * size),
+                                 (size_t)shape_.query_size(), queries.begin == asking.begin ? received : nullptr,
+                                 team.scratch->attention,
+                                 terms(layer, head, offsets_[s] + queries.begin, keys, s, these)});
             }
         }
         if (!receive) return;
@@ -795,8 +796,7 @@ private:
             const DistanceTerms by = multiply_by_distance(team, l, head, s, query, queries, 1, keys, key);
             kernels_.attend({query, key, key + shape_.key_size() * exchange(), queries, keys.stride, 1, keys.count(s),
                              size, shape_.scale, context(offsets_[s], head * size), queries, nullptr,
-                             team.scratch->attention,
-                             terms(layer, head, places_ + offsets_[s], keys.places + keys.offsets[s], by)});
+                             team.scratch->attention, terms(layer, head, offsets_[s], keys, s, by)});
         }
     }
 
@@ -1145,7 +1145,13 @@ void check_contents(const Encoder& encoder, const Request& r) {
     require(!r.keep == !r.importance, "keep and importance go together");
     require(!r.probes == !r.probed, "probes and probed go together");
     require(!r.hosts || !r.probes, "summaries and probes exclude each other");
-    require(!r.context || r.context->up.size() == encoder.layers.size(), "context of another encoder");
+    if (r.context) {
+        const ContextMaps& c = *r.context;
+        bool own = c.up.size() == encoder.layers.size() && c.kernels.half == encoder.kernels.half;
+        for (const Linear& down : c.down) own &= !down.weight || down.in == encoder.shape.hidden;
+        for (const Linear& up : c.up) own &= up.weight && up.out == 2 * encoder.shape.key_size();
+        require(own, "context of another encoder");
+    }
     require(!r.context || !r.hosts, "summaries and context exclude each other");
     require(!r.outside || (r.context && r.context->down[0].weight), "tokens outside are context");
     for (const Step& step : encoder.steps)

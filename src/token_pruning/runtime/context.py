@@ -5,6 +5,7 @@ For PyTorch's loops. The native kernels have the same in C++.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,23 +30,19 @@ class ContextTokens:
     key: Tensor
     value: Tensor
 
-    def beside(self, layout: Layout) -> tuple[Layout, Tensor, Tensor]:
-        """A layout of these tokens and others, all in their order in the text.
 
-        Args:
-            layout: the others.
+class Together(NamedTuple):
+    """Tokens that are there and context tokens, in their order in the text.
 
-        Returns:
-            The layout; where its rows are among the others' rows followed by these, int64; and which of its rows the
-            others are, int64.
-        """
-        places = torch.cat([layout.indices, self.places])
-        order = places.argsort()
-        together = places[order]
-        lengths = (together // layout.width).bincount(minlength=layout.batch_size)
-        cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        rows = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
-        return Layout(together, cu_seqlens, layout.width), order, rows[: layout.total]
+    Attributes:
+        layout: of all.
+        order: where its rows are among those of the former followed by those of the latter, int64.
+        own: which of its rows the former are, int64.
+    """
+
+    layout: Layout
+    order: Tensor
+    own: Tensor
 
 
 class Context:
@@ -56,6 +53,7 @@ class Context:
         self.setting, self._layers = token_pruner.pruner.context, token_pruner.num_layers
         self._down, self._up = token_pruner.context_down, token_pruner.context_up
         self._codes: dict[int, Tensor] = {}
+        self._together: tuple[Layout, int, Together] | None = None
 
     def takes(self, layer: int) -> bool:
         """Whether tokens that leave after a layer, 0 for those that never enter, become context."""
@@ -76,6 +74,22 @@ class Context:
         both = apply_affine(codes, self._up[layer - 1]).to(like.dtype)
         key, value = both.view(-1, 2, *like.shape[1:]).unbind(1)
         return ContextTokens(torch.cat([departed[left][0] for left in before]), key, value)
+
+    def beside(self, layout: Layout, others: ContextTokens) -> Together:
+        """The tokens that are there and the context tokens; layers between which none leaves have the same."""
+        count = others.places.numel()
+        if self._together is not None and self._together[0] is layout and self._together[1] == count:
+            return self._together[2]
+        places = torch.cat([layout.indices, others.places])
+        order = places.argsort()
+        together = places[order]
+        sequences = together // layout.width
+        lengths = sequences.new_zeros(layout.batch_size).index_add(0, sequences, torch.ones_like(sequences))
+        cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        rows = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=order.device))
+        found = Together(Layout(together, cu_seqlens, layout.width), order, rows[: layout.total])
+        self._together = layout, count, found
+        return found
 
     def _code(self, layer: int, states: Tensor) -> Tensor:
         """``[tokens, rank]`` float32; where gradients are wanted computed in each layer, as checkpointing does."""

@@ -182,7 +182,7 @@ class PackedLoop:
         family, entering = self.family, self.decisions.entering(number)
         scale, terms, total = family.scale(layer), self.terms(number, layer), entering.total
         dropout = family.dropout(layer) if layer.training else 0.0
-        layout, order, own = others.beside(entering)
+        layout, order, own = self.context.beside(entering, others)
         key, value = (
             torch.cat([rows[:total], more]).index_select(0, order)
             for rows, more in ((key, others.key), (value, others.value))
