@@ -22,7 +22,7 @@ from token_pruning.ragged import (
     row_bucket,
 )
 from token_pruning.ragged.layout import computed_once
-from token_pruning.runtime.context import Context, ContextTokens
+from token_pruning.runtime.context import Context
 from token_pruning.runtime.decisions import Decisions
 from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -149,62 +149,39 @@ class PackedLoop:
         asking: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Context ``[rows asking, heads, head_dim]`` and received attention ``[entering.total]`` float32 or None."""
-        family, entering = self.family, self.decisions.entering(number)
+        family, decisions = self.family, self.decisions
+        layout, rows, own = decisions.entering(number), query.shape[0], None
+        scores = decisions.prunes(number) and not decisions.probes(number)
+        paid = decisions.paid(number) if scores else None
+        others = self.context.of(number, self.departed, key)
+        if others is not None and others.places.numel():
+            total = layout.total
+            layout, order, own = self.context.beside(layout, others)
+            key, value = (
+                torch.cat([own_rows[:total], given]).index_select(0, order)
+                for own_rows, given in ((key, others.key), (value, others.value))
+            )
+            if asking is None:  # those that left ask nothing, and what they pay counts for nothing
+                query = query.new_zeros(layout.total, *query.shape[1:]).index_copy(0, own, query[:total])
+                paid = torch.ones(total, dtype=torch.float32, device=own.device) if paid is None else paid
+                paid = paid.new_zeros(layout.total).index_copy(0, own, paid)
         scale, terms = family.scale(layer), self.terms(number, layer)
         dropout = family.dropout(layer) if layer.training else 0.0
         # Windows and distances are those of the text as it came: of columns, whatever position ids there are.
-        columns = pad(entering.indices % entering.width, (0, key.shape[0] - entering.total)) if terms else None
-        others = self.context.of(number, self.departed, key)
-        if others is not None and others.places.numel():
-            return self._attend_beside(others, number, layer, query, key, value, asking)
-        if asking is not None:
-            context = first_token_attention(query, key, value, entering, scale, dropout, terms=terms, positions=columns)
-            return context, None
-        return packed_attention(
-            query, key, value, entering, scale, dropout,
-            needs_importance=self.decisions.prunes(number) and not self.decisions.probes(number),
-            differentiable_importance=self.decisions.differentiable_importance,
-            paid=self.decisions.paid(number),
-            terms=terms, positions=columns,
-        )  # fmt: skip
-
-    def _attend_beside(
-        self,
-        others: ContextTokens,
-        number: int,
-        layer: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        asking: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`attend`, with tokens that left among the keys. They ask nothing."""
-        family, entering = self.family, self.decisions.entering(number)
-        scale, terms, total = family.scale(layer), self.terms(number, layer), entering.total
-        dropout = family.dropout(layer) if layer.training else 0.0
-        layout, order, own = self.context.beside(entering, others)
-        key, value = (
-            torch.cat([rows[:total], more]).index_select(0, order)
-            for rows, more in ((key, others.key), (value, others.value))
-        )
-        columns = layout.indices % layout.width if terms else None
+        columns = pad(layout.indices % layout.width, (0, key.shape[0] - layout.total)) if terms else None
         if asking is not None:
             context = first_token_attention(query, key, value, layout, scale, dropout, terms=terms, positions=columns)
             return context, None
-        needs_importance = self.decisions.prunes(number) and not self.decisions.probes(number)
-        paid = self.decisions.paid(number) if needs_importance else None
-        if needs_importance:
-            own_paid = torch.ones(total, dtype=torch.float32, device=own.device) if paid is None else paid
-            paid = own_paid.new_zeros(layout.total).index_copy(0, own, own_paid)
         context, received = packed_attention(
-            query.new_zeros(layout.total, *query.shape[1:]).index_copy(0, own, query[:total]),
-            key, value, layout, scale, dropout,
-            needs_importance=needs_importance,
-            differentiable_importance=self.decisions.differentiable_importance,
+            query, key, value, layout, scale, dropout,
+            needs_importance=scores,
+            differentiable_importance=decisions.differentiable_importance,
             paid=paid,
             terms=terms, positions=columns,
         )  # fmt: skip
-        context = pad(context.index_select(0, own), (0, 0, 0, 0, 0, query.shape[0] - total))
+        if own is None:
+            return context, received
+        context = pad(context.index_select(0, own), (0, 0, 0, 0, 0, rows - own.numel()))
         return context, None if received is None else received.index_select(0, own)
 
     def join(
