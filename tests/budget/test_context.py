@@ -381,9 +381,14 @@ def test_a_method_has_the_context_of_its_own_cuts(gate: float, cuts: tuple[int, 
     assert replace(rule, context=False).method(replace(ZEROS, thresholds=[0.0] * 4), observed).context is None
 
 
-@pytest.mark.parametrize("kind", ["classifier", "tagger", "mean", "reranker"])
+def test_a_ranking_s_search_tries_none() -> None:
+    _, found = calibrated("reranker", pairs(24, 0))
+    assert all(fit.pruner.context is None and "context" not in fit.rule for fit in found.candidates)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "tagger", "mean"])
 def test_a_search_tries_context(kind: str) -> None:
-    model, found = calibrated(kind, pairs(24, 0) if kind == "reranker" else texts(80, 0))
+    model, found = calibrated(kind, texts(80, 0))
     names = {fit.rule.removesuffix(", corrected") for fit in found.candidates}
     tried = {name for name in names if "as context" in name}
     assert len(tried) > 6 and any("gate" in name for name in tried) and any("probe" in name for name in tried)
@@ -393,7 +398,7 @@ def test_a_search_tries_context(kind: str) -> None:
         assert (context is not None) == ("as context" in fit.rule)
         gated = fit.pruner.vocabulary is not None
         assert context is None or (0 in context.layers) == ("gate" in fit.rule) >= gated
-    if kind != "reranker" and "as context" in found.chosen.rule:
+    if "as context" in found.chosen.rule:
         assert names & {name.replace(", as context", "") for name in tried}
     assert attachment_of(model).token_pruner.pruner is found.pruner
 
@@ -406,10 +411,10 @@ def context_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("context_alone")
-@pytest.mark.parametrize("kind", ["classifier", "tagger", "mean", "first", "reranker"])
+@pytest.mark.parametrize("kind", ["classifier", "tagger", "mean", "first"])
 def test_a_calibrated_model_with_context(kind: str, tmp_path: Path) -> None:
     """Costs what it says, is saved and loaded, copied, compiled, and taken off again."""
-    batch, others = (pairs(24, 0), pairs(24, 9)) if kind == "reranker" else (texts(80, 0), texts(80, 9))
+    batch, others = texts(80, 0), texts(80, 9)
     model, found = calibrated(kind, batch)
     dense = tiny_model(head=model_head(kind), layers=3).state_dict()
     assert found.pruner.context is not None and "as context" in found.chosen.rule
@@ -440,7 +445,7 @@ def test_a_calibrated_model_with_context(kind: str, tmp_path: Path) -> None:
 
 
 def model_head(kind: str) -> str:
-    return {"classifier": "sequence", "tagger": "token", "reranker": "regression"}.get(kind, "encoder")
+    return {"classifier": "sequence", "tagger": "token"}.get(kind, "encoder")
 
 
 def output_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -451,11 +456,10 @@ def output_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.usefixtures("context_alone")
-@pytest.mark.parametrize("kind", ["classifier", "mean", "reranker"])
+@pytest.mark.parametrize("kind", ["classifier", "mean"])
 def test_several_budgets_with_context(kind: str, tmp_path: Path) -> None:
-    examples, others = (pairs(24, 0), pairs(24, 9)) if kind == "reranker" else (texts(80, 0), texts(80, 9))
-    asked = [0.75, 0.65] if kind == "reranker" else [0.7, 0.45, 0.55]
-    model, found = calibrated(kind, examples, asked)
+    others, asked = texts(80, 9), [0.7, 0.45, 0.55]
+    model, found = calibrated(kind, texts(80, 0), asked)
     assert [fit.relative_flops for fit in found.fits] == pytest.approx(sorted(asked), abs=0.015)
     contexts = [fit.pruner.context for fit in found.fits]
     assert contexts[0] is not None and {one.layers for one in contexts if one} == {contexts[0].layers}

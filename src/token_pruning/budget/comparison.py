@@ -245,8 +245,8 @@ class Comparison:
 
     @property
     def _context(self) -> bool:
-        """Whether tokens that left can be attended to still."""
-        return can_have_context(self.model)
+        """Whether tokens that left may be attended to still; for rankings nobody has measured what that does."""
+        return not self._pairs and can_have_context(self.model)
 
     @property
     def _pairs(self) -> bool:
