@@ -259,8 +259,9 @@ def test_an_engine_at_a_budget_is_the_model_at_it(kind: str, kernels: str, monke
     for budget in (0.4, 0.55, 0.75, 1.0, 0.55, 0.4):
         tp.set_budget(model, budget)
         engine.set_budget(budget)
-        expected, found = logits(model, batch), logits(engine, batch)
-        assert (found - expected).abs().max() < 1e-5
+        exact = logits(copy.deepcopy(model).double(), batch)  # two roundings apart, the two need not agree as well
+        found = logits(engine, batch)
+        assert (found - exact).abs().max() < 1e-5
         assert torch.equal(first.setdefault(budget, found), found)  # the same bits when it is switched back
         for key in ("thresholds", "vocabulary_threshold", "budgets"):
             assert getattr(engine.config, key, None) == getattr(model.config, key, None)
