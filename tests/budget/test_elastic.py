@@ -1,5 +1,6 @@
 """One checkpoint for several budgets: what each costs, what is between, where the table is kept, and the engine."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
