@@ -273,7 +273,8 @@ def test_a_nan_stays_in_its_sequence(name: str, level: str, monkeypatch: Any) ->
     assert torch.equal(found[others], clean[others])
 
 
-def test_probes_need_one_more_matrix_of_states(monkeypatch: Any) -> None:
+def memory_of(monkeypatch: Any, *pruners: tp.Pruner) -> list[int]:
+    """Bytes that a call asks for by each method; none without the library."""
     asked: list[int] = []
     original = native.Workspace
 
@@ -283,9 +284,14 @@ def test_probes_need_one_more_matrix_of_states(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(native, "Workspace", measured)
     model, batch = tiled_model(), pairs(LENGTHS)
-    for pruner in (tp.FixedThreshold(**BY_PROBE), PRUNERS["probes"]):
+    for pruner in pruners:
         with pruned(model, pruner):
             tp.compile(model, "float32", threads=1)(**batch)
+    return asked
+
+
+def test_probes_need_one_more_matrix_of_states(monkeypatch: Any) -> None:
+    asked = memory_of(monkeypatch, tp.FixedThreshold(**BY_PROBE), PRUNERS["probes"])
     if not asked:
         return  # without the library there is no such memory
     without, given = asked
@@ -297,18 +303,7 @@ def test_probes_need_one_more_matrix_of_states(monkeypatch: Any) -> None:
 
 def test_context_needs_keys_and_values_of_all_that_left(monkeypatch: Any) -> None:
     """As encoder.h says."""
-    asked: list[int] = []
-    original = native.Workspace
-
-    def measured(size: int) -> Any:
-        asked.append(size)
-        return original(size)
-
-    monkeypatch.setattr(native, "Workspace", measured)
-    model, batch = tiled_model(), pairs(LENGTHS)
-    for pruner in (tp.FixedThreshold(**LESS), tp.FixedThreshold(context=context([1], rank=65), **LESS)):
-        with pruned(model, pruner):
-            tp.compile(model, "float32", threads=1)(**batch)
+    asked = memory_of(monkeypatch, tp.FixedThreshold(**LESS), tp.FixedThreshold(context=context([1], rank=65), **LESS))
     if not asked:
         return  # without the library there is no such memory
     without, given = asked

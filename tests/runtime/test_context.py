@@ -20,6 +20,7 @@ from tests.runtime.test_departed import (
     GATE,
     MAPS,
     PROBES,
+    draw_method,
     expected_rows,
     method,
     parts_by_hand,
@@ -129,31 +130,11 @@ def text_and_scores(model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor]) ->
     return Text(torch.stack(states), torch.stack(states), left_at, margin), all_scores
 
 
-def draw_method(data: st.DataObject, reads: str, *, context: bool = True) -> tp.Pruner:
-    """Any setting with every other."""
-
-    def one_of(*values: Any) -> Any:
-        return data.draw(st.sampled_from(values))
-
-    name, departed = one_of("fixed", "relative", "topk"), one_of("state", "survivors", "map")
-    options: dict[str, Any] = {
-        "context": context_of(*one_of(*CUTS), rank=one_of(1, 5, 12)),
-        "departed": departed,
-        "protect": one_of((), ("separators",), ("first_segment",), ("separators", "first_segment")),
-        "received_from": one_of("all", "first_segment", "first"),
-        "vocabulary": one_of(None, GATE, GATE),
-        "probes": one_of(None, PROBES),
-        "maps": MAPS if departed == "map" else None,
-        "correction": None if reads == "all" else one_of(None, CORRECTION),
-        "scoring_mode": one_of("relative", "mean_norm"),
-        "prune_layers": one_of(None, None, [1, 3]),
-    }
-    if options["scoring_mode"] == "mean_norm" and name == "fixed":
-        options["thresholds"] = [0.01, 0.02, 0.03, 0.04]
-    if reads != "all":
-        options["max_tokens"] = one_of(None, 16, 21)
-        options["chunks"] = bool(options["max_tokens"]) and reads == "mean" and one_of(True, False)
-    return method(name, **options)
+def draw_context_method(data: st.DataObject, reads: str) -> tp.Pruner:
+    """Any setting with every other, most with a gate."""
+    cuts, rank = data.draw(st.sampled_from(CUTS)), data.draw(st.sampled_from([1, 5, 12]))
+    gate = data.draw(st.sampled_from([None, GATE, GATE]))
+    return draw_method(data, reads, context=context_of(*cuts, rank=rank), vocabulary=gate)
 
 
 @settings(max_examples=60)
@@ -161,7 +142,7 @@ def draw_method(data: st.DataObject, reads: str, *, context: bool = True) -> tp.
 def test_every_setting_by_loops_over_tokens(data: st.DataObject) -> None:
     """BERT, whose own modules do the rest."""
     reads: Any = data.draw(st.sampled_from(["mean", "mean", "all", "first"]))
-    pruner = draw_method(data, reads)
+    pruner = draw_context_method(data, reads)
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4)) + [70] * (pruner.max_tokens is not None)
     model, batch = kept_model("bert", "encoder"), batch_of("bert", lengths=tuple(lengths))
     scores: list[list[list[float]]] = []
@@ -196,7 +177,7 @@ def test_packed_equals_masked_in_every_family(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(FAMILIES))
     head = data.draw(st.sampled_from(["encoder", "encoder", "sequence", "token"]))
     reads: Any = data.draw(st.sampled_from(["mean", "all", "first"])) if head == "encoder" else None
-    pruner = draw_method(data, reads or {"sequence": "first", "token": "all"}[head])
+    pruner = draw_context_method(data, reads or {"sequence": "first", "token": "all"}[head])
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4)) + [100] * (pruner.max_tokens is not None)
     model, batches = kept_model(family, head), {}
     for side in (False, True):

@@ -98,14 +98,13 @@ def expected_rows(pruner: tp.Pruner, reads: str, chosen: list[list[int]], parts:
     return torch.stack([own.get(i, rest) for i in range(length)])
 
 
-@settings(max_examples=90)
-@given(data=st.data())
-def test_every_setting_with_every_other(data: st.DataObject) -> None:
+def draw_method(data: st.DataObject, reads: str, **more: Any) -> tp.Pruner:
+    """Any setting with every other, but for those given."""
+
     def one_of(*values: Any) -> Any:
         return data.draw(st.sampled_from(values))
 
-    family, reads, name = one_of(*FAMILIES), one_of("mean", "mean", "all", "first"), one_of(*METHODS)
-    departed = one_of("state", "survivors", "map")
+    name, departed = one_of(*METHODS), one_of("state", "survivors", "map")
     options: dict[str, Any] = {
         "departed": departed,
         "protect": one_of((), ("separators",), ("first_segment",), ("separators", "first_segment")),
@@ -116,16 +115,24 @@ def test_every_setting_with_every_other(data: st.DataObject) -> None:
         "correction": None if reads == "all" else one_of(None, CORRECTION),
         "scoring_mode": one_of("relative", "mean_norm"),
         "prune_layers": one_of(None, None, [1, 3]),
+        **more,
     }
     if options["scoring_mode"] == "mean_norm" and name == "fixed":
         options["thresholds"] = [0.01, 0.02, 0.03, 0.04]
-    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     if reads != "all":
         options["max_tokens"] = one_of(None, 16, 21)
         options["chunks"] = bool(options["max_tokens"]) and reads == "mean" and one_of(True, False)
-        if options["max_tokens"]:
-            lengths.append(100)  # the models have positions for 80 or fewer
-    pruner = method(name, **options)
+    return method(name, **options)
+
+
+@settings(max_examples=90)
+@given(data=st.data())
+def test_every_setting_with_every_other(data: st.DataObject) -> None:
+    family, reads = data.draw(st.sampled_from(FAMILIES)), data.draw(st.sampled_from(["mean", "mean", "all", "first"]))
+    pruner = draw_method(data, reads)
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    if pruner.max_tokens:
+        lengths.append(100)  # the models have positions for 80 or fewer
     model, batch = kept_model(family, "encoder"), batch_of(family, lengths=tuple(lengths))
     by_hand = [parts_by_hand(model, pruner, inputs) for inputs in singles(batch)]
     # A decision that rounding turns around is not what this is about.

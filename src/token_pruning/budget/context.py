@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from token_pruning.budget.examples import Batch, part_of
-from token_pruning.budget.observation import watched
+from token_pruning.budget.observation import Watching, watched
 from token_pruning.budget.ridge import Ridge
 from token_pruning.pruners import LinearContext
 from token_pruning.runtime.prune import attachment_of
@@ -32,8 +32,7 @@ def rank_for(hidden_size: int) -> int:
 
 def can_have_context(model: Any) -> bool:
     """Whether a pruned model's keys are the same wherever a token stands."""
-    family = attachment_of(model).family
-    return all(family.rotation(layer) is None for layer in family.layers)
+    return not attachment_of(model).family.rotates
 
 
 def fit_context(model: Any, batch: Batch, layers: Sequence[int]) -> LinearContext:
@@ -59,6 +58,19 @@ def fit_context(model: Any, batch: Batch, layers: Sequence[int]) -> LinearContex
                 ridge.add(states[layer], codes)
     downs = [down, *(ridge.solve(_PENALTY) for ridge in later.values())]
     return LinearContext((0, *layers), torch.stack(downs), up.view(attachment_of(model).shape.num_layers, -1, rank + 1))
+
+
+class _Giving(Watching):
+    """Keeps each layer's keys and values, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: list[Tensor] = []
+
+    def attend(self, number: int, layer: Any, query: Tensor, key: Tensor, value: Tensor, asking: Any) -> Any:
+        total = self.tokens.layout.total
+        self.given.append(torch.stack([key[:total].flatten(1), value[:total].flatten(1)], 1))
+        return super().attend(number, layer, query, key, value, asking)
 
 
 class _Sums:
@@ -117,6 +129,5 @@ def _sample(batch: Batch, most: int | None = None) -> dict[str, Tensor]:
 
 def _passes(model: Any, batch: Batch, layers: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], Tensor]]:
     """Tokens' states where they enter and after some layers' attention, and all layers' keys and values."""
-    for loop in watched(model, batch, _PASS_TOKENS):
-        given = [loop.given[layer].flatten(2) for layer in sorted(loop.given)]
-        yield {layer: loop.joined[layer] for layer in (0, *layers)}, torch.stack(given, 1)
+    for loop in watched(model, batch, _PASS_TOKENS, _Giving):
+        yield {layer: loop.joined[layer] for layer in (0, *layers)}, torch.stack(loop.given, 1)

@@ -165,8 +165,8 @@ def _prediction(model: Any, batch: Batch) -> Callable[[Sequence[float]], float]:
     method, reads = attachment.token_pruner.pruner, attachment.reads
     probed = method.probes.layers if method.probes is not None else ()
     unread = (reads == "first" or method.departed == "survivors") and not summaries
-    coded = [] if method.context is None else [x for x in method.context.layers if x < shape.num_layers]
-    joined = [not unread or layer in (*probed, *coded) for layer in range(1, shape.num_layers + 1)]
+    needed = {*probed, *method.context_cuts(shape.num_layers)}
+    joined = [not unread or layer in needed for layer in range(1, shape.num_layers + 1)]
 
     def predict(profile: Sequence[float]) -> float:
         left = [lengths]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +121,13 @@ class _Table:
 
 
 class Watching(PackedLoop):
-    """Keeps each layer's keys and values, the states after its attention block, and the last ones."""
+    """Keeps the states after each attention block, and the last ones."""
 
-    def __init__(self, *args: Any, seen: "list[Watching]", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, seen: "list[Any]", **kwargs: Any) -> None:
         """Keep itself in a list when it has run."""
         super().__init__(*args, **kwargs)
         self.seen = seen
         self.joined: dict[int, Tensor] = {}
-        self.given: dict[int, Tensor] = {}
 
     def run(self) -> LastStates:
         """See :class:`PackedLoop`."""
@@ -143,14 +142,6 @@ class Watching(PackedLoop):
         self.joined[0] = rows[: self.tokens.layout.total]
         return rows
 
-    def attend(
-        self, number: int, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, asking: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """See :class:`PackedLoop`."""
-        total = self.tokens.layout.total
-        self.given[number] = torch.stack([key[:total], value[:total]], 1)
-        return super().attend(number, layer, query, key, value, asking)
-
     def join(self, number: int, layer: nn.Module, record: LayerRecord, *args: Any) -> Tensor:
         """See :class:`PackedLoop`."""
         joined = super().join(number, layer, record, *args)
@@ -158,12 +149,15 @@ class Watching(PackedLoop):
         return joined
 
 
-def watched(model: Any, batch: Batch, tokens: int) -> Iterator[Watching]:
+WatchingT = TypeVar("WatchingT", bound=Watching)
+
+
+def watched(model: Any, batch: Batch, tokens: int, loop: type[WatchingT]) -> Iterator[WatchingT]:
     """Passes of a dense model over examples, so many tokens at a time; recorded, so that importance is known."""
     attachment = attachment_of(model)
     before = attachment.loop
-    loops: list[Watching] = []
-    attachment.loop = partial(Watching, seen=loops)
+    loops: list[WatchingT] = []
+    attachment.loop = partial(loop, seen=loops)
     try:
         with torch.inference_mode():
             for inputs in _batches(model, batch, tokens):
@@ -176,7 +170,7 @@ def watched(model: Any, batch: Batch, tokens: int) -> Iterator[Watching]:
 
 def _attention(model: Any, batch: Batch, maps: dict[int, Ridge]) -> Iterator[_Seen]:
     """Attention received in the upper half of the layers; maps are fitted on the way."""
-    for loop in watched(model, batch, _BATCH_TOKENS):
+    for loop in watched(model, batch, _BATCH_TOKENS, Watching):
         layers = loop.decisions.record.layers
         scores = [layers[layer].scores for layer in range(len(layers) // 2 + 1, len(layers) + 1)]
         received = torch.stack([score for score in scores if score is not None]).mean(0)

@@ -220,7 +220,7 @@ class Engine:
         self._pools = model is not base and not self._one_each and name.endswith(family.first_token_heads)
         self._padding = getattr(base.config, "pad_token_id", None) or 0
         pruner = self.token_pruner.pruner
-        natively = pruner.context is not None and 0 in pruner.context.layers
+        natively = 0 in pruner.context_cuts(self.token_pruner.num_layers)
         needs_embeddings = pruner.has_gate and reads != "first" and pruner.departed != "survivors" and not natively
         stub = _CompiledBase(self, family, keep_embeddings=needs_embeddings)
         self._family, self._model_class = stub.family, type(model)

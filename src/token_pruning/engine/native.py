@@ -589,7 +589,7 @@ class NativeEncoder:
         pruner, first_only = token_pruner.pruner, reads == "first"
         entering, kept, dropped = token_pruner.enter(tokens)
         outside = None
-        if pruner.context is not None and 0 in pruner.context.layers and dropped is not None:  # they are keys still
+        if dropped is not None and 0 in pruner.context_cuts(self.shape.num_layers):  # they are keys still
             outside = torch.zeros(tokens.layout.total, dtype=torch.uint8, device="cpu").index_fill(0, dropped, 1)
             kept = dropped = None
         traces = [trace for recorded, trace in recording.get() if recorded is token_pruner]

@@ -383,6 +383,11 @@ class Family(ABC):
         """The layer's rotary positions; None for none."""
         return None
 
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer's queries and keys turn with their positions."""
+        return any(self.rotation(layer) is not None for layer in self.layers)
+
     def distance_bias(self) -> Tensor | None:
         """What every layer adds to the logits, if nothing but a bias by distance is added: ``[heads, 2 · far + 1]``.
 

@@ -225,6 +225,10 @@ class Pruner(ABC):
         """Whether tokens may be kept out of the first layer."""
         return self.vocabulary_threshold is not None
 
+    def context_cuts(self, num_layers: int) -> tuple[int, ...]:
+        """Where tokens that leave are attended to still in a later layer; 0 for those that never enter the first."""
+        return () if self.context is None else tuple(layer for layer in self.context.layers if layer < num_layers)
+
     def config(self) -> dict[str, Any]:
         """The keys of ``config.json`` that describe this method; a value of None means that the key must be absent."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSOR_SETTINGS}

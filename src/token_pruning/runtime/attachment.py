@@ -342,7 +342,7 @@ def _check_lengths(pruner: Pruner, reads: Reads, max_positions: int | None) -> N
 
 def _check_keys_stand(pruner: Pruner, family: Family) -> None:
     """Raises ConfigError for context in a model whose keys turn with their positions: no one map gives them."""
-    if pruner.context is not None and any(family.rotation(layer) is not None for layer in family.layers):
+    if pruner.context is not None and family.rotates:
         raise ConfigError(
             f"context is {pruner.context!r}, but {family.config.model_type!r} has rotary positions; leave context out"
         )

@@ -50,14 +50,15 @@ class Context:
 
     def __init__(self, token_pruner: TokenPruner) -> None:
         """Take a method's setting, which may be none."""
-        self.setting, self._layers = token_pruner.pruner.context, token_pruner.num_layers
+        self.setting = token_pruner.pruner.context
+        self._cuts = token_pruner.pruner.context_cuts(token_pruner.num_layers)
         self._down, self._up = token_pruner.context_down, token_pruner.context_up
         self._codes: dict[int, Tensor] = {}
         self._together: tuple[Layout, int, Together] | None = None
 
     def takes(self, layer: int) -> bool:
         """Whether tokens that leave after a layer, 0 for those that never enter, become context."""
-        return self.setting is not None and layer in self.setting.layers and layer < self._layers
+        return layer in self._cuts
 
     def of(self, layer: int, departed: Mapping[int, tuple[Tensor, Tensor]], like: Tensor) -> ContextTokens | None:
         """The context tokens in a layer's attention; None where no tokens can have become such.

@@ -269,7 +269,7 @@ def _projected_lengths(done: PassRecord) -> Tensor:
     """Rows of each layer's output projection, ``[layers, batch]`` int64: all where dropped tokens' states are used."""
     unread = done.first_only or done.pruner.departed == "survivors"
     only_those_left = unread and done.pruner.summary_tokens == "none"
-    coded = () if done.pruner.context is None else [x for x in done.pruner.context.layers if x < len(done.layers)]
+    coded = done.pruner.context_cuts(len(done.layers))
     return torch.stack(
         [
             (
