@@ -32,7 +32,8 @@ BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since 
 OURS = {"0.70": 0.69, **BUDGETS}
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
-METHODS = ("dense", "untrained", "budget", "topk", "manual", "ltp", "short", "ablation", "elastic")
+METHODS = ("dense", "untrained", "budget", "context", "topk", "manual", "ltp", "short", "ablation", "elastic")
+# "context": ours with what left attended to still, and no summary tokens;
 # "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
@@ -56,8 +57,8 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
     hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4"]
     epochs = ["--epoch", str(EPOCHS[task])]
     texts = sentences(glue, runs) if task == "SST2" else None
-    budget = [*([] if texts is None else ["--budget-input", str(texts)]), "--summary-tokens", "segment"]
-    budget.append("--target-flops")
+    held_on = [] if texts is None else ["--budget-input", str(texts)]
+    budget = [*held_on, "--summary-tokens", "segment", "--target-flops"]
 
     if "dense" in methods:
         start, lr, passes = DENSE[task]
@@ -79,6 +80,8 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
     for name, target in OURS.items():
         if "budget" in methods:
             yield f"budget-{name}", [*hard, *epochs, *budget, str(target)]
+        if "context" in methods:
+            yield f"context-{name}", [*hard, *epochs, *held_on, "--context", "--target-flops", str(target)]
     for name, target in BUDGETS.items():
         if "ablation" in methods:
             yield f"budget-all-{name}", [*hard, *epochs, *budget, str(target), "--vocabulary-keep-rate", "1"]

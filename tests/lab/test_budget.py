@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main, paper_main
 from token_pruning.lab.data import glue_task, load_glue_folder
+from token_pruning.lab.training import context
 from token_pruning.lab.training.budget import (
     BudgetController,
     fitting_examples,
@@ -28,6 +30,7 @@ from token_pruning.lab.training.budget import (
     with_budget_table,
     with_relative_scores,
 )
+from token_pruning.lab.training.context import with_context
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import plan_training
 from token_pruning.runtime.prune import attachment_of
@@ -372,6 +375,12 @@ def test_a_killed_run_goes_on(
         ),
         ("--restore CKPT --masking_mode soft", "--lambda is missing"),
         ("--restore CKPT --masking_mode soft --lambda 0.1 --budget_input x", "--budget-input applies to training"),
+        ("--restore CKPT --masking_mode soft --lambda 0.1 --context", "--context applies to training with a budget"),
+        ("--restore CKPT --masking_mode soft --target_flops 0.5 --context", "--context applies to masking mode hard"),
+        (
+            "--restore CKPT --masking_mode hard --target_flops 0.5 --context --summary_tokens segment",
+            "summary_tokens is 'segment'; with context it must be none",
+        ),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input none.txt", "none.txt: no such file"),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input few.txt", "few.txt has 2 texts"),
     ],
@@ -393,7 +402,9 @@ def cost_at(folder: Path, budget: float) -> float:
     return float(results(folder, "at")["relative_flops"])
 
 
-@pytest.mark.parametrize("options", ["", "--summary_tokens segment", "--vocabulary_keep_rate 1 --schedule linear"])
+@pytest.mark.parametrize(
+    "options", ["", "--summary_tokens segment", "--context", "--vocabulary_keep_rate 1 --schedule linear"]
+)
 def test_one_run_for_several_budgets(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
@@ -491,3 +502,42 @@ def test_a_dense_run_may_start_from_another_task_s_head(folder: Path, caplog: py
     assert "classifier.weight has shape [1, 32]: a new one of [2, 32] is trained" in caplog.text
     config = json.loads((folder / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["problem_type"] == "single_label_classification"
+
+
+# Context
+
+
+def test_context_is_fitted_and_learns_with_the_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[tp.LinearContext] = []
+    own = context.fit_context
+    monkeypatch.setattr(context, "fit_context", lambda *a: (fitted.append(own(*a)), fitted[-1])[1])
+    assert run("--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 --context") == 0
+    assert results(folder)["relative_flops"] == pytest.approx(0.6, abs=0.06)
+    checkpoint = read_checkpoint(folder / "out")
+    [before], after = fitted, checkpoint.pruner().context
+    assert after is not None and after.layers == before.layers == (0, 1, 2, 3)
+    for name in ("down", "up"):
+        start, learned = getattr(before, name), getattr(after, name)
+        assert 1e-4 < (start - learned).norm() / start.norm() < 0.5
+    batch = {name: values % len(WORDS) for name, values in ragged_batch([30, 12, 25, 8]).items()}
+    with torch.inference_mode():
+        model = tp.from_pretrained(folder / "out")
+        found = model(**batch).logits
+        tp.prune(tp.unprune(model), replace(checkpoint.pruner(), context=None))
+        without = model(**batch).logits
+    assert (found - without).abs().max() > 1e-4
+
+
+def test_a_checkpoints_own_context_is_kept_and_learns(folder: Path) -> None:
+    assert run("--task SST2 --restore CKPT --masking_mode hard --target_flops 0.6 --context") == 0
+    first = read_checkpoint(folder / "out").pruner().context
+    line = "train --task SST2 --data-dir glue --restore out --masking-mode hard --target-flops 0.6 --epoch 1 --bs 8"
+    assert main([*line.split(), "--output-dir", "again", "--no-teacher"]) == 0
+    second = read_checkpoint(folder / "again").pruner().context
+    assert first is not None and second is not None and first.layers == second.layers
+    assert 0 < (first.down - second.down).norm() / first.down.norm() < 0.5
+
+
+def test_context_is_refused_where_keys_turn() -> None:
+    with pytest.raises(ConfigError, match="--context is not for 'modernbert', which has rotary positions"):
+        with_context(tp.FixedThreshold(), tiny_model("modernbert"), [{"input_ids": [1, 2, 3]}] * 40, 0)

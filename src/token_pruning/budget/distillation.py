@@ -24,8 +24,8 @@ from token_pruning.errors import ConfigError, UnsupportedModelError
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.flops import count_flops
+from token_pruning.runtime.learning import learning
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pruned, record, set_budget, unprune
-from token_pruning.runtime.token_pruner import TokenPruner
 
 if TYPE_CHECKING:
     from token_pruning.budget.holding import CalibratedHolder
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
 WARM_UP = 0.1  # of the steps
 _FAR = 0.03  # from the budget: a gate alone, or one beside few layers that prune, costs what it costs
-_LINEAR = ("map_weights", "context_down", "context_up", "correction_weights")
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ class Course:
         """Train to the end; ``options`` are for the trainer's ``train``."""
         training = self.model.training
         token_pruner = attachment_of(self.model).token_pruner
-        with _learning(token_pruner), _without_dropout(self.model), _same_embeddings(self.model):
+        with learning(token_pruner), _without_dropout(self.model), _same_embeddings(self.model):
             trainer.train(**options)
         self.model.train(training)
         self.holder.finish(self.model)
@@ -333,25 +332,6 @@ def _teacher(model: Any, given: Any) -> Any:
             f"teacher is a {type(given).__name__}; it must be a {type(model).__name__} that is not pruned"
         )
     return given.eval()
-
-
-@contextmanager
-def _learning(token_pruner: TokenPruner) -> Iterator[None]:
-    """Inside, maps, context and corrections train with the weights; afterwards the method has what was learned."""
-    for name in _LINEAR:
-        tensor = getattr(token_pruner, name)
-        if tensor is not None:
-            delattr(token_pruner, name)
-            setattr(token_pruner, name, nn.Parameter(tensor.clone()))
-    try:
-        yield
-    finally:
-        for name in _LINEAR:
-            tensor = getattr(token_pruner, name)
-            if tensor is not None:
-                delattr(token_pruner, name)
-                token_pruner.register_buffer(name, tensor.detach())
-        token_pruner.follow_tensors()
 
 
 @contextmanager

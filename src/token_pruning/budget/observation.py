@@ -6,7 +6,7 @@ labels. Which of them tells better who may leave differs from model to model.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -152,8 +152,18 @@ class Watching(PackedLoop):
 WatchingT = TypeVar("WatchingT", bound=Watching)
 
 
-def watched(model: Any, batch: Batch, tokens: int, loop: type[WatchingT]) -> Iterator[WatchingT]:
-    """Passes of a dense model over examples, so many tokens at a time; recorded, so that importance is known."""
+def watched(
+    model: Any, batch: Batch, tokens: int, loop: type[WatchingT], *, scored: bool = False
+) -> Iterator[WatchingT]:
+    """Passes of a dense model over examples, so many tokens at a time.
+
+    Args:
+        model: pruned by thresholds of zero.
+        batch: padded tensors.
+        tokens: of a pass.
+        loop: what watches.
+        scored: whether tokens' importance is computed, and recorded.
+    """
     attachment = attachment_of(model)
     before = attachment.loop
     loops: list[WatchingT] = []
@@ -161,7 +171,7 @@ def watched(model: Any, batch: Batch, tokens: int, loop: type[WatchingT]) -> Ite
     try:
         with torch.inference_mode():
             for inputs in _batches(model, batch, tokens):
-                with record(model):
+                with record(model) if scored else nullcontext():
                     model(**inputs)
                 yield loops.pop()
     finally:
@@ -170,7 +180,7 @@ def watched(model: Any, batch: Batch, tokens: int, loop: type[WatchingT]) -> Ite
 
 def _attention(model: Any, batch: Batch, maps: dict[int, Ridge]) -> Iterator[_Seen]:
     """Attention received in the upper half of the layers; maps are fitted on the way."""
-    for loop in watched(model, batch, _BATCH_TOKENS, Watching):
+    for loop in watched(model, batch, _BATCH_TOKENS, Watching, scored=True):
         layers = loop.decisions.record.layers
         scores = [layers[layer].scores for layer in range(len(layers) // 2 + 1, len(layers) + 1)]
         received = torch.stack([score for score in scores if score is not None]).mean(0)

@@ -123,7 +123,6 @@ struct ChunkSpace {
     float *sums, *attended;  // [rows, hidden]
     float* received;         // [heads, rows]
     float* row_scale;        // [rows]
-    char* context_packed;    // rows of the hidden size, or codes, packed for context
     float* codes;            // [rows, rank]
     char *given, *woven;     // keys and values of context tokens, of all, exchange type [rows, 2 · key size]
 };
@@ -133,7 +132,6 @@ struct ThreadSpace {
     char* attention;
     char* distance_rows;          // a head's queries or keys, packed
     float *of_queries, *of_keys;  // what they are multiplied to, see DistanceTerms
-    char* context;
 };
 
 struct Range {
@@ -201,7 +199,8 @@ public:
         const size_t queries = shape_.query_size(), inputs = queries + 2 * shape_.key_size();
         context_ = arena.take<char>(tokens * queries * wide);
         received_ = arena.take<float>(tokens);
-        const size_t widest = std::max<size_t>({hidden, queries, (size_t)encoder_.embeddings.size});
+        const size_t rank = context_maps_ ? context_maps_->rank : 0;
+        const size_t widest = std::max<size_t>({hidden, queries, (size_t)encoder_.embeddings.size, rank});
         const int head = shape_.head_size;
         const size_t unpacked = shape_.gated ? 2 * inner : kernels_.quantized ? inner : 0;
         chunks_ = arena.take<ChunkSpace>(asked_), scratch_ = arena.take<ThreadSpace>(asked_);
@@ -217,17 +216,14 @@ public:
             c.received = arena.take<float>(rows * shape_.heads);
             c.row_scale = arena.take<float>(rows);
             if (context_maps_) {
-                const Kernels& k = context_maps_->kernels;
-                const int rank = context_maps_->rank;
-                c.context_packed =
-                    arena.take<char>(std::max(k.packed_rows_bytes(rows, hidden), k.packed_rows_bytes(rows, rank)));
                 c.codes = arena.take<float>(rows * rank);
                 c.given = arena.take<char>(rows * keys_and_values() * wide);
                 c.woven = arena.take<char>(rows * keys_and_values() * wide);
             }
             ThreadSpace s{};
-            size_t product = std::max(kernels_.product_scratch(rows, inner, hidden),
-                                      kernels_.product_scratch(rows, widest, std::max(inner, widest)));
+            const size_t most = std::max<size_t>({inner, widest, context_maps_ ? (size_t)keys_and_values() : 0});
+            size_t product =
+                std::max(kernels_.product_scratch(rows, inner, hidden), kernels_.product_scratch(rows, widest, most));
             if (by_distance())
                 product = std::max(
                     product, encoder_.distance_kernels->product_scratch(longest_, head, encoder_.distances.count()));
@@ -237,11 +233,6 @@ public:
                 s.distance_rows = arena.take<char>(encoder_.distance_kernels->packed_rows_bytes(longest_, head));
                 s.of_queries = arena.take<float>(longest_ * distance_stride());
                 s.of_keys = arena.take<float>(longest_ * distance_stride());
-            }
-            if (context_maps_) {
-                const Kernels& k = context_maps_->kernels;
-                s.context = arena.take<char>(std::max(k.product_scratch(rows, hidden, context_maps_->rank),
-                                                      k.product_scratch(rows, context_maps_->rank, keys_and_values())));
             }
             if (arena.base) chunks_[t] = c, scratch_[t] = s;
         }
@@ -523,30 +514,13 @@ private:
             finish(state, out);
     }
 
-    void multiply_context(const Team& team, Part timed, const Linear& linear, int rows, Epilogue epilogue, void* out,
-                          size_t out_stride) const {
-        Clock clock(*this, team, timed);
-        const Kernels& k = context_maps_->kernels;
-        const Range part = share(panels(k, linear), team.rank, team.threads);
-        if (part.size() == 0) return;
-        k.multiply({&linear, team.chunk->context_packed, team.chunk->row_scale, rows, part.begin, part.end, epilogue,
-                    shape_.activation, out, out_stride, nullptr, nullptr, team.scratch->context});
-    }
-
-    void pack_context(const Team& team, const float* source, const int* index, int rows, int width) const {
-        Clock clock(*this, team, PACK);
-        const Range part = share(rows, team.rank, team.threads, 16);
-        context_maps_->kernels.pack_rows(source, false, width, index, part.begin, part.end, rows, width,
-                                         team.chunk->context_packed, team.chunk->row_scale);
-    }
-
     // Codes of tokens that leave, from their states, by `index` where that is not null.
     void encode(const Team& team, const float* states, const int* index, int rows, const Linear& down,
                 const int* tokens) {
         const size_t rank = context_maps_->rank;
-        pack_context(team, states, index, rows, shape_.hidden);
+        pack(team, states, false, shape_.hidden, index, rows, shape_.hidden, team.chunk->packed);
         team.wait();
-        multiply_context(team, OUTPUT, down, rows, Epilogue::store_float, team.chunk->codes, rank);
+        multiply(team, OUTPUT, down, team.chunk->packed, rows, Epilogue::store_float, team.chunk->codes, rank);
         team.wait();
         const Range part = share(rows, team.rank, team.threads, 16);
         for (int i = part.begin; i < part.end; i++)
@@ -572,9 +546,11 @@ private:
             return {projected(team, 0, keys_at()), (size_t)inputs(), places_, offsets_, first};
         const int begin = other_offsets_[sequences.begin], others = other_offsets_[sequences.end] - begin;
         const size_t width = keys_and_values(), bytes = width * exchange();
-        pack_context(team, codes_, others_.data() + begin, others, context_maps_->rank);
+        const int rank = context_maps_->rank;
+        pack(team, codes_, false, rank, others_.data() + begin, others, rank, team.chunk->packed);
         team.wait();
-        multiply_context(team, PROJECT, context_maps_->up[layer], others, Epilogue::store, team.chunk->given, width);
+        multiply(team, PROJECT, context_maps_->up[layer], team.chunk->packed, others, Epilogue::store,
+                 team.chunk->given, width);
         team.wait();
         Clock clock(*this, team, ATTEND);
         const int first_key = key_offsets_[sequences.begin];
@@ -1147,7 +1123,7 @@ void check_contents(const Encoder& encoder, const Request& r) {
     require(!r.hosts || !r.probes, "summaries and probes exclude each other");
     if (r.context) {
         const ContextMaps& c = *r.context;
-        bool own = c.up.size() == encoder.layers.size() && c.kernels.half == encoder.kernels.half;
+        bool own = c.up.size() == encoder.layers.size() && &c.kernels == &encoder.kernels;
         for (const Linear& down : c.down) own &= !down.weight || down.in == encoder.shape.hidden;
         for (const Linear& up : c.up) own &= up.weight && up.out == 2 * encoder.shape.key_size();
         require(own, "context of another encoder");

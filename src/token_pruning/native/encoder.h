@@ -109,8 +109,7 @@ struct DistanceColumns {
 };
 
 // Keys and values that tokens go on giving after they left. A token's state where it left times `down` is its code, and
-// its code times a layer's `up` all its keys, and then all its values, there. The kernels have the encoder's exchange
-// type.
+// its code times a layer's `up` all its keys, and then all its values, there. The kernels are the encoder's.
 struct ContextMaps {
     ContextMaps(const Kernels& kernels, int layers, int rank)
         : kernels(kernels), rank(rank), down(layers + 1), up(layers) {}
@@ -200,13 +199,13 @@ public:
     // Whether everything a forward pass reads was set.
     bool complete() const;
     // Bytes of workspace that a request needs. With wide = bytes of the exchange type, N tokens, H hidden, F inner, Q
-    // and K all heads' queries and keys (H where nothing else is said), E the widest of H, Q and the tables, S
+    // and K all heads' queries and keys (H where nothing else is said), E the widest of H, Q, the tables and ranks, S
     // sequences, T threads, and R = N, or where that is less the longest sequence or the kernels' chunk_rows, whichever
     // is more, rounded up to 32:
     //     N · (8·H + wide·Q) + N · 44 + S · 64                  states, context, who is where
     //     (N + 2·S) · 4·H with summary tokens, N · 4·H with probes, N · 4 · head size for each rotation
     //     T · R · (4·H + wide · (2·Q + 2·K) + 4·E + 8·heads)    a chunk's rows: projections, sums
-    //     N · (4·rank + 20), and T · R · (4·rank + 4·wide·K + packed rows) with context
+    //     N · (4·rank + 20), and T · R · (4·rank + 4·wide·K) with context
     //     T · 8·R·C, C columns of distances, and R packed rows of a head, for disentangled attention
     //     T · packed rows of R · (E + F), for int8 R · F · wide, and twice that where the feed-forward is gated, and
     //     the kernels' scratch for R rows and for the longest sequence's keys (product_scratch, attention_scratch)

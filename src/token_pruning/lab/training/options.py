@@ -139,6 +139,10 @@ class TrainOptions(InferenceOptions):
         None, help="unlabelled texts as the model will meet them, whose cost is held to the budget (default: held-out "
         "training examples, which may be shorter or longer)", group=_BUDGET, metavar="FILE",
     )  # fmt: skip
+    context: bool = option(
+        False, help="masking mode hard: tokens that left are attended to still, by keys and values that are guessed "
+        "from where they left, a twentieth of what a token costs that stays", group=_BUDGET,
+    )  # fmt: skip
     no_teacher: bool = option(False, help="learn from labels alone", group=_BUDGET)
 
     regularization: float | None = option(
@@ -196,7 +200,7 @@ class TrainOptions(InferenceOptions):
 
     def _check_budget(self) -> None:
         if self.target_flops is None:
-            for name in ("schedule", "no_teacher", "budget_input"):
+            for name in ("schedule", "context", "no_teacher", "budget_input"):
                 if getattr(self, name):
                     raise ConfigError(f"{flag(name)} applies to training with a budget, --target-flops")
             return
@@ -204,6 +208,8 @@ class TrainOptions(InferenceOptions):
             raise ConfigError("give either --lambda or --target-flops")
         if self.schedule is not None and self.masking_mode != "hard":
             raise ConfigError(f"--schedule applies to masking mode hard; {self.masking_mode!r} learns a schedule")
+        if self.context and self.masking_mode != "hard":
+            raise ConfigError(f"--context applies to masking mode hard; in {self.masking_mode!r} tokens only fade")
         if self.elastic:
             self._check_elastic()
         if self.teacher is not None and self.no_teacher:

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from token_pruning.lab.training.budget import (
     fitting_examples,
     with_budget_table,
 )
+from token_pruning.lab.training.context import with_context
 from token_pruning.lab.training.distillation import teacher_logits
 from token_pruning.lab.training.evaluate import EvaluateSplits, make_evaluator
 from token_pruning.lab.training.features import (
@@ -45,7 +46,8 @@ from token_pruning.lab.training.plan import DataSource, TrainPlan, plan_training
 from token_pruning.lab.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
 from token_pruning.lab.training.vocabulary import with_vocabulary_gate
 from token_pruning.pruners import FixedThreshold, Unpruned
-from token_pruning.runtime.prune import freeze_thresholds, is_pruned, prune, set_budget, unprune
+from token_pruning.runtime.learning import learning
+from token_pruning.runtime.prune import attachment_of, freeze_thresholds, is_pruned, prune, set_budget, unprune
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,8 @@ def _build(plan: TrainPlan) -> _Built:
     if plan.pruner is not None:
         model.to(plan.arguments.device)
         pruner = with_vocabulary_gate(plan.pruner, plan, model, tokenizer, features, texts)
+        if options.context:
+            pruner = with_context(pruner, model, features, options.seed)
         if options.elastic:
             assert batch is not None and schedule is not None and isinstance(pruner, FixedThreshold)
             pruner = with_budget_table(pruner, model, batch, options.budgets, schedule)
@@ -254,7 +258,8 @@ def _fit(plan: TrainPlan, built: _Built, trainer: PruningTrainer) -> None:
         check_resumable(checkpoints[-1])
     if checkpoints and plan.first_process:
         print(f"continuing from {checkpoints[-1]}")
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    with learning(attachment_of(built.model).token_pruner) if is_pruned(built.model) else nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if plan.options.masking_mode == "mixed":
         freeze_thresholds(built.model)  # also where the best checkpoint is one of the soft half
     if built.holder is not None:
