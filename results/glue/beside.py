@@ -1,7 +1,6 @@
-"""A method beside ``budget`` from the same dense models: METHOD.md and METHOD.json, out of the runs of runs.py.
+"""Methods beside each other from the same dense models: METHOD.md and METHOD.json, out of the runs of runs.py.
 
-python results/glue/runs.py GLUE_FOLDER RUNS --methods dense budget METHOD --dtype float32
-python results/glue/beside.py METHOD RUNS     (METHOD is elastic or context)
+python results/glue/beside.py METHOD [RUNS]     (METHOD is elastic or context; without RUNS from METHOD.json)
 """
 
 import json
@@ -11,48 +10,50 @@ from typing import Any
 
 from table import BUDGETS, HERE, TASKS, points
 
+ALL_BUDGETS = ("0.70", *BUDGETS)
 COLUMNS = {
-    "elastic": ("trained for it alone", "one checkpoint for all"),
-    "context": ("summary tokens", "context"),
+    "elastic": {"budget": "trained for it alone", "elastic": "one checkpoint for all"},
+    "context": {
+        "searched": "nothing trained",
+        "budget": "trained, summary tokens",
+        "context": "trained, context",
+    },
 }
 
 
-def result(folder: Path) -> dict[str, Any] | None:
-    file = folder / "eval_results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def gather(runs: Path, method: str) -> list[dict[str, Any]]:
+def gather(runs: Path, methods: list[str]) -> list[dict[str, Any]]:
     """Per task and seed, points and relative FLOPs of every run."""
     found = []
     for task in TASKS:
         for folder in sorted((runs / task).glob("seed*")):
-            names = ["dense", *(f"{each}-{budget}" for budget in BUDGETS for each in ("budget", method))]
-            results = {name: each for name in names if (each := result(folder / name)) is not None}
-            if any(name.startswith(method) for name in results):
-                cells = {name: [points(task, each), each["relative_flops"]] for name, each in results.items()}
+            cells = {}
+            for name in ["dense", *(f"{method}-{budget}" for budget in ALL_BUDGETS for method in methods)]:
+                file = folder / name / "eval_results.json"
+                if file.exists():
+                    result = json.loads(file.read_text(encoding="utf-8"))
+                    cells[name] = [points(task, result), result["relative_flops"]]
+            if any(name.startswith(methods[-1]) for name in cells):
                 found.append({"task": task, "seed": folder.name.removeprefix("seed"), "runs": cells})
     return found
 
 
-def table(found: list[dict[str, Any]], method: str) -> str:
-    lines = [f"| task | seed | dense | budget | {' | '.join(COLUMNS[method])} | difference |", "|" + "---|" * 7]
+def table(found: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Points lost, and in brackets relative FLOPs."""
+    lines = [f"| task | seed | dense | budget | {' | '.join(columns.values())} |", "|---" * (4 + len(columns)) + "|"]
     for each in found:
-        for budget in BUDGETS:
-            own, other = each["runs"].get(f"budget-{budget}"), each["runs"].get(f"{method}-{budget}")
-            if other is None:
-                continue
-            cells = [f"{run[0]:.1f} ({run[1]:.3f})" if run else "–" for run in (own, other)]
-            difference = f"{other[0] - own[0]:+.1f}".replace("-", "−") if own else "–"
-            dense = f"{each['runs']['dense'][0]:.1f}"
-            lines.append(
-                f"| {each['task']} | {each['seed']} | {dense} | {budget} | {' | '.join(cells)} | {difference} |"
-            )
+        dense = each["runs"]["dense"][0]
+        for budget in ALL_BUDGETS:
+            runs = [each["runs"].get(f"{method}-{budget}") for method in columns]
+            if any(runs):
+                cells = [f"{dense - run[0]:+.1f} ({run[1]:.3f})".replace("-", "−") if run else "–" for run in runs]
+                lines.append(f"| {each['task']} | {each['seed']} | {dense:.1f} | {budget} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    method = sys.argv[1]
-    everything = gather(Path(sys.argv[2]), method)
-    (HERE / f"{method}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    (HERE / f"{method}.md").write_text(table(everything, method), encoding="utf-8")
+    method, *runs = sys.argv[1:]
+    data = HERE / f"{method}.json"
+    if runs:
+        data.write_text(json.dumps(gather(Path(runs[0]), list(COLUMNS[method])), indent=1) + "\n", encoding="utf-8")
+    everything = json.loads(data.read_text(encoding="utf-8"))
+    (HERE / f"{method}.md").write_text(table(everything, COLUMNS[method]), encoding="utf-8")

@@ -32,8 +32,11 @@ BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since 
 OURS = {"0.70": 0.69, **BUDGETS}
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
-METHODS = ("dense", "untrained", "budget", "context", "topk", "manual", "ltp", "short", "ablation", "elastic")
-# "context": ours with what left attended to still, and no summary tokens;
+METHODS = (
+    *("dense", "untrained", "budget", "context", "searched", "topk", "manual", "ltp"),
+    *("short", "ablation", "elastic"),
+)
+# "context": ours with what left attended to still, and no summary tokens; "searched": calibrated, whatever wins;
 # "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
@@ -58,7 +61,8 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
     epochs = ["--epoch", str(EPOCHS[task])]
     texts = sentences(glue, runs) if task == "SST2" else None
     held_on = [] if texts is None else ["--budget-input", str(texts)]
-    budget = [*held_on, "--summary-tokens", "segment", "--target-flops"]
+    summaries = ["--summary-tokens", "segment"]
+    budget = [*held_on, *summaries, "--target-flops"]
 
     if "dense" in methods:
         start, lr, passes = DENSE[task]
@@ -70,18 +74,20 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
     if "untrained" in methods:
         plain = ["eval", *data, "--restore", dense]
         for name, target in CALIBRATED.items():
-            yield f"calibrated-{name}", calibrate(dense, data, seed, target)
+            yield f"calibrated-{name}", [*calibrate(dense, data, seed, target), *summaries]
             keep_all = 3 if target > 0.6 else 1
             yield f"topk-{name}-untrained", [*plain, *topk(dense, task, texts or glue, target, keep_all)]
             yield f"manual-{name}-untrained", [*plain, *manual(dense, task, texts or glue, target)]
     if "ablation" in methods:
         for name, target in CALIBRATED.items():
-            yield f"calibrated-all-{name}", [*calibrate(dense, data, seed, target), "--no-vocabulary"]
+            yield f"calibrated-all-{name}", [*calibrate(dense, data, seed, target), *summaries, "--no-vocabulary"]
     for name, target in OURS.items():
         if "budget" in methods:
             yield f"budget-{name}", [*hard, *epochs, *budget, str(target)]
         if "context" in methods:
             yield f"context-{name}", [*hard, *epochs, *held_on, "--context", "--target-flops", str(target)]
+        if "searched" in methods:
+            yield f"searched-{name}", calibrate(dense, data, seed, target)
     for name, target in BUDGETS.items():
         if "ablation" in methods:
             yield f"budget-all-{name}", [*hard, *epochs, *budget, str(target), "--vocabulary-keep-rate", "1"]
@@ -140,8 +146,7 @@ def sentences(glue: Path, runs: Path) -> Path:
 
 def calibrate(dense: str, data: list[str], seed: int, target: float) -> list[str]:
     """What the calibrated rows share."""
-    settings = f"--target-flops {target} --seed {seed} --summary-tokens segment"
-    return ["calibrate", *data, "--restore", dense, *settings.split()]
+    return ["calibrate", *data, "--restore", dense, "--target-flops", str(target), "--seed", str(seed)]
 
 
 def topk(dense: str, task: str, texts: Path, target: float, keep_all: int) -> list[str]:
