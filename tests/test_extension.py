@@ -124,6 +124,17 @@ def test_the_family_is_the_dense_model_and_its_own_reference(auto: Any) -> None:
         assert_close(value, reference[name], 1e-5, f"{name} with padding on the left")
 
 
+@torch.no_grad()
+def test_the_family_says_how_keys_turn() -> None:
+    family = defined_by("docs/add-a-family.md", 70)["RoFormer"](roformer(hf.AutoModel))
+    layer, rows, positions = family.layers[1], torch.randn(3, 32), torch.tensor([0, 7, 2])
+    _, turned, _ = family.project(layer, rows, positions, None)
+    _, standing, _ = family.project(layer, rows, 0 * positions, None)
+    assert family.can_guess_keys and (turned - standing)[1:].abs().max() > 0.1
+    assert_close(family.turned(layer, standing, positions), turned)
+    assert_close(family.turned(layer, turned, positions, back=True), standing)
+
+
 def test_the_family_refuses_what_it_cannot_do() -> None:
     defined_by("docs/add-a-family.md", 70)
     with pytest.raises(tp.UnsupportedModelError, match="rotary_value"):

@@ -141,7 +141,16 @@ def test_methods(name: str, tmp_path: Path) -> None:
     check(tp.prune(tiny_model(), METHODS[name]), tmp_path)
 
 
-@pytest.mark.parametrize(("family", "head"), [("mpnet", "encoder"), ("deberta-v2", "token"), ("albert", "sequence")])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [
+        ("mpnet", "encoder"),
+        ("deberta-v2", "token"),
+        ("albert", "sequence"),
+        ("modernbert", "token"),
+        ("gte", "encoder"),
+    ],
+)
 def test_context_of_other_families(family: str, head: str, tmp_path: Path) -> None:
     check(tp.prune(tiny_model(family, head), METHODS["context"]), tmp_path, family)
 

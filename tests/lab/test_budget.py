@@ -20,6 +20,7 @@ from token_pruning.budget.holding import BudgetHolder
 from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
+from token_pruning.families import Family, family_of
 from token_pruning.lab.cli import main, paper_main
 from token_pruning.lab.data import glue_task, load_glue_folder
 from token_pruning.lab.training import context
@@ -538,6 +539,9 @@ def test_a_checkpoints_own_context_is_kept_and_learns(folder: Path) -> None:
     assert 0 < (first.down - second.down).norm() / first.down.norm() < 0.5
 
 
-def test_context_is_refused_where_keys_turn() -> None:
-    with pytest.raises(ConfigError, match="--context is not for 'modernbert', which has rotary positions"):
-        with_context(tp.FixedThreshold(), tiny_model("modernbert"), [{"input_ids": [1, 2, 3]}] * 40, 0)
+def test_context_is_refused_where_nothing_says_how_keys_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, features = tiny_model("modernbert"), [{"input_ids": [1, 2, 3]}] * 40
+    assert with_context(tp.FixedThreshold(), model, features, 0).context is not None
+    monkeypatch.setattr(family_of(model.config), "turned", Family.turned)
+    with pytest.raises(ConfigError, match="--context is not for 'modernbert': nothing says how its keys turn"):
+        with_context(tp.FixedThreshold(), model, features, 0)

@@ -766,6 +766,7 @@ struct Model {
             for (const Other& other : others) {
                 const Row given = by.context->gives(l, other.code);
                 k.push_back({given.begin(), given.begin() + shape.key_size()});
+                if (step.rotation >= 0) turn(k.back(), other.token, step.rotation);
                 v.push_back({given.begin() + shape.key_size(), given.end()}), key_tokens.push_back(other.token);
             }
             const int keys = (int)k.size();
@@ -1047,8 +1048,6 @@ static void check_refusals(const Candidate& level, const Model& model) {
            [&](Request& r) { r.context = maps.get(), r.outside = mark(r, two); });
     expect("outside must be 0 or 1, as survived says",
            [&](Request& r) { mark(r, outside), r.context = maps.get(), r.outside = two.data(); });
-    encoder->steps[1].window = 3;
-    expect("context goes with no rotation and no window", [&](Request& r) { r.context = maps.get(); });
 }
 
 static void check_many_callers(const Candidate& level, const Model& model) {
@@ -1097,9 +1096,7 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     const Shape basic = post_norm(layers, head * heads * copies, heads * copies, inner, (Activation)pick(0, 3));
     const int size = one_in(2) ? basic.hidden : pick(8, 64);
     Model model = one_in(3) ? Model(basic, size) : Model::any(basic, size, pick);
-    const bool with_context = one_in(2);  // which goes with no window and no rotation
-    for (Step& step : model.steps)
-        if (with_context) step.window = step.rotation = -1;
+    const bool with_context = one_in(2);
     const Shape& shape = model.shape;
     if (!level.kernels->fits(shape.hidden, shape.inner, shape.head_size) ||
         !level.kernels->fits(shape.query_size(), shape.inner, shape.head_size) ||

@@ -28,16 +28,18 @@ from tests.runtime.test_departed import (
     rows_of,
     singles,
 )
-from tests.tiny import PAD, assert_close, decision_margin, pruned, ragged_batch, same_survivors, tiny_model
+from tests.tiny import PAD, assert_close, decision_margin, pruned, ragged_batch, same_survivors, tiny_config, tiny_model
 from token_pruning.budget.fitting import predicted_flops
+from token_pruning.families import Family, family_of, shape_of
 from token_pruning.ragged import drop, layout_from_mask
 from token_pruning.runtime.context import Context, ContextTokens
 from token_pruning.runtime.token_pruner import TokenPruner
 
-FAMILIES = (
-    "bert", "roberta", "mpnet", "deberta-v2", "albert", "distilbert", "xlm-roberta-xl", "megatron-bert", "electra"
-)  # fmt: skip
 ROTARY = ("modernbert", "nomic_bert", "gte", "eurobert", "jina_embeddings_v3")
+FAMILIES = (
+    "bert", "roberta", "mpnet", "deberta-v2", "albert", "distilbert", "xlm-roberta-xl", "megatron-bert", "electra",
+    *ROTARY,
+)  # fmt: skip
 HIDDEN, LAYERS, HEADS = 32, 4, 4
 
 
@@ -45,6 +47,10 @@ def context_of(*cuts: int, rank: int = 5, layers: int = LAYERS, size: int = HIDD
     """Keys about as large as a tiny model's own."""
     down = random(len(cuts), rank, HIDDEN + 1, seed=seed) / HIDDEN**0.5
     return tp.LinearContext(cuts, down, 1.5 * random(layers, 2 * size, rank + 1, seed=seed + 1) / rank**0.5)
+
+
+def key_size(family: str) -> int:
+    return shape_of(tiny_config(family)).key_size
 
 
 CUTS = ((0,), (1,), (0, 1), (0, 2), (1, 2, 3), (4,), (0, 1, 2, 3, 4))
@@ -130,11 +136,11 @@ def text_and_scores(model: Any, pruner: tp.Pruner, inputs: dict[str, Tensor]) ->
     return Text(torch.stack(states), torch.stack(states), left_at, margin), all_scores
 
 
-def draw_context_method(data: st.DataObject, reads: str) -> tp.Pruner:
-    """Any setting with every other, most with a gate."""
+def draw_context_method(data: st.DataObject, reads: str, size: int = HIDDEN) -> tp.Pruner:
+    """Any setting with every other, most with a gate; keys of a size."""
     cuts, rank = data.draw(st.sampled_from(CUTS)), data.draw(st.sampled_from([1, 5, 12]))
     gate = data.draw(st.sampled_from([None, GATE, GATE]))
-    return draw_method(data, reads, context=context_of(*cuts, rank=rank), vocabulary=gate)
+    return draw_method(data, reads, context=context_of(*cuts, rank=rank, size=size), vocabulary=gate)
 
 
 @settings(max_examples=60)
@@ -177,7 +183,7 @@ def test_packed_equals_masked_in_every_family(data: st.DataObject) -> None:
     family = data.draw(st.sampled_from(FAMILIES))
     head = data.draw(st.sampled_from(["encoder", "encoder", "sequence", "token"]))
     reads: Any = data.draw(st.sampled_from(["mean", "all", "first"])) if head == "encoder" else None
-    pruner = draw_context_method(data, reads or {"sequence": "first", "token": "all"}[head])
+    pruner = draw_context_method(data, reads or {"sequence": "first", "token": "all"}[head], key_size(family))
     lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4)) + [100] * (pruner.max_tokens is not None)
     model, batches = kept_model(family, head), {}
     for side in (False, True):
@@ -694,17 +700,59 @@ def test_what_does_not_fit_the_model_is_one_line(context: tp.LinearContext, mess
 
 @pytest.mark.parametrize("execution", ["packed", "masked"])
 @pytest.mark.parametrize("family", ROTARY)
-def test_keys_that_turn_with_their_positions(family: str, execution: Any) -> None:
+def test_a_family_that_does_not_say_how_keys_turn(family: str, execution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, "encoder")
-    keys = 24 if family == "eurobert" else 32  # two heads of twelve
+    own = family_of(model.config)
+    monkeypatch.setattr(own, "turned", Family.turned)
     before = model.config.to_dict()
     message = (
-        rf"^context is LinearContext\(layers=\[0\], rank=5\), but '{model.config.model_type}' has rotary positions; "
-        "leave context out$"
+        rf"^context is LinearContext\(layers=\[0\], rank=5\), but the family {own.__name__} does not say how its "
+        "rotary positions turn keys; leave context out, or give the family a method turned$"
     )
     with pytest.raises(tp.ConfigError, match=message):
-        tp.prune(model, method(context=context_of(0, size=keys)), execution=execution)
+        tp.prune(model, method(context=context_of(0, size=key_size(family))), execution=execution)
     assert model.config.to_dict() == before and not hasattr(model, "token_pruner")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize("family", ROTARY)
+@torch.no_grad()
+def test_keys_turn_as_the_layers_own_and_back(family: str, factor: float) -> None:
+    model = tiny_model(family, "encoder")
+    bound, positions = family_of(model.config)(model), torch.tensor([0, 3, 1, 40])
+    for name in [name for name in vars(model.rotary_emb) if name.endswith("attention_scaling")]:
+        setattr(model.rotary_emb, name, factor)
+    rows = random(4, HIDDEN)
+    for layer in bound.layers:
+        _, turned, _ = bound.project(layer, rows, positions, None)
+        _, standing, _ = bound.project(layer, rows, positions * 0, None)
+        assert_close(bound.turned(layer, standing / factor, positions), turned)
+        assert_close(bound.turned(layer, turned, positions, back=True), standing / factor)
+
+
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+@pytest.mark.parametrize("family", ["nomic_bert", "gte", "jina_embeddings_v3", "modernbert"])
+@torch.no_grad()
+def test_exact_keys_that_turn_give_the_dense_first_layer(family: str, execution: Any) -> None:
+    model, batch = tiny_model(family, "encoder", layers=1), ragged_batch([30, 1, 17, 2], family=family)
+    dense = model(**batch).last_hidden_state
+    weights = dict(model.named_parameters())
+    parts = [
+        (weights[n], weights.get(n.replace("weight", "bias"))) for n in weights if "k_proj.w" in n or "v_proj.w" in n
+    ]
+    if family == "modernbert":
+        parts = [(part, None) for part in weights["layers.0.attn.Wqkv.weight"].chunk(3)[1:]]
+    assert len(parts) == 2
+    rows = [torch.cat([w, torch.zeros(len(w), 1) if b is None else b[:, None]], 1) for w, b in parts]
+    own = tp.LinearContext([0], torch.eye(HIDDEN, HIDDEN + 1)[None], torch.cat(rows)[None])
+    gated = tp.FixedThreshold(thresholds=[0.0], vocabulary=GATE, departed="survivors")
+    for pruner in (replace(gated, context=own), gated):
+        with pruned(model, pruner, execution, "all"), tp.record(model) as trace:
+            states = model(**batch).last_hidden_state.flatten(0, 1)
+        entered = trace.passes[0].entering.indices
+        assert 10 < len(entered) < VALID.sum() - 10
+        difference = (states - dense.flatten(0, 1))[entered].abs().max()
+        assert (difference < 1e-4) == (pruner.context is not None)
 
 
 @pytest.mark.parametrize("summaries", ["shared", "segment"])

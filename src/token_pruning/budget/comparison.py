@@ -238,15 +238,10 @@ class Comparison:
         if self._observed is None:
             targets, fitting = targets_for(self._pairs), self.part(self.fitting)
             observed = observe(self.model, fitting, self.cuts, targets, seed=self.seed)
-            if self._context:
+            if can_have_context(self.model):
                 observed = replace(observed, context=fit_context(self.model, fitting, self.cuts))
             self._observed = observed
         return self._observed
-
-    @property
-    def _context(self) -> bool:
-        """Whether tokens that left may be attended to still; for rankings nobody has measured what that does."""
-        return not self._pairs and can_have_context(self.model)
 
     @property
     def _pairs(self) -> bool:
@@ -280,7 +275,7 @@ class Comparison:
 
         departed = self._departed()
         cuts = self.cuts
-        best = compare(first_rules(layers, pairs, departed, self._context), "who decides")
+        best = compare(first_rules(layers, pairs, departed, can_have_context(self.model)), "who decides")
         if not pairs or best is None:  # short passages leave too little beside a long query
             best = compare(received_rules(self.plan.schedules), "attention received")
         if best is None:

@@ -31,8 +31,8 @@ def rank_for(hidden_size: int) -> int:
 
 
 def can_have_context(model: Any) -> bool:
-    """Whether a pruned model's keys are the same wherever a token stands."""
-    return not attachment_of(model).family.rotates
+    """Whether a pruned model's keys can be guessed from where a token left."""
+    return attachment_of(model).family.can_guess_keys
 
 
 def fit_context(model: Any, batch: Batch, layers: Sequence[int]) -> LinearContext:
@@ -61,15 +61,19 @@ def fit_context(model: Any, batch: Batch, layers: Sequence[int]) -> LinearContex
 
 
 class _Giving(Watching):
-    """Keeps each layer's keys and values, too."""
+    """Keeps each layer's keys, as they are before they turn with their positions, and values, too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given: list[Tensor] = []
 
     def attend(self, number: int, layer: Any, query: Tensor, key: Tensor, value: Tensor, asking: Any) -> Any:
-        total = self.tokens.layout.total
-        self.given.append(torch.stack([key[:total].flatten(1), value[:total].flatten(1)], 1))
+        total, family = self.tokens.layout.total, self.family
+        shared = key[0].numel() // family.shape(family.config).key_size  # query heads that share a key's
+        own, values = key[:total, ::shared], value[:total, ::shared]
+        if family.turns:
+            own = family.turned(layer, own, self.tokens.positions, back=True)
+        self.given.append(torch.stack([own.flatten(1), values.flatten(1)], 1))
         return super().attend(number, layer, query, key, value, asking)
 
 

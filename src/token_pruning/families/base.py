@@ -383,10 +383,26 @@ class Family(ABC):
         """The layer's rotary positions; None for none."""
         return None
 
+    def turned(self, layer: Any, keys: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """Keys as the layer turns them by rotary positions; unless overridden as they are.
+
+        Args:
+            layer: the module.
+            keys: ``[tokens, heads, head_dim]``.
+            positions: ``[tokens]`` integers.
+            back: whether they are turned already, and wanted as they were.
+        """
+        return keys
+
     @property
-    def rotates(self) -> bool:
-        """Whether any layer's queries and keys turn with their positions."""
-        return any(self.rotation(layer) is not None for layer in self.layers)
+    def turns(self) -> bool:
+        """Whether it is said how keys turn."""
+        return type(self).turned is not Family.turned
+
+    @property
+    def can_guess_keys(self) -> bool:
+        """Whether keys can be had from a token's state by a linear map, and by its position where they turn."""
+        return self.turns or all(self.rotation(layer) is None for layer in self.layers)
 
     def distance_bias(self) -> Tensor | None:
         """What every layer adds to the logits, if nothing but a bias by distance is added: ``[heads, 2 · far + 1]``.

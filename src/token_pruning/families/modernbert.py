@@ -58,13 +58,17 @@ class ModernBert(Rotary):
         embedded: Tensor = self.base.embeddings(input_ids=ids, inputs_embeds=embeds)
         return embedded[0]
 
+    def angles(self, layer: Any, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the layer's kind."""
+        found: tuple[Tensor, Tensor] = self.base.rotary_emb(rows, positions[None], layer.attention_type)
+        return found
+
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
         """One linear layer for all three."""
         attention = layer.attn
         fused = attention.Wqkv(layer.attn_norm(rows)).view(rows.shape[0], 3, -1, attention.head_dim)
         query, key, value = fused.unbind(1)
-        angles = self.base.rotary_emb(rows, positions[None], layer.attention_type)
-        return self.rotated(wanted(query, asking), key, value, angles, asking)
+        return self.rotated(wanted(query, asking), key, value, self.angles(layer, rows, positions), asking)
 
     def join(self, layer: Any, context: Tensor, rows: Tensor) -> Tensor:
         joined: Tensor = rows + layer.attn.out_drop(layer.attn.Wo(context))

@@ -70,6 +70,19 @@ class Rotary(Family):
         rotary = self.base.rotary_emb
         return Rotation(rotary.inv_freq, float(rotary.attention_scaling))
 
+    def angles(self, layer: Any, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of some positions, ``[1, tokens, head_dim]`` each, in the rows' dtype."""
+        found: tuple[Tensor, Tensor] = self.base.rotary_emb(rows, positions[None])
+        return found
+
+    def turned(self, layer: Any, keys: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        cos, sin = (x[0] for x in self.angles(layer, keys, positions))
+        turned = self._rotate(keys, keys, cos, -sin if back else sin)[0]
+        rotation = self.rotation(layer)
+        if back and rotation is not None:
+            turned = turned / rotation.factor**2
+        return turned.to(keys.dtype)
+
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
         """Three linear layers, then the rotation."""
         attention = self.attention(layer)
@@ -78,7 +91,7 @@ class Rotary(Family):
             split_heads(attention.q_proj(wanted(rows, asking)), size),
             split_heads(attention.k_proj(rows), size),
             split_heads(attention.v_proj(rows), size),
-            self.base.rotary_emb(rows, positions[None]),
+            self.angles(layer, rows, positions),
             asking,
         )
 

@@ -552,6 +552,7 @@ private:
         multiply(team, PROJECT, context_maps_->up[layer], team.chunk->packed, others, Epilogue::store,
                  team.chunk->given, width);
         team.wait();
+        rotate(team, layer, team.chunk->given, width, others, shape_.key_heads, others_.data() + begin);
         Clock clock(*this, team, ATTEND);
         const int first_key = key_offsets_[sequences.begin];
         const Range part = share(key_offsets_[sequences.end] - first_key, team.rank, team.threads, 16);
@@ -1130,8 +1131,6 @@ void check_contents(const Encoder& encoder, const Request& r) {
     }
     require(!r.context || !r.hosts, "summaries and context exclude each other");
     require(!r.outside || (r.context && r.context->down[0].weight), "tokens outside are context");
-    for (const Step& step : encoder.steps)
-        require(!r.context || (step.rotation < 0 && step.window < 0), "context goes with no rotation and no window");
     for (int s = 0; r.outside && s < r.sequences; s++)
         require(!r.outside[r.cu_seqlens[s]], "no sequence's first token can be outside");
     for (int i = 0; r.outside && i < r.tokens; i++)

@@ -109,7 +109,8 @@ struct DistanceColumns {
 };
 
 // Keys and values that tokens go on giving after they left. A token's state where it left times `down` is its code, and
-// its code times a layer's `up` all its keys, and then all its values, there. The kernels are the encoder's.
+// its code times a layer's `up` all its keys, before they turn, and then all its values, there. The kernels are the
+// encoder's.
 struct ContextMaps {
     ContextMaps(const Kernels& kernels, int layers, int rank)
         : kernels(kernels), rank(rank), down(layers + 1), up(layers) {}
@@ -167,7 +168,7 @@ struct Request {
     uint8_t* hosts;
     // Context, or null: tokens with outside[t] 1 (null: none) never enter the first layer, and no sequence's first
     // token is one; these and those that leave are attended to still where `context` has a `down` for them. Not with
-    // summaries, rotations or windows.
+    // summaries.
     const ContextMaps* context;
     const uint8_t* outside;  // [tokens]
     float* out;              // [sequences, hidden] if first_only, else [tokens, hidden]: tokens' last states

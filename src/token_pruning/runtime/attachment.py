@@ -58,7 +58,7 @@ class Attachment:
         token_pruner = TokenPruner(pruner, self.shape.num_layers, model.device)
         token_pruner.train(model.training)
         token_pruner.check_fit(self.shape, self.reads)
-        _check_keys_stand(pruner, self.family)
+        _check_keys_can_be_guessed(pruner, self.family)
         token_pruner.attachment = self
         self.model, self.base = model, base
         self.original_config, self.config_before = model.config, copy.deepcopy(model.config)
@@ -340,11 +340,12 @@ def _check_lengths(pruner: Pruner, reads: Reads, max_positions: int | None) -> N
         raise ConfigError(f"max_tokens is {pruner.max_tokens}; the model has positions for at most {max_positions}")
 
 
-def _check_keys_stand(pruner: Pruner, family: Family) -> None:
-    """Raises ConfigError for context in a model whose keys turn with their positions: no one map gives them."""
-    if pruner.context is not None and family.rotates:
+def _check_keys_can_be_guessed(pruner: Pruner, family: Family) -> None:
+    """Raises ConfigError for context in a model of a family that does not say how its keys turn."""
+    if pruner.context is not None and not family.can_guess_keys:
         raise ConfigError(
-            f"context is {pruner.context!r}, but {family.config.model_type!r} has rotary positions; leave context out"
+            f"context is {pruner.context!r}, but the family {type(family).__name__} does not say how its rotary "
+            "positions turn keys; leave context out, or give the family a method turned"
         )
 
 

@@ -4,6 +4,7 @@
 family over every place of the padded batch, with a plain softmax, and masks instead of removal.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from token_pruning.ragged import (
     row_bucket,
 )
 from token_pruning.ragged.layout import computed_once
-from token_pruning.runtime.context import Context
+from token_pruning.runtime.context import Context, ContextTokens
 from token_pruning.runtime.decisions import Decisions
 from token_pruning.runtime.departed import LastStates, needs_left_at
 from token_pruning.runtime.token_pruner import TokenPruner
@@ -153,7 +154,7 @@ class PackedLoop:
         layout, rows, own = decisions.entering(number), query.shape[0], None
         scores = decisions.prunes(number) and not decisions.probes(number)
         paid = decisions.paid(number) if scores else None
-        others = self.context.of(number, self.departed, key)
+        others = self.others(number, layer, key)
         if others is not None and others.places.numel():
             total = layout.total
             layout, order, own = self.context.beside(layout, others)
@@ -183,6 +184,13 @@ class PackedLoop:
             return context, received
         context = pad(context.index_select(0, own), (0, 0, 0, 0, 0, rows - own.numel()))
         return context, None if received is None else received.index_select(0, own)
+
+    def others(self, number: int, layer: nn.Module, key: Tensor) -> ContextTokens | None:
+        """The context tokens in the layer's attention; ``key`` is that of the rows, ``[rows, heads, head_dim]``."""
+        found = self.context.of(number, self.departed, key)
+        if found is None or not self.family.turns:
+            return found
+        return replace(found, key=self.family.turned(layer, found.key, self._position_grid[found.places]))
 
     def join(
         self,
@@ -356,7 +364,7 @@ class PaddedLoop(PackedLoop):
         """One softmax over the whole batch, with all that is gone masked out."""
         family, entering = self.family, self.decisions.entering(number)
         alive = self._at(entering).view(entering.batch_size, entering.width)
-        others = self.context.of(number, self.departed, key)
+        others = self.others(number, layer, key)
         paid = self._paid(number)
         if others is not None:
             paid = alive.float() if paid is None else paid

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from token_pruning.errors import UnsupportedModelError
-from token_pruning.families import Family, Reads
+from token_pruning.families import Family
 from token_pruning.pruners.fitted import apply_affine
 from token_pruning.ragged import Layout, PackedTokens
 from token_pruning.ragged.layout import computed_once
 from token_pruning.runtime.context import ContextTokens
 from token_pruning.runtime.departed import LastStates
 from token_pruning.runtime.loop import PackedLoop
-from token_pruning.runtime.token_pruner import TokenPruner
 from token_pruning.runtime.trace import LayerRecord
 
 _MASKED = -1e30  # finite: added to logits of places that hold no token
@@ -148,10 +147,6 @@ def pack_for_graph(family: Family, inputs: dict[str, Tensor], *, rounded: bool) 
 class GraphLoop(PackedLoop):
     """The loop over a model's layers as a graph."""
 
-    def __init__(self, family: Family, token_pruner: TokenPruner, tokens: PackedTokens, *, reads: Reads) -> None:
-        super().__init__(family, token_pruner, tokens, reads=reads)
-        self._positions = tokens.layout.grid(tokens.positions).flatten()
-
     def enter(self) -> Tensor:
         rows = super().enter()
         if not self._rounded or self.decisions.entering(1) is self.tokens.layout:
@@ -160,7 +155,7 @@ class GraphLoop(PackedLoop):
 
     def positions(self, number: int, rows: Tensor) -> Tensor:
         layout = self.decisions.entering(number)
-        found = self.tokens.positions if layout is self.tokens.layout else self._positions[layout.indices]
+        found = self.tokens.positions if layout is self.tokens.layout else self._position_grid[layout.indices]
         return pad(found, (0, rows.shape[0] - found.shape[0])) if self._rounded else found
 
     def states(self, number: int, rows: Tensor) -> Tensor:
@@ -203,7 +198,7 @@ class GraphLoop(PackedLoop):
         query = query * family.scale(layer)
         query = query[:, :, None] if asking is not None else query[rows].transpose(1, 2)
         terms, columns = self.terms(number, layer), layout.columns[rows]
-        others = self.context.of(number, self.departed, key)
+        others = self.others(number, layer, key)
         if others is None:
             key, value, present, key_columns = key[rows], value[rows], layout.grid_mask, columns
         else:

@@ -24,13 +24,13 @@ def with_context(pruner: Pruner, model: Any, features: list[dict[str, Any]], see
         seed: of the choice of those that it is fitted to.
 
     Raises:
-        ConfigError: for a model whose keys turn with their positions.
+        ConfigError: for a model of a family that does not say how its keys turn with their positions.
     """
     if pruner.context is not None:
         return pruner
     with prunable(model):
         if not can_have_context(model):
-            raise ConfigError(f"--context is not for {model.config.model_type!r}, which has rotary positions")
+            raise ConfigError(f"--context is not for {model.config.model_type!r}: nothing says how its keys turn")
         some = random.Random(seed).sample(features, min(len(features), _EXAMPLES))
         layers = range(1, prunable_layers(model) + 1)
         context = fit_context(model, as_batch(some, model.config.pad_token_id or 0), layers)
