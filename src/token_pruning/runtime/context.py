@@ -74,8 +74,11 @@ class Context:
         codes = torch.cat([self._code(left, departed[left][1]) for left in before])
         both = apply_affine(codes, self._up[layer - 1]).to(like.dtype)
         heads, size = like.shape[1:]
-        own = both.shape[1] // (2 * size)  # fewer where several query heads share a key's
-        key, value = both.view(-1, 2, own, size).repeat_interleave(heads // own, 2).unbind(1)
+        own = self._up.shape[1] // (2 * size)
+        both = both.view(-1, 2, own, size)
+        if own < heads:  # several query heads share a key's
+            both = both.repeat_interleave(heads // own, 2)
+        key, value = both.unbind(1)
         return ContextTokens(torch.cat([departed[left][0] for left in before]), key, value)
 
     def beside(self, layout: Layout, others: ContextTokens) -> Together:
