@@ -66,7 +66,7 @@ class Rotary(Family):
     def dropout(self, layer: Any) -> float:
         return float(self.attention(layer).attention_dropout)
 
-    def rotation(self, layer: Any) -> Rotation | None:
+    def rotation(self, layer: Any) -> Rotation:
         rotary = self.base.rotary_emb
         return Rotation(rotary.inv_freq, float(rotary.attention_scaling))
 
@@ -78,9 +78,8 @@ class Rotary(Family):
     def turned(self, layer: Any, keys: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
         cos, sin = (x[0] for x in self.angles(layer, keys, positions))
         turned = self._rotate(keys, keys, cos, -sin if back else sin)[0]
-        rotation = self.rotation(layer)
-        if back and rotation is not None:
-            turned = turned / rotation.factor**2
+        if back:
+            turned = turned / self.rotation(layer).factor ** 2
         return turned.to(keys.dtype)
 
     def project(self, layer: Any, rows: Tensor, positions: Tensor, asking: Tensor | None) -> tuple[Tensor, ...]:
