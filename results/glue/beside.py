@@ -17,6 +17,7 @@ COLUMNS = {
         "searched": "nothing trained",
         "budget": "trained, summary tokens",
         "context": "trained, context",
+        "continued": "calibrated, then trained",
     },
 }
 

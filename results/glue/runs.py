@@ -33,11 +33,11 @@ OURS = {"0.70": 0.69, **BUDGETS}
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
 METHODS = (
-    *("dense", "untrained", "budget", "context", "searched", "topk", "manual", "ltp"),
+    *("dense", "untrained", "budget", "context", "searched", "continued", "topk", "manual", "ltp"),
     *("short", "ablation", "elastic"),
 )
 # "context": ours with what left attended to still, and no summary tokens; "searched": calibrated, whatever wins;
-# "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
+# "continued": trained from there; "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
@@ -88,6 +88,9 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
             yield f"context-{name}", [*hard, *epochs, *held_on, "--context", "--target-flops", str(target)]
         if "searched" in methods:
             yield f"searched-{name}", calibrate(dense, data, seed, target)
+        if "continued" in methods:
+            found = ["--restore", str(here / f"searched-{name}"), "--masking-mode", "hard", "--lr", "1e-4"]
+            yield f"continued-{name}", ["train", *common, *found, *epochs, *held_on, "--target-flops", str(target)]
     for name, target in BUDGETS.items():
         if "ablation" in methods:
             yield f"budget-all-{name}", [*hard, *epochs, *budget, str(target), "--vocabulary-keep-rate", "1"]

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 
 import token_pruning as tp
 from tests.tiny import pruned, ragged_batch, tiny_model
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.budget import elastic_holding
 from token_pruning.budget.elastic_holding import ElasticHolder
-from token_pruning.budget.holding import BudgetHolder
+from token_pruning.budget.holding import BudgetHolder, CalibratedHolder
 from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
 from token_pruning.errors import ConfigError
@@ -32,6 +33,7 @@ from token_pruning.lab.training.budget import (
     with_relative_scores,
 )
 from token_pruning.lab.training.context import with_context
+from token_pruning.lab.training.load import load_tokenizer
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import plan_training
 from token_pruning.runtime.prune import attachment_of
@@ -317,10 +319,61 @@ def test_the_cost_of_other_texts_can_be_held_to_the_budget(folder: Path, capsys:
     assert abs(results(folder)["relative_flops"] - 0.6) > 0.02  # the task's own texts are shorter
 
 
-@pytest.mark.parametrize(("holder", "budgets", "last"), [(BudgetHolder, "0.6", 14), (ElasticHolder, "0.6 0.8", 6)])
+def write_calibrated(folder: Path, probe: float) -> Tensor:
+    """CALIBRATED, like CKPT but pruned by a probe; returns its weights."""
+    write_checkpoint(folder / "CALIBRATED")  # with a tokenizer
+    weights = torch.cat([torch.linspace(-probe, probe, 32), torch.tensor([0.5])])[None]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "CKPT")
+    thresholds = [0.0, 0.5] + [0.0] * (model.config.num_hidden_layers - 2)
+    pruner = tp.FixedThreshold(thresholds=thresholds, scoring_mode="relative", probes=tp.Probes([2], weights))
+    tp.prune(model, pruner).save_pretrained(folder / "CALIBRATED")
+    return weights
+
+
+@pytest.mark.parametrize("budgets", ["0.7", "0.7 0.8"])
+def test_training_goes_on_from_what_calibration_left(folder: Path, budgets: str) -> None:
+    """Where tokens leave stays; probes say of the trained states what they said of the dense model's."""
+    before = write_calibrated(folder, 0.05)
+    line = "--task SST2 --restore CALIBRATED --teacher CKPT --masking_mode hard --lr 3e-3 --target_flops"
+    assert run(f"{line} {budgets}") == 0
+    assert results(folder)["relative_flops"] == pytest.approx(0.7, abs=0.06)
+    trained = tp.from_pretrained(folder / "out").eval()
+    pruner = trained.token_pruner.pruner
+    assert pruner.probes.layers == (2,)
+    if budgets == "0.7":
+        assert pruner.vocabulary is None  # calibration found that none is better
+        assert [value != 0 for value in pruner.thresholds[:3]] == [False, True, False]
+    after = pruner.probes.weights
+    texts = load_glue_folder(glue_task("SST2"), folder / "glue").train
+    inputs = load_tokenizer(read_checkpoint(folder / "out"))(list(texts.first), padding=True, return_tensors="pt")
+    dense = AutoModelForSequenceClassification.from_pretrained(folder / "CKPT").eval()
+
+    def said(model: Any, weights: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        joined = model.bert.encoder.layer[1].attention.output  # a probe is asked there
+        hook = joined.register_forward_hook(lambda module, given, states: seen.append(states))
+        with torch.no_grad():
+            model(**inputs)
+        hook.remove()
+        return seen[0][inputs["attention_mask"].bool()] @ weights[0, :-1] + weights[0, -1]
+
+    tp.unprune(trained)
+    wanted, got, stale = said(dense, before), said(trained, after), said(trained, before)
+    assert (got - wanted).square().mean() < 0.8 * (stale - wanted).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("start", "holder", "budgets", "last"),
+    [
+        ("CKPT", BudgetHolder, "0.6", 14),
+        ("CKPT", ElasticHolder, "0.6 0.8", 6),
+        ("CALIBRATED", CalibratedHolder, "0.6", 14),
+    ],
+)
 def test_a_killed_run_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, holder: type[BudgetHolder], budgets: str, last: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, start: str, holder: type[BudgetHolder], budgets: str, last: int
 ) -> None:
+    write_calibrated(folder, 0.05)
     fit, seen = holder.fit, []
 
     def fail(self: BudgetHolder, model: Any) -> Any:
@@ -330,7 +383,7 @@ def test_a_killed_run_goes_on(
         return fit(self, model)
 
     monkeypatch.setattr(holder, "fit", fail)
-    line = f"--task SST2 --restore CKPT --masking_mode hard --target_flops {budgets}"
+    line = f"--task SST2 --restore {start} --teacher CKPT --masking_mode hard --target_flops {budgets}"
     assert run(line) == 130
     assert (folder / "out" / "checkpoint-8").exists()
     monkeypatch.setattr(holder, "fit", fit)

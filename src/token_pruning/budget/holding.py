@@ -132,7 +132,9 @@ class CalibratedHolder(BudgetHolder):
     decides there is nothing to follow: what it lets in depends on no weights.
     """
 
-    def __init__(self, model: Any, dense: Any, batch: Batch, target: float, bf16: bool) -> None:
+    def __init__(
+        self, model: Any, dense: Any, batch: Batch, target: float, bf16: bool, schedule: Schedule | None = None
+    ) -> None:
         """Take down where tokens leave.
 
         Args:
@@ -141,8 +143,9 @@ class CalibratedHolder(BudgetHolder):
             batch: held-out texts, one padded batch.
             target: relative FLOPs.
             bf16: whether the model is run in bfloat16 autocast.
+            schedule: see :class:`BudgetHolder`.
         """
-        super().__init__(_some(batch), target, None, bf16)
+        super().__init__(_some(batch), target, schedule, bf16)
         self.dense, self.whole = dense, batch
         self.pruner = attachment_of(model).token_pruner.pruner
         self._said: list[dict[int, Tensor]] | None = None

@@ -26,7 +26,7 @@ from token_pruning.budget.fitting import (
     prunable_layers,
     using,
 )
-from token_pruning.budget.holding import BudgetHolder
+from token_pruning.budget.holding import BudgetHolder, CalibratedHolder
 from token_pruning.budget.schedules import Schedule, named_schedule
 from token_pruning.budget.vocabulary import token_ids
 from token_pruning.checkpoint import Checkpoint
@@ -196,11 +196,14 @@ def with_budget_table(
     return replace(whole.at(table[0]), budgets=table)
 
 
-def budget_holder(model: Any, batch: Batch, options: TrainOptions, schedule: Schedule | None) -> BudgetHolder:
+def budget_holder(
+    model: Any, dense: Any, batch: Batch, options: TrainOptions, schedule: Schedule | None
+) -> BudgetHolder:
     """What keeps the budget, or one of several in each step.
 
     Args:
         model: pruned.
+        dense: a copy that is not pruned, for probes to follow the weights; None where there are no probes to follow.
         batch: what costs are held on, padded.
         options: with a budget.
         schedule: see :class:`BudgetHolder`.
@@ -209,9 +212,11 @@ def budget_holder(model: Any, batch: Batch, options: TrainOptions, schedule: Sch
         ConfigError: if the budget cannot be reached.
     """
     if options.elastic:
-        return ElasticHolder(model, None, batch, options.bf16, options.seed, schedule)
+        return ElasticHolder(model, dense, batch, options.bf16, options.seed, schedule)
     assert options.budget is not None
     check_target(model, batch, options.budget)
+    if dense is not None:
+        return CalibratedHolder(model, dense, batch, options.budget, options.bf16, schedule)
     return BudgetHolder(batch, options.budget, schedule, options.bf16)
 
 

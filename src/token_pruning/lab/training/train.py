@@ -1,5 +1,6 @@
 """One training run, from a checkpoint folder to a checkpoint folder: a plan is made, then carried out."""
 
+import copy
 import logging
 import random
 from collections.abc import Sequence
@@ -159,8 +160,11 @@ def _build(plan: TrainPlan) -> _Built:
         trained_on, held_out = fitting_examples(features, options.seed) if texts is None else (features, texts)
         batch = as_batch(held_out, model.config.pad_token_id or 0)
 
+    dense = None
     if plan.pruner is not None:
         model.to(plan.arguments.device)
+        if batch is not None and plan.pruner.probes is not None and not options.soft:
+            dense = copy.deepcopy(model).eval()
         pruner = with_vocabulary_gate(plan.pruner, plan, model, tokenizer, features, texts)
         if options.context:
             pruner = with_context(pruner, model, features, options.seed)
@@ -171,7 +175,7 @@ def _build(plan: TrainPlan) -> _Built:
     elif plan.arguments.device.type == "cpu":
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
     if batch is not None:
-        holder = budget_holder(model, batch, options, schedule)
+        holder = budget_holder(model, dense, batch, options, schedule)
     return _Built(model, tokenizer, features, trained_on, holder)
 
 

@@ -27,7 +27,8 @@ def with_vocabulary_gate(
 
     Args:
         pruner: the plan's, with the threshold of the checkpoint if that has one.
-        plan: the keep rate, or the lowest budget, that it follows from; scores found in its checkpoint are kept.
+        plan: the keep rate, or the lowest budget, that it follows from. Scores found in its checkpoint are kept; for
+            one budget so is what a checkpoint with thresholds has or does not have.
         model: the checkpoint's, not pruned.
         tokenizer: for the line that is printed.
         features: the training examples, tokenized.
@@ -38,7 +39,7 @@ def with_vocabulary_gate(
     """
     options = plan.options
     keep_rate = options.vocabulary_keep_rate
-    kept = pruner.vocabulary_threshold is not None and not options.elastic
+    kept = (pruner.vocabulary_threshold is not None or plan.start_is_learned) and not options.elastic
     if keep_rate is None and (kept or options.target_flops is None):
         return pruner
     some = random.Random(options.seed).sample(features, min(len(features), EXAMPLES))
