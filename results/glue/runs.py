@@ -37,7 +37,8 @@ METHODS = (
     *("short", "ablation", "elastic"),
 )
 # "context": ours with what left attended to still, and no summary tokens; "searched": calibrated, whatever wins;
-# "continued": trained from there; "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint for the three lower budgets
+# "continued": trained from there; "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint
+# for the three lower budgets
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
