@@ -14,7 +14,7 @@ import token_pruning as tp
 from tests.tiny import FAMILIES, HEADS, pruned, ragged_batch, shared_model, tiny_model
 from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.budget import calibration
-from token_pruning.budget.divergence import Divergence
+from token_pruning.budget.divergence import Divergence, Spans, drawn_spans
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import (
     Fit,
@@ -193,8 +193,12 @@ def test_an_embedding_model_with_cls_pooling_is_judged_by_first_tokens() -> None
     with torch.no_grad():
         pruned = model(**batch).last_hidden_state
     assert pruned.shape[1] == 1
-    groups = torch.arange(len(held_out))
-    expected, _ = Divergence("embedding", groups).between(dense[held_out], pruned[held_out, 0], groups)
+    drawn = drawn_spans(batch, held_out, 0, seed=3)
+    assert drawn is not None
+    with torch.no_grad():
+        vectors = tiny_model(head="encoder")(**drawn[0]).last_hidden_state[:, 0]
+    compared = Divergence("embedding", torch.arange(64), Spans(vectors, drawn[1]))
+    expected, _ = compared.between(dense[held_out], pruned[held_out, 0], held_out)
     assert found.chosen.divergence == pytest.approx(expected, rel=1e-3)
 
 

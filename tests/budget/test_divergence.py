@@ -9,7 +9,7 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.tiny import assert_close, ragged_batch, tiny_model
-from token_pruning.budget.divergence import Divergence, divergence_of, neighbours_error
+from token_pruning.budget.divergence import Divergence, Spans, divergence_of, drawn_spans
 from token_pruning.runtime.prune import prunable
 
 SEPARATOR = 4
@@ -87,11 +87,60 @@ def test_embeddings_by_how_texts_rank_each_other() -> None:
     assert Divergence("embedding", ALONE).between(dense, 7 * dense, ALONE)[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_neighbours_by_their_cosines() -> None:
-    dense, pruned = numbers(6, 5)
-    before, after = ([[float(torch.cosine_similarity(a, b, 0)) for b in x] for a in x] for x in (dense, pruned))
-    moved = [(before[i][j] - after[i][j]) ** 2 for i in range(6) for j in range(6) if i != j]  # all five are near
-    assert neighbours_error(dense, pruned) == pytest.approx(sum(moved) / 30, rel=1e-4)
+def test_embeddings_by_how_spans_of_a_text_find_it() -> None:
+    vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    owners = torch.tensor([9, 2, 2, 5, 0, 77, 4])  # text 3 has none, and 77 is not among these texts
+    texts = torch.tensor([0, 9, 2, 3, 4, 5])
+    bad, _ = numbers(6, 5)
+    good = torch.stack([vectors[owners == text].sum(0) if text in owners else bad[3] for text in texts])
+
+    def found(span: Tensor, others: Tensor, own: int) -> float:
+        powers = [math.exp(float(torch.cosine_similarity(span, x, 0)) / 0.05) for x in others]
+        return math.log(powers[own] / sum(powers))
+
+    missed = []
+    for own, text in enumerate(texts):
+        mine = [span for span, owner in zip(vectors, owners, strict=True) if owner == text]
+        each = [found(span, good, own) - found(span, bad, own) for span in mine]
+        missed.append(sum(each) / max(1, len(each)))
+    assert sum(missed) > 0
+    compared = Divergence("embedding", texts, Spans(vectors, owners))
+    ranked = [Divergence("embedding", ALONE)._losses(*pair, ALONE) for pair in ((good, bad), (bad, good))]
+    losses = [a + float(b) / 4 for a, b in zip(missed, ranked[0], strict=True)]
+    mean, error = compared.between(good, bad, texts)
+    assert mean == pytest.approx(sum(losses) / 6, rel=1e-4)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / 5)
+    assert error == pytest.approx(spread / math.sqrt(6), rel=1e-4)
+    assert compared.between(good, 3 * good, texts)[0] == pytest.approx(0, abs=1e-6)
+    # To be found better than before is no gain.
+    assert compared.between(bad, good, texts)[0] == pytest.approx(float(ranked[1].mean()) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_spans_are_of_their_texts_between_the_first_and_the_last_token(left: bool) -> None:
+    lengths = [60, 2, 9, 3, 1, 20]
+    ids = torch.full((6, 60), 7)
+    mask = torch.zeros(6, 60, dtype=torch.long)
+    texts = [[1, *range(100 * row + 10, 100 * row + 8 + length), 2][:length] for row, length in enumerate(lengths)]
+    for row, text in enumerate(texts):
+        columns = slice(60 - len(text), 60) if left else slice(len(text))
+        ids[row, columns], mask[row, columns] = torch.tensor(text), 1
+    rows = torch.tensor([5, 0, 1, 2, 3, 4])
+    drawn = drawn_spans({"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}, rows, 7, seed=1)
+    assert drawn is not None
+    batch, owners = drawn
+    assert owners.tolist() == [row for row in (5, 0, 2, 3) for _ in range(4)]
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for span, valid, row in zip(batch["input_ids"], batch["attention_mask"].bool(), owners.tolist(), strict=True):
+        assert (span[~valid] == 7).all()
+        first, *inside, last = span[valid].tolist()
+        assert (first, last) == (1, 2) and len(inside) == {5: 9, 0: 16, 2: 4, 3: 1}[row]
+        start = texts[row].index(inside[0])
+        assert inside == texts[row][start : start + len(inside)]
+        found.setdefault(row, set()).add(tuple(inside))
+    assert len(found[0]) > 1 and len(found[3]) == 1
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
+    assert drawn_spans({"input_ids": ids, "attention_mask": mask}, torch.tensor([1, 4]), 7, seed=1) is None
 
 
 def test_classes_by_their_probabilities() -> None:

@@ -12,7 +12,7 @@ from tests.budget.test_divergence import queries_and_passages
 from tests.tiny import assert_close, ragged_batch, tiny_model
 from token_pruning.budget import comparison
 from token_pruning.budget.comparison import _divided, likely_divergence
-from token_pruning.budget.fitting import Fit, using
+from token_pruning.budget.fitting import Fit, outputs_in_parts, using
 from token_pruning.budget.rules import first_rules, further_rules, received_rules, spread_rules
 from token_pruning.budget.schedules import schedules
 from token_pruning.runtime.prune import attachment_of
@@ -239,17 +239,18 @@ def test_a_fit_gives_back_the_method_it_was_made_for() -> None:
 @pytest.mark.parametrize("kind", ["mean", "reranker"])
 def test_what_is_said_of_a_candidate_is_what_its_thresholds_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[Any, Any, Tensor, Tensor]] = []
-    own = comparison.Comparison._judged_with_outputs
+    own = comparison.Comparison._judged
 
-    def judge(self: Any, fit: Fit, rows: Tensor, dense: Tensor) -> Any:
-        found, outputs = own(self, fit, rows, dense)
-        again, fresh = own(self, replace(fit, outputs=None), rows, dense)
-        judged.append((found, again, outputs, fresh))
-        return found, outputs
+    def judge(self: Any, fit: Fit, rows: Tensor, dense: Tensor) -> Fit:
+        with using(self.model, fit.pruner):
+            fresh = outputs_in_parts(self.model, self.part(rows))
+        found, again = own(self, fit, rows, dense), own(self, replace(fit, outputs=None), rows, dense)
+        judged.append((found, again, fresh if fit.outputs is None else fit.outputs, fresh))
+        return found
 
-    monkeypatch.setattr(comparison.Comparison, "_judged_with_outputs", judge)
+    monkeypatch.setattr(comparison.Comparison, "_judged", judge)
     calibrated(kind, pairs(24, 0) if kind == "reranker" else texts(80, 0))
-    assert len(judged) > 10
+    assert len(judged) > 10 and any(outputs is not fresh for _, _, outputs, fresh in judged)
     for found, again, outputs, fresh in judged:
         assert_close(outputs, fresh, 1e-6)
         assert found.relative_flops_held_out == pytest.approx(again.relative_flops_held_out)

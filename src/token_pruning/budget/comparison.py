@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from token_pruning.budget.context import can_have_context, fit_context
-from token_pruning.budget.divergence import Divergence, neighbours_error
+from token_pruning.budget.divergence import Divergence, Spans, drawn_spans
 from token_pruning.budget.examples import Batch
 from token_pruning.budget.fitting import (
     CLOSE_ENOUGH,
@@ -58,10 +58,9 @@ _SCREENING_FLOPS = 1.2e11  # of one dense pass over the examples that most rules
 _FEWEST_TOKENS = 2500  # of such a pass, however large the model is
 _FEWEST_GROUPS = 24
 _FITTING_TOKENS = 40_000  # more say no better where a threshold must be
-_FINALISTS, _RANKING_FINALISTS = 4, 6  # queries are fewer than texts, and say less
+_FINALISTS, _RANKING_FINALISTS = 8, 6
 _FITTED = 0.7  # of the examples, for probes, maps and tables; thresholds are chosen on the others, as new texts are
 _PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)  # of the correction
-_MUCH_WORSE = 1.1  # times the least divergence: too few texts for so weak a penalty
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,9 @@ class Comparison:
         # A ranking says less than its passages would one by one.
         halves = plan.halves or plan.only_received or divergence.kind == "ranking"
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if halves else _FITTED, seed)
-        self.dense = self._dense(self.held_out)
+        self.dense = self._dense(self.part(self.held_out))
+        if divergence.kind == "embedding":
+            self.divergence = replace(divergence, spans=self._spans())
         self._observed: Observed | None = None
         self._rules: dict[str, Rule] = {}  # that were searched, by their names
         self._dense_fitting: Tensor | None = None
@@ -258,7 +259,7 @@ class Comparison:
         """Rules compared on some examples: their fits by divergence, and the best of the rules."""
         layers, pairs = self.plan.layers, self._pairs
         some = self._some(self.held_out)
-        dense = self._dense(some)
+        dense = self._dense(self.part(some))
         tried: dict[str, tuple[Rule, Fit]] = {}
 
         def compare(rules: Iterable[Rule], what: str) -> Rule | None:
@@ -360,43 +361,36 @@ class Comparison:
 
     def _judged(self, fit: Fit, rows: Tensor, dense: Tensor) -> Fit:
         """With its cost and divergence on examples; where it has outputs, they are of these."""
-        return self._judged_with_outputs(fit, rows, dense)[0]
-
-    def _judged_with_outputs(self, fit: Fit, rows: Tensor, dense: Tensor) -> tuple[Fit, Tensor]:
-        """The same, and what the pruned model gave."""
         outputs, cost = fit.outputs, fit.relative_flops
         if outputs is None:
             with using(self.model, fit.pruner), record(self.model) as trace:
                 outputs = outputs_in_parts(self.model, self.part(rows))
             cost = count_flops(self.model, trace).relative
         divergence, error = self.divergence.between(dense, outputs, self.divergence.groups[rows])
-        judged = replace(fit, relative_flops_held_out=cost, divergence=divergence, divergence_error=error, outputs=None)
-        return judged, outputs
+        return replace(fit, relative_flops_held_out=cost, divergence=divergence, divergence_error=error, outputs=None)
 
-    def _dense(self, rows: Tensor) -> Tensor:
+    def _dense(self, batch: Batch) -> Tensor:
         with using(self.model, Unpruned(max_tokens=self.template.max_tokens, chunks=self.template.chunks)):
-            return outputs_in_parts(self.model, self.part(rows))
+            return outputs_in_parts(self.model, batch)
+
+    def _spans(self) -> Spans | None:
+        padding = getattr(hugging_face_model(self.model).config, "pad_token_id", None) or 0
+        drawn = drawn_spans(self.batch, self.held_out, padding, self.seed)
+        return None if drawn is None else Spans(self._dense(drawn[0]), drawn[1])
 
     def _corrected(self, fit: Fit) -> Fit:
-        """With a correction of the pooled vector, where it brings texts nearer to where they were to each other."""
+        """With the best correction of the pooled vector, where one helps."""
         if self.divergence.kind != "embedding" or not self.plan.corrections:
             return fit
         if self._dense_fitting is None:
-            self._dense_fitting = self._dense(self.fitting)
+            self._dense_fitting = self._dense(self.part(self.fitting))
         with using(self.model, fit.pruner):
             pruned = outputs_in_parts(self.model, self.part(self.fitting))
         # Fitted to what is missing of the dense vectors, so that little data changes little.
         ridge = Ridge()
         ridge.add(pruned, self._dense_fitting - pruned)
-        found = [fit, *(_with_correction(fit, ridge.solve(penalty)) for penalty in _PENALTIES)]
-        judged = [self._judged_with_outputs(each, self.held_out, self.dense) for each in found]
-        most = _MUCH_WORSE * min(likely_divergence(each) for each, _ in judged)
-        _, best = min(
-            (neighbours_error(self.dense, outputs), number)
-            for number, (each, outputs) in enumerate(judged)
-            if likely_divergence(each) <= most
-        )
-        return fit if best == 0 else judged[best][0]
+        corrected = [_with_correction(fit, ridge.solve(penalty)) for penalty in _PENALTIES]
+        return min([fit, *(self._judged(each, self.held_out, self.dense) for each in corrected)], key=likely_divergence)
 
 
 def _with_correction(fit: Fit, missing: Tensor) -> Fit:

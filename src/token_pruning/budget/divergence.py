@@ -1,9 +1,11 @@
 """How much a pruned model's outputs differ from the dense model's, as its users would notice.
 
-Embeddings: how each text ranks the others by cosine. A reranker's scores: the nDCG that each query's passages lose
-against the dense order. Classes: the divergence of their probabilities. Other numbers: squared error ÷ variance.
+Embeddings: how much worse pieces of a text find it among the others, and how each text ranks the others by cosine. A
+reranker's scores: the nDCG that each query's passages lose against the dense order. Classes: the divergence of their
+probabilities. Other numbers: squared error ÷ variance.
 """
 
+import random
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,17 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, normalize
 
-from token_pruning.budget.examples import Batch
+from token_pruning.budget.examples import Batch, as_batch
 from token_pruning.ragged import layout_from_mask, pack
 from token_pruning.runtime.prune import hugging_face_model, reads_of
 from token_pruning.runtime.roles import first_segment
 
-_NEIGHBOURS = 20
+_SPANS, _SPAN_TOKENS = 4, 16  # of a text, and of a span at most; at most half of the text
 _SOFTNESS = 0.05  # of a ranking by cosines
+_RANKED = 0.25  # what it counts how texts rank each other, beside how spans find them
 _FAR = 1e4
 _SMOOTHNESS = 0.5  # of ranks by scores, in their spreads
 
 Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Pieces of texts, each to find its own.
+
+    Attributes:
+        vectors: of the dense model, ``[spans, dim]`` float32.
+        owners: ``[spans]`` int64: the examples that they are of.
+    """
+
+    vectors: Tensor
+    owners: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,10 +47,12 @@ class Divergence:
     Attributes:
         kind: how.
         groups: ``[examples]`` int64: the query that each example belongs to; all different unless it is a ranking.
+        spans: of embedded texts; without them texts are compared by how they rank each other.
     """
 
     kind: Kind
     groups: Tensor
+    spans: Spans | None = None
 
     def between(self, dense: Tensor, pruned: Tensor, groups: Tensor) -> tuple[float, float]:
         """The mean over examples, or queries, and its standard error.
@@ -50,7 +68,11 @@ class Divergence:
 
     def _losses(self, dense: Tensor, pruned: Tensor, groups: Tensor) -> Tensor:
         if self.kind == "embedding":
-            return _neighbours_loss(dense, pruned)
+            ranked = _neighbours_loss(dense, pruned)
+            if self.spans is None:
+                return ranked
+            missed = _finding_loss(dense, pruned, groups, self.spans)
+            return missed * (missed.mean() > 0) + _RANKED * ranked
         if self.kind == "ranking":
             return torch.stack(
                 [_ranking_loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
@@ -79,17 +101,52 @@ def _neighbours_loss(dense: Tensor, pruned: Tensor) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def neighbours_error(dense: Tensor, pruned: Tensor) -> float:
-    """The mean squared change of the cosines of each text and those nearest to it.
+def _finding_loss(dense: Tensor, pruned: Tensor, groups: Tensor, spans: Spans) -> Tensor:
+    """How much worse a text is found among the others by spans of it, ``[texts]``; 0 where it has none.
+
+    The log-probability that a span's softmax of cosines ÷ 0.05 gives its own text, dense, less the same with pruned
+    texts; the mean over a text's spans. What ranks texts as the dense model does, by :func:`_neighbours_loss`, is not
+    always what serves best: of 18 rules for paragraphs at .70 of the FLOPs it took one that loses 1.3 points of
+    nDCG@10, with this one that loses 0.2. Where spans find their texts better than they did, more of it is no gain: of
+    ten rules for STS-B at .74 those that they liked best were the worst.
+    """
+    place = torch.full((int(max(groups.max(), spans.owners.max())) + 1,), -1, device="cpu")
+    place[groups] = torch.arange(len(groups), device="cpu")
+    own = place[spans.owners]
+    queries, own = normalize(spans.vectors[own >= 0], dim=1), own[own >= 0]
+    before, after = (
+        ((queries @ normalize(x, dim=1).T) / _SOFTNESS).log_softmax(1).gather(1, own[:, None])[:, 0].double()
+        for x in (dense, pruned)
+    )
+    losses = torch.zeros(len(groups), dtype=torch.float64, device="cpu").index_add(0, own, before - after)
+    return losses / torch.bincount(own, minlength=len(groups)).clamp(min=1)
+
+
+def drawn_spans(batch: Batch, rows: Tensor, padding: int, seed: int) -> tuple[dict[str, Tensor], Tensor] | None:
+    """Some tokens in a row of texts, each between its text's first and last token, as a batch of their own.
 
     Args:
-        dense: ``[texts, dim]`` float32.
-        pruned: the same of the pruned model.
+        batch: the texts, padded.
+        rows: the texts to draw from.
+        padding: the id of the padding token.
+        seed: of what is drawn.
+
+    Returns:
+        The spans, and whose they are, ``[spans]`` int64; None where no text has more than two tokens.
     """
-    before, after = ((x @ x.T) for x in (normalize(dense, dim=1), normalize(pruned, dim=1)))
-    before.fill_diagonal_(-torch.inf)
-    nearest = before.topk(min(_NEIGHBOURS, len(dense) - 1), dim=1).indices
-    return float((before.gather(1, nearest) - after.gather(1, nearest)).square().mean())
+    rng = random.Random(seed)
+    names = [name for name in ("input_ids", "token_type_ids") if name in batch]
+    found, owners = [], []
+    for row in rows.tolist():
+        places = batch["attention_mask"][row].nonzero()[:, 0]
+        inside = len(places) - 2
+        length = min(_SPAN_TOKENS, (inside + 1) // 2)
+        for _ in range(_SPANS if inside > 0 else 0):
+            start = rng.randint(1, 1 + inside - length)
+            chosen = torch.cat([places[:1], places[start : start + length], places[-1:]])
+            found.append({name: batch[name][row, chosen] for name in names})
+            owners.append(row)
+    return (as_batch(found, padding), torch.tensor(owners, device="cpu")) if found else None
 
 
 def divergence_of(model: Any, batch: Batch) -> Divergence:

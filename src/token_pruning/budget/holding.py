@@ -101,7 +101,8 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
-        """Inside, the model is in evaluation mode, and in autocast if it is trained so."""
+        """Inside, the model is evaluated as it is trained, perhaps in autocast, and its method has what was learned."""
+        attachment_of(model).token_pruner.follow_tensors()
         training = model.training
         model.eval()
         try:

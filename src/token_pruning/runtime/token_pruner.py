@@ -124,7 +124,7 @@ class TokenPruner(nn.Module):
             setting = getattr(pruner, name)
             if setting is not None and not any(tensor is None or tensor.is_meta for tensor in tensors.values()):
                 # Two names of one memory would not go through to other processes.
-                own = {key: tensor.clone() for key, tensor in tensors.items() if tensor is not None}
+                own = {key: tensor.detach().clone() for key, tensor in tensors.items() if tensor is not None}
                 changed[name] = replace(setting, **own)
         if changed:
             self.pruner = replace(pruner, **changed)
