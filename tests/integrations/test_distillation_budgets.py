@@ -49,7 +49,7 @@ def course(model: Any, texts: Any, **changes: Any) -> Course:
 
 def train(found: Course, folder: Path) -> Any:
     trainer = found.trainer(
-        output_dir=str(folder), epochs=2, learning_rate=1e-4, batch_size=16, save_strategy="no", logging_strategy="no"
+        output_dir=str(folder), epochs=3, learning_rate=4e-4, batch_size=16, save_strategy="no", logging_strategy="no"
     )
     return found.train(trainer)
 
