@@ -319,10 +319,10 @@ def test_the_cost_of_other_texts_can_be_held_to_the_budget(folder: Path, capsys:
     assert abs(results(folder)["relative_flops"] - 0.6) > 0.02  # the task's own texts are shorter
 
 
-def write_calibrated(folder: Path, probe: float) -> Tensor:
+def write_calibrated(folder: Path) -> Tensor:
     """CALIBRATED, like CKPT but pruned by a probe; returns its weights."""
     write_checkpoint(folder / "CALIBRATED")  # with a tokenizer
-    weights = torch.cat([torch.linspace(-probe, probe, 32), torch.tensor([0.5])])[None]
+    weights = torch.cat([torch.linspace(-0.05, 0.05, 32), torch.tensor([0.5])])[None]
     model = AutoModelForSequenceClassification.from_pretrained(folder / "CKPT")
     thresholds = [0.0, 0.5] + [0.0] * (model.config.num_hidden_layers - 2)
     pruner = tp.FixedThreshold(thresholds=thresholds, scoring_mode="relative", probes=tp.Probes([2], weights))
@@ -333,7 +333,7 @@ def write_calibrated(folder: Path, probe: float) -> Tensor:
 @pytest.mark.parametrize("budgets", ["0.7", "0.7 0.8"])
 def test_training_goes_on_from_what_calibration_left(folder: Path, budgets: str) -> None:
     """Where tokens leave stays; probes say of the trained states what they said of the dense model's."""
-    before = write_calibrated(folder, 0.05)
+    before = write_calibrated(folder)
     line = "--task SST2 --restore CALIBRATED --teacher CKPT --masking_mode hard --lr 3e-3 --target_flops"
     assert run(f"{line} {budgets}") == 0
     assert results(folder)["relative_flops"] == pytest.approx(0.7, abs=0.06)
@@ -373,7 +373,7 @@ def test_training_goes_on_from_what_calibration_left(folder: Path, budgets: str)
 def test_a_killed_run_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, start: str, holder: type[BudgetHolder], budgets: str, last: int
 ) -> None:
-    write_calibrated(folder, 0.05)
+    write_calibrated(folder)
     fit, seen = holder.fit, []
 
     def fail(self: BudgetHolder, model: Any) -> Any:
