@@ -29,7 +29,7 @@ from token_pruning.budget.fitting import (
 from token_pruning.budget.schedules import Schedule, schedules
 from token_pruning.checks import number, positive_integer
 from token_pruning.errors import ConfigError
-from token_pruning.families import Reads, shape_of
+from token_pruning.families import Reads, padding_id, shape_of
 from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
 from token_pruning.pruners.summary import SummaryTokens
 from token_pruning.runtime.adapters import adapter_of
@@ -145,7 +145,7 @@ def calibrate(
         runs = inner
         if not isinstance(examples, Mapping) and examples and not isinstance(examples[0], Mapping):
             examples = adapter.tokenized(model, examples, whole=max_tokens is not None)
-    batch = _checked_batch(examples, getattr(inner.config, "pad_token_id", None) or 0, max_drop)
+    batch = _checked_batch(examples, padding_id(inner.config), max_drop)
     layers = prunable_layers(model, reads)
     allowed = _allowed_layers(prune_layers, layers)
     _check_schedules(search or (), layers, allowed)

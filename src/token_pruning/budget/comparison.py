@@ -44,7 +44,7 @@ from token_pruning.budget.vocabulary import token_ids
 from token_pruning.engine.compiled import native_encoder
 from token_pruning.engine.native import NativeEncoder
 from token_pruning.errors import ConfigError
-from token_pruning.families import Family, Reads
+from token_pruning.families import Family, Reads, padding_id
 from token_pruning.pruners import Correction, FixedThreshold, Unpruned, VocabularyGate
 from token_pruning.pruners.fitted import Departed
 from token_pruning.ragged import PackedTokens
@@ -374,7 +374,7 @@ class Comparison:
             return outputs_in_parts(self.model, batch)
 
     def _spans(self) -> Spans | None:
-        padding = getattr(hugging_face_model(self.model).config, "pad_token_id", None) or 0
+        padding = padding_id(hugging_face_model(self.model).config)
         drawn = drawn_spans(self.batch, self.held_out, padding, self.seed)
         return None if drawn is None else Spans(self._dense(drawn[0]), drawn[1])
 

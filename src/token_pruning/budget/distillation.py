@@ -21,6 +21,7 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import check_target, outputs_in_parts
 from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError, UnsupportedModelError
+from token_pruning.families import padding_id
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.flops import count_flops
@@ -174,7 +175,7 @@ class Course:
         if not isinstance(pruner, FixedThreshold) or pruner.learned or not pruner.stores_thresholds:
             raise ConfigError(f"the model is pruned by {pruner!r}; what calibrate leaves can hold a budget")
         whole = pruner.max_tokens is not None
-        self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), inner.config.pad_token_id or 0)
+        self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), padding_id(inner.config))
         if pruner.budgets:
             goal = pruner.budgets[0].relative_flops
             set_budget(inner, goal)

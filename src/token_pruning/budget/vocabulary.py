@@ -13,6 +13,7 @@ from torch import Tensor
 
 from token_pruning.budget.examples import Examples, as_batch, as_rows
 from token_pruning.errors import ConfigError
+from token_pruning.families import padding_id
 from token_pruning.pruners import VocabularyGate
 from token_pruning.runtime.prune import is_pruned, prunable, record
 
@@ -52,7 +53,7 @@ def vocabulary_gate(model: Any, examples: Examples, keep_rate: float = 1.0) -> V
     ordered = sorted(rows, key=lambda example: len(example["input_ids"]))
     with torch.inference_mode(), prunable(model):
         for start in range(0, len(ordered), _BATCH_SIZE):
-            batch = as_batch(ordered[start : start + _BATCH_SIZE], getattr(model.config, "pad_token_id", None) or 0)
+            batch = as_batch(ordered[start : start + _BATCH_SIZE], padding_id(model.config))
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
             with record(model) as trace:
                 model(**inputs)

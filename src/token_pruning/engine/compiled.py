@@ -25,7 +25,7 @@ from token_pruning.engine.library import (
 )
 from token_pruning.engine.native import NativeEncoder, why_bfloat16
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.families import Family, Reads, family_of
+from token_pruning.families import Family, Reads, family_of, padding_id
 from token_pruning.families.intact import foreign_to_native, not_plain, refuse_foreign
 from token_pruning.pruners import Unpruned
 from token_pruning.ragged import Layout, PackedTokens, layout_from_mask
@@ -218,7 +218,7 @@ class Engine:
         name = type(model).__name__
         self._needs_padding = name.endswith("ForMultipleChoice")
         self._pools = model is not base and not self._one_each and name.endswith(family.first_token_heads)
-        self._padding = getattr(base.config, "pad_token_id", None) or 0
+        self._padding = padding_id(base.config)
         pruner = self.token_pruner.pruner
         natively = 0 in pruner.context_cuts(self.token_pruner.num_layers)
         needs_embeddings = pruner.has_gate and reads != "first" and pruner.departed != "survivors" and not natively

@@ -471,3 +471,8 @@ def shape_of(config: Any) -> ModelShape:
         UnsupportedModelError: see :func:`family_of`.
     """
     return family_of(config).shape(config)
+
+
+def padding_id(config: Any) -> int:
+    """The id to pad a model's batches with, or 0 where its config names none; padding is masked, so any would do."""
+    return getattr(config, "pad_token_id", None) or 0

@@ -30,6 +30,7 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import highest_flops, lowest_flops, prunable_layers
 from token_pruning.checkpoint import Checkpoint, read_checkpoint
 from token_pruning.errors import ConfigError, TokenPruningError
+from token_pruning.families import padding_id
 from token_pruning.lab.data import TaskData
 from token_pruning.lab.files import STAGING_PREFIX
 from token_pruning.lab.sweep.methods import METHODS, Space
@@ -271,7 +272,7 @@ class _Sweep:
         layers = prunable_layers(model)
         if len(features) < FEWEST_EXAMPLES:
             raise ConfigError(f"there are {len(features)} training examples; a sweep needs {FEWEST_EXAMPLES} or more")
-        batch = as_batch(features, model.config.pad_token_id or 0)
+        batch = as_batch(features, padding_id(model.config))
         lowest = {}
         for summary_tokens in SUMMARY_TOKENS:
             pruner = FixedThreshold(final_token_threshold=0, summary_tokens=summary_tokens)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from token_pruning.budget.context import can_have_context, fit_context
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import prunable_layers
 from token_pruning.errors import ConfigError
+from token_pruning.families import padding_id
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.prune import prunable
 
@@ -33,5 +34,5 @@ def with_context(pruner: Pruner, model: Any, features: list[dict[str, Any]], see
             raise ConfigError(f"--context is not for {model.config.model_type!r}: nothing says how its keys turn")
         some = random.Random(seed).sample(features, min(len(features), _EXAMPLES))
         layers = range(1, prunable_layers(model) + 1)
-        context = fit_context(model, as_batch(some, model.config.pad_token_id or 0), layers)
+        context = fit_context(model, as_batch(some, padding_id(model.config)), layers)
     return replace(pruner, context=context)

@@ -20,6 +20,7 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.holding import BudgetHolder
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checkpoint.settings import foreign_errors
+from token_pruning.families import padding_id
 from token_pruning.lab.files import write_json
 from token_pruning.lab.training.budget import (
     HELD_OUT_EXAMPLES,
@@ -158,7 +159,7 @@ def _build(plan: TrainPlan) -> _Built:
     trained_on, holder, batch = features, None, None
     if options.budget is not None:
         trained_on, held_out = fitting_examples(features, options.seed) if texts is None else (features, texts)
-        batch = as_batch(held_out, model.config.pad_token_id or 0)
+        batch = as_batch(held_out, padding_id(model.config))
 
     dense = None
     if plan.pruner is not None:

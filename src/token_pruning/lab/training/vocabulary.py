@@ -7,6 +7,7 @@ from typing import Any
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import default_keep_rate
 from token_pruning.budget.vocabulary import EXAMPLES, describe, token_ids, vocabulary_gate
+from token_pruning.families import padding_id
 from token_pruning.lab.training.budget import HELD_OUT_EXAMPLES
 from token_pruning.lab.training.plan import TrainPlan
 from token_pruning.pruners import Pruner
@@ -47,7 +48,7 @@ def with_vocabulary_gate(
         budget = options.budget
         assert budget is not None
         with prunable(model):
-            batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], model.config.pad_token_id or 0)
+            batch = as_batch((texts or some)[:HELD_OUT_EXAMPLES], padding_id(model.config))
             keep_rate = default_keep_rate(model, batch, budget)
     if keep_rate == 1:
         gate = None if pruner.vocabulary is None or options.elastic else pruner.vocabulary.at(0.0)
