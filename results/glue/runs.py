@@ -1,6 +1,6 @@
 """Every run behind README.md's tables: all-MiniLM-L6-v2, dense, calibrated, and pruned to three budgets five ways.
 
-    python results/glue/runs.py GLUE_FOLDER RUNS_FOLDER [--tasks RTE MRPC] [--seeds 0 1 2] [--methods dense budget …]
+    python results/glue/runs.py GLUE RUNS [--tasks RTE MRPC] [--seeds 0 1 2] [--methods dense budget …] [--budgets 0.35]
 
 Prints each command before it runs it. A run that is complete is skipped; one that was killed continues. Nothing is
 chosen on the development set: recipes were picked on slices of the training sets, thresholds are fitted to held-out
@@ -52,7 +52,9 @@ EXAMPLES = 400
 Commands = Iterator[tuple[str, list[str]]]
 
 
-def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], dtype: str) -> Commands:
+def commands(
+    task: str, seed: int, glue: Path, runs: Path, methods: list[str], dtype: str, budgets: list[str]
+) -> Commands:
     """Names and arguments of ``token-pruning`` for one task and seed, in order."""
     here = runs / task / f"seed{seed}"
     dense = str(here / "dense")
@@ -82,7 +84,8 @@ def commands(task: str, seed: int, glue: Path, runs: Path, methods: list[str], d
     if "ablation" in methods:
         for name, target in CALIBRATED.items():
             yield f"calibrated-all-{name}", [*calibrate(dense, data, seed, target), *summaries, "--no-vocabulary"]
-    for name, target in OURS.items():
+    for name in budgets:
+        target = OURS[name]
         if "budget" in methods:
             yield f"budget-{name}", [*hard, *epochs, *budget, str(target)]
         if "context" in methods:
@@ -197,11 +200,13 @@ def finished(folder: Path, command: str) -> bool:
         return False
 
 
-def run(glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str], dtype: str) -> None:
+def run(
+    glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str], dtype: str, budgets: list[str]
+) -> None:
     """All of them, one after the other."""
     for seed in seeds:
         for task in tasks:
-            for name, arguments in commands(task, seed, glue, runs, methods, dtype):
+            for name, arguments in commands(task, seed, glue, runs, methods, dtype, budgets):
                 folder = runs / task / f"seed{seed}" / name
                 if finished(folder, arguments[0]):
                     continue
@@ -223,5 +228,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of autocast in training")
+    parser.add_argument("--budgets", nargs="+", default=list(OURS), choices=OURS, help="of the methods with a budget")
     given = parser.parse_args()
-    run(given.glue, given.runs, given.tasks, given.seeds, given.methods, given.dtype)
+    run(given.glue, given.runs, given.tasks, given.seeds, given.methods, given.dtype, given.budgets)

@@ -1234,22 +1234,36 @@ static void random_case(const std::vector<Candidate>& all, const std::string& na
     for (int s = 0; s < sequences; s++) {
         std::vector<Model::Row> states, decided;
         std::vector<int> counts;
-        const double margin = model.reference({ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]},
-                                              decisions.from(cu_seqlens[s]), states, counts, decided);
+        const std::vector<int32_t> text(ids.begin() + cu_seqlens[s], ids.begin() + cu_seqlens[s + 1]);
+        const double margin = model.reference(text, decisions.from(cu_seqlens[s]), states, counts, decided);
         const bool sure = method != 1 || margin >= (level.dtype == Dtype::float32 ? 1e-4 : 1e9);
         auto known = [&](int token) { return wanted(token) && (sure || (is_outside(token) && !first_only)); };
-        double worst = 0, squares = 0, count = 0;
-        for (int t = cu_seqlens[s]; t < (first_only ? cu_seqlens[s] + 1 : cu_seqlens[s + 1]); t++)
-            for (int d = 0; known(t) && d < hidden; d++) {
-                const double expected = states[t - cu_seqlens[s]][d];
-                const double difference = std::fabs(found.out[(size_t)(first_only ? s : t) * hidden + d] - expected);
-                worst = difference <= worst ? worst : difference;  // NaN is worse than all
-                squares += expected * expected, count++;
-            }
-        if (count) worst /= 1 + 3 * std::sqrt(squares / count);
+        double count = 0;
+        auto farthest = [&](auto&& value_of) {  // from the reference, in units of its values
+            double worst = 0, squares = 0;
+            count = 0;
+            for (int t = cu_seqlens[s]; t < (first_only ? cu_seqlens[s] + 1 : cu_seqlens[s + 1]); t++)
+                for (int d = 0; known(t) && d < hidden; d++) {
+                    const double expected = states[t - cu_seqlens[s]][d];
+                    const double difference = std::fabs(value_of(t, d) - expected);
+                    worst = difference <= worst ? worst : difference;  // NaN is worse than all
+                    squares += expected * expected, count++;
+                }
+            return count ? worst / (1 + 3 * std::sqrt(squares / count)) : 0.0;
+        };
+        const double worst =
+            farthest([&](int t, int d) { return found.out[(size_t)(first_only ? s : t) * hidden + d]; });
         compared += (long)count;
-        const double allowed = level.dtype == Dtype::float32 ? 1e-3 : level.dtype == Dtype::bfloat16 ? 0.15 : 1.5;
-        check(worst <= allowed, what + ": " + std::to_string(worst));
+        double allowed = level.dtype == Dtype::float32 ? 1e-3 : level.dtype == Dtype::bfloat16 ? 0.15 : 1.5;
+        if (worst > allowed && level.dtype != Dtype::float32) {  // a few random encoders multiply what rounding does
+            Model nudged = model;
+            for (size_t i = 0; i < nudged.word.size(); i++) nudged.word[i] *= i % 3 == 1 ? 1 + 0x1p-8f : 1 - 0x1p-8f;
+            std::vector<Model::Row> moved, other;
+            std::vector<int> as_many;
+            nudged.reference(text, decisions.from(cu_seqlens[s]), moved, as_many, other);
+            allowed += 4 * farthest([&](int t, int d) { return moved[t - cu_seqlens[s]][d]; });
+        }
+        check(worst <= allowed, what + ": " + std::to_string(worst) + " of " + std::to_string(allowed));
         if (!sure) continue;
         for (int t = cu_seqlens[s]; t < cu_seqlens[s + 1]; t++)
             check(found.survived[t] == counts[t - cu_seqlens[s]], what + ": other tokens kept");
