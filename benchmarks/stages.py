@@ -1,10 +1,11 @@
 """Where the engine's time goes, and how near each stage is to what one core can do.
 
-    python benchmarks/stages.py --output results/cpu/MACHINE/stages      (needs g++, and a processor with AMX)
+    python benchmarks/stages.py --output results/cpu/MACHINE/stages      (needs g++, and an x86 processor with AVX2)
 
 RoBERTa-base shape with random weights, one thread, unpruned, sequence classification (the last layer computes first
-tokens only). Rates are against the core's own peaks, which peak.cpp measures before and after: products on AMX tiles or
-AVX-512 registers, and reading 170 MiB. At batch size 1 a product cannot be faster than its weights can be read.
+only). Rates are against the core's own peaks, which peak.cpp measures before and after: products of each dtype by its
+best instructions, and reading 170 MiB. At batch size 1 a product cannot be faster than its weights can be
+read. Where two processors are one core's threads, a busy neighbour halves all of it.
 """
 
 import argparse
@@ -21,13 +22,23 @@ from output import write
 
 import token_pruning as tp
 from token_pruning.engine.library import PARTS
-from token_pruning.engine.machine import cpu_name
+from token_pruning.engine.machine import cpu_flags, cpu_name
 
 TURNS = 7
 CASES = {
     "32 sequences of about 50 tokens": (32, 50),
     "one sequence of 50 tokens": (1, 50),
     "8 × 370 tokens": (8, 370),
+}
+PRODUCTS = {  # by dtype, the best first: peak.cpp's names, and Linux's for what the processor must have
+    "bfloat16": {"AMX_BF16": "amx_bf16", "AVX512_BF16": "avx512_bf16"},
+    "int8": {
+        "AMX_INT8": "amx_int8",
+        "AVX512_VNNI": "avx512_vnni",
+        "AVX_VNNI": "avx_vnni",
+        "AVX2_INT8": "avx2",
+    },
+    "float32": {"AVX512": "avx512f", "AVX2": "avx2"},
 }
 NAMES = {
     "embed": "embeddings",
@@ -42,13 +53,27 @@ NAMES = {
 }
 
 
-def peaks() -> dict[str, float]:
+def kinds() -> dict[str, str]:
+    """What each dtype's products are best done with here, as peak.cpp names it; a dtype without products is missing."""
+    flags = cpu_flags()
+    found = {}
+    for dtype, choices in PRODUCTS.items():
+        possible = [kind for kind, flag in choices.items() if flag in flags]
+        if possible:
+            found[dtype] = possible[0]
+    return found
+
+
+def peaks(best: dict[str, str]) -> dict[str, float]:
+    """GOP/s of each dtype's products, and GB/s ``reading``: the better of two measurements."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "peak"
         source = Path(__file__).with_name("peak.cpp")
-        subprocess.run(["g++", "-O3", "-march=sapphirerapids", "-w", source, "-o", program], check=True)
-        first, second = (json.loads(subprocess.run(program, check=True, capture_output=True).stdout) for _ in range(2))
-    return {name: max(first[name], second[name]) for name in first}
+        subprocess.run(["g++", "-O3", "-mavx2", "-w", source, "-o", program], check=True)
+        command = [program, *best.values()]
+        first, second = (json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(2))
+    names = {**best, "reading": "reading"}
+    return {name: max(first[kind], second[kind]) for name, kind in names.items()}
 
 
 def operations(config: Any, lengths: list[int]) -> dict[str, float]:
@@ -94,21 +119,21 @@ def measure(engine: Any, lengths: list[int]) -> list[float]:
 
 def markdown(result: dict[str, Any]) -> str:
     peak = result["peaks"]
+    rates = ", ".join(f"{dtype} {peak[dtype]:.0f} GOP/s by {kind}" for dtype, kind in result["kinds"].items())
     lines = [
-        f"{result['cpu']}, one thread. Peaks of a core: {peak['bfloat16'] / 1e3:.2f} TFLOP/s bfloat16 and "
-        f"{peak['int8'] / 1e3:.2f} TOP/s int8 on tiles, {peak['float32']:.0f} GFLOP/s float32, reading "
-        f"{peak['reading']:.1f} GB/s. Medians of {TURNS} calls.",
+        f"{result['cpu']}, one thread, medians of {TURNS} calls. Peaks of a core: {rates}; reading "
+        f"{peak['reading']:.1f} GB/s.",
         "",
     ]
     for case in result["cases"]:
         lines += [
             f"### {case['name']}, {case['dtype']}: {case['milliseconds']:.1f} ms",
             "",
-            "| stage | time | GFLOP/s | of the peak | weights read, GB/s | of the peak |",
+            "| stage | time | GOP/s | of the peak | weights read, GB/s | of the peak |",
             "|---|---|---|---|---|---|",
         ]
         for stage in case["stages"]:
-            rate, reading = stage.get("gflops"), stage.get("reading")
+            rate, reading = stage.get("gops"), stage.get("reading")
             lines.append(
                 f"| {NAMES[stage['name']]} | {stage['share']:.1%} "
                 + (f"| {rate:.0f} | {rate / peak[case['dtype']]:.0%} " if rate else "| | ")
@@ -126,9 +151,10 @@ def main() -> None:
     torch.set_num_threads(1)
     config = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514)
     model = transformers.RobertaForSequenceClassification(config).eval()
-    result: dict[str, Any] = {"cpu": cpu_name(), "cases": []}
-    highest = peaks()
-    for dtype in ("bfloat16", "int8", "float32"):
+    best = kinds()
+    result: dict[str, Any] = {"cpu": cpu_name(), "kinds": best, "cases": []}
+    highest = peaks(best)
+    for dtype in best:
         engine = tp.compile(model, dtype, threads=1)
         for name, (sequences, mean) in CASES.items():
             spread = mean // 2 if sequences > 16 else 0
@@ -139,13 +165,13 @@ def main() -> None:
             for stage, took in zip(PARTS, seconds, strict=True):
                 row: dict[str, Any] = {"name": stage, "share": took / sum(seconds)}
                 if stage in work:
-                    row["gflops"] = work[stage] / took / 1e9
+                    row["gops"] = work[stage] / took / 1e9
                 if stage in weights and sequences == 1:
                     row["reading"] = weights[stage] / took / 1e9
                 stages.append(row)
             result["cases"].append({"name": name, "dtype": dtype, "milliseconds": sum(seconds) * 1e3, "stages": stages})
         del engine
-    again = peaks()
+    again = peaks(best)
     result["peaks"] = {name: max(highest[name], again[name]) for name in highest}
     print(markdown(result))
     if arguments.output:

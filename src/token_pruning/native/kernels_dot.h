@@ -392,7 +392,9 @@ static inline void dot_finish(const Product& p, const int32_t* sums, int row, in
             Vec v = to_float((typename T::Sum)load(sums + r * NR + half));
             // The sums times one of the scales could overflow.
             if (is_int8<T>) v = v * (p.row_scale[row + r] * load(w.scale + column + half));
-            store(values + r * NR + half, v + load(w.bias + column + half));
+            v = v + load(w.bias + column + half);
+            if (E == Epilogue::residual && column + half < w.out) v = with_residual(p, v, row + r, column + half);
+            store(values + r * NR + half, v);
         }
     if (activates<E>) activate_rows(values, rows, p.activation);
     for (int r = 0; r < rows; r++)
@@ -404,7 +406,7 @@ static inline void dot_finish(const Product& p, const int32_t* sums, int row, in
                 to_numbers<T>(from, smaller(W, w.out - column - half), 1.0f,
                               (char*)p.out + packed_place<T>(place, row + r, p.rows, depth));
             } else {
-                write<E>(p, load(from), row + r, column + half, place<E>(p, row + r, column + half));
+                write(p, load(from), column + half, place<E>(p, row + r, column + half));
             }
         }
 }
@@ -464,7 +466,7 @@ static constexpr Kernels dot_table(const char* name, const char* description,
     return {name,
             description,
             NR,
-            192,
+            96,  // of int8, float32 numbers wait between the two products of a feed-forward block: in L2, not L3
             false,
             is_int8<T>,
             dot_fits<T>,

@@ -233,17 +233,25 @@ static inline void prefetch_rows(const Product& p, int row, int rows, int column
         }
 }
 
+// W sums of a row, from `column` on, and what is added to them. For all rows of a step before any is stored: a load
+// waits for a store a multiple of 4 KiB away, as if it were the same place, and rows are often that far apart.
+static inline Vec with_residual(const Product& p, Vec v, int row, int column) {
+    const float* other = residual_row(p, row) + column;
+    if (column + W <= p.linear->out) return v + load(other);
+    float values[W] = {};
+    for (int i = 0; column + i < p.linear->out; i++) values[i] = other[i];
+    return v + load(values);
+}
+
 // W finished sums of a row go to `to`, or what there is of them where the output ends; `column` is the first.
-template <Epilogue E>
-static inline void write(const Product& p, Vec v, int row, int column, float* to) {
-    const float* other = E == Epilogue::residual ? residual_row(p, row) + column : nullptr;
+static inline void write(const Product& p, Vec v, int column, float* to) {
     if (column + W <= p.linear->out) {
-        store(to, other ? v + load(other) : v);
+        store(to, v);
         return;
     }
     float values[W];
     store(values, v);
-    for (int i = 0; column + i < p.linear->out; i++) to[i] = values[i] + (other ? other[i] : 0.0f);
+    for (int i = 0; column + i < p.linear->out; i++) to[i] = values[i];
 }
 
 static inline void activate_rows(float* sums, int rows, Activation activation) {
@@ -259,9 +267,12 @@ static inline void activate_rows(float* sums, int rows, Activation activation) {
 template <Epilogue E>
 static inline void finish(const Product& p, float* sums, int row, int rows, int column) {
     if (activates<E>) activate_rows(sums, rows, p.activation);
+    for (int r = 0; E == Epilogue::residual && r < rows; r++)
+        for (int half = 0; half < NR && column + half < p.linear->out; half += W)
+            store(sums + r * NR + half, with_residual(p, load(sums + r * NR + half), row + r, column + half));
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < NR && column + half < p.linear->out; half += W)
-            write<E>(p, load(sums + r * NR + half), row + r, column + half, place<E>(p, row + r, column + half));
+            write(p, load(sums + r * NR + half), column + half, place<E>(p, row + r, column + half));
 }
 
 template <class Weight, Epilogue E>
