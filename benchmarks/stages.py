@@ -126,6 +126,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     for case in result["cases"]:
+        products = {"attend": peak.get("bfloat16", peak["float32"])} if case["dtype"] == "int8" else {}  # not in int8
         lines += [
             f"### {case['name']}, {case['dtype']}: {case['milliseconds']:.1f} ms",
             "",
@@ -136,7 +137,7 @@ def markdown(result: dict[str, Any]) -> str:
             rate, reading = stage.get("gops"), stage.get("reading")
             lines.append(
                 f"| {NAMES[stage['name']]} | {stage['share']:.1%} "
-                + (f"| {rate:.0f} | {rate / peak[case['dtype']]:.0%} " if rate else "| | ")
+                + (f"| {rate:.0f} | {rate / products.get(stage['name'], peak[case['dtype']]):.0%} " if rate else "| | ")
                 + (f"| {reading:.1f} | {reading / peak['reading']:.0%} |" if reading else "| | |")
             )
         lines.append("")
