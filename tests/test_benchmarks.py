@@ -493,3 +493,25 @@ def test_answers_are_found_where_they_stand(tmp_path: Path, monkeypatch: pytest.
     assert task.score(nothing, groups["SQuAD 2.0 F1"]) == task.score(nothing, groups["exact match"]) == 50
     rows, questions = task.cut(20)
     assert {len(row["input_ids"]) for row in rows} == {20} and len(questions[0].offsets) == 20 - questions[0].first - 1
+
+
+def test_stages_are_held_against_the_best_products_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = benchmark("stages", monkeypatch)
+
+    def kinds(*flags: str) -> dict[str, str]:
+        monkeypatch.setattr(stages, "cpu_flags", lambda: frozenset(flags))
+        found: dict[str, str] = stages.kinds()
+        return found
+
+    assert kinds("avx2", "avx_vnni") == {"int8": "AVX_VNNI", "float32": "AVX2"}
+    assert kinds("avx2", "avx512f", "avx512_vnni", "avx512_bf16") == {
+        "bfloat16": "AVX512_BF16",
+        "int8": "AVX512_VNNI",
+        "float32": "AVX512",
+    }
+    rows = [{"name": name, "share": 0.5, "gops": 118.0} for name in ("attend", "up")]
+    case = {"name": "one", "dtype": "int8", "milliseconds": 1.0, "stages": rows}
+    peaks = {"bfloat16": 236.0, "int8": 472.0, "float32": 118.0, "reading": 30.0}
+    text = stages.markdown({"cpu": "a processor", "kinds": kinds("avx2"), "peaks": peaks, "cases": [case]})
+    assert "| attention | 50.0% | 118 | 50% " in text  # which int8 engines do in bfloat16
+    assert "| feed-forward up, GELU | 50.0% | 118 | 25% " in text
