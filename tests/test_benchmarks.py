@@ -145,6 +145,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("name", "flags", "slug"),
     [
         ("AMD EPYC", "avx2 avx512f avx512_vnni avx512_bf16", "amd-epyc-avx512-vnni-bf16"),
+        ("AMD EPYC (Zen 5)", "avx2 avx512f avx512_vnni avx512_bf16", "amd-epyc-zen-5-avx512-vnni-bf16"),
         ("AMD EPYC 7R13 48-Core Processor", "avx avx2", "amd-epyc-7r13-avx2"),
         ("Intel(R) Xeon(R) Processor", "avx2 avx512f avx512_vnni amx_bf16 amx_int8", "intel-xeon-amx"),
         ("Intel(R) Xeon(R) Platinum 8259CL CPU @ 2.50GHz", "avx2 avx512f", "intel-xeon-platinum-8259cl-avx512"),

@@ -149,7 +149,7 @@ static double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)
 
 static void check_product(const Candidate& level, int rows, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
+    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
     const std::string name =
         level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" + std::to_string(out);
     const auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in, 0.1f),
@@ -205,7 +205,7 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     run(Epilogue::activate_store, exchange.data, 1);
     compare("activate_store", exchanged, [&](size_t i) { return gelu(expected[i]); });
     if (!k.quantized) {  // packed rows of the next product, seen through an identity matrix
-        if (k.half && out % 32) return;
+        if (k.whole_panels && out % k.panel) return;
         std::vector<float> identity((size_t)out * out), zero(out);
         for (int i = 0; i < out; i++) identity[(size_t)i * out + i] = 1;
         const Linear next = pack_linear(k, slabs, identity.data(), nullptr, nullptr, out, out);
@@ -239,7 +239,7 @@ enum Pattern { SAME, OPPOSITE, ALTERNATING, RANDOM, PATTERNS };
 
 static void check_exact(const Candidate& level, int rows, int in, int out, Pattern pattern) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
+    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
     const std::string name = level.name() + " whole numbers " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
                              std::to_string(out) + ", pattern " + std::to_string(pattern);
     const float most = level.dtype == Dtype::int8 ? 127 : 7;
@@ -365,13 +365,14 @@ static void check_attention(const Candidate& level, int keys, int queries, int h
     check(worst_sum <= allowed, name + ": received " + std::to_string(worst_sum));
 }
 
-// Rows of a product, as store_float has them: every row in one block of all.
-static std::vector<float> multiplied(const Kernels& k, const Linear& linear, const float* x, int rows) {
+// Rows of a product, as store_float has them: every row in one block of all. x is [rows, in], of bfloat16 if `half`.
+static std::vector<float> multiplied(const Kernels& k, const Linear& linear, const void* x, int rows,
+                                     bool half = false) {
     const int in = linear.in, out = linear.out;
     Exact packed(k.packed_rows_bytes(rows, in)), scratch(k.product_scratch(rows, in, out)), scale(rows * sizeof(float)),
         to((size_t)rows * out * sizeof(float));
     k.enter();
-    k.pack_rows(x, false, in, nullptr, 0, rows, rows, in, packed.data, (float*)scale.data);
+    k.pack_rows(x, half, in, nullptr, 0, rows, rows, in, packed.data, (float*)scale.data);
     k.multiply({&linear, packed.data, (float*)scale.data, rows, 0, panels(k, linear), Epilogue::store_float,
                 Activation::gelu, to.data, (size_t)out, nullptr, nullptr, scratch.data});
     k.leave();
@@ -384,7 +385,7 @@ static bool same_bits(const float* a, const float* b, size_t count) { return std
 // in a row or a weight stays in its row or column, and numbers near the largest and smallest stay finite.
 static void check_tails(const Candidate& level, int rows, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.half && out % 32)) return;
+    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
     const std::string name = level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
                              std::to_string(out) + " of any sizes";
     const bool int8 = level.dtype == Dtype::int8;
@@ -448,7 +449,7 @@ static void check_tails(const Candidate& level, int rows, int in, int out) {
 // Rows as they are packed, seen through an identity matrix: no further from what they were than rounding takes them.
 static void check_rounding(const Candidate& level, int size) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(size, size, 32) || (k.half && size % 32)) return;
+    if (!k.fits(size, size, 32) || (k.whole_panels && size % k.panel)) return;
     const int rows = 3;
     const std::vector<float> x = random_numbers((size_t)rows * size);
     std::vector<float> identity((size_t)size * size);
@@ -468,12 +469,19 @@ static void check_rounding(const Candidate& level, int size) {
         }
     }
     check(good, level.name() + " rounds rows of " + std::to_string(size));
+    if (!k.half) return;
+    std::vector<uint16_t> halves(x.size());
+    std::vector<float> widened(x.size());
+    for (size_t i = 0; i < x.size(); i++) halves[i] = half(x[i]), widened[i] = from_half(halves[i]);
+    const Linear linear = pack_linear(k, slabs, identity.data(), nullptr, nullptr, size, size);
+    check(multiplied(k, linear, halves.data(), rows, true) == multiplied(k, linear, widened.data(), rows),
+          level.name() + " packs rows of " + std::to_string(size) + " bfloat16");
 }
 
 // The largest sums of int8 that may come: all products are the same, and as large as can be.
 static void check_largest_sums(const Candidate& level) {
     const Kernels& k = *level.kernels;
-    const int in = 1 << 17, out = k.half ? 32 : 3;  // tiles write whole panels
+    const int in = 1 << 17, out = k.whole_panels ? k.panel : 3;
     if (level.dtype != Dtype::int8 || !k.fits(in, in, 32)) return;
     for (float sign : {1.0f, -1.0f}) {
         const std::vector<float> x(in, 127.0f), w((size_t)out * in, sign);
@@ -1359,7 +1367,7 @@ static void check_memory_runs_out(const Candidate& level, const Model& model) {
 // What was packed comes out again, and packs to the same bytes.
 static void check_unpacking(const Candidate& level, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (k.half && (out % 32 || !k.fits(in, in, 32))) return;
+    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
     auto w = random_numbers((size_t)out * in), b = random_numbers(out);
     std::fill_n(w.begin(), in, 0.0f);
     if (out > 2) w[in] = std::nanf(""), w[2 * in] = 1e-40f;

@@ -91,10 +91,11 @@ struct Attention {
 struct Kernels {
     const char* level;
     const char* description;
-    int panel;       // columns of a weight panel
-    int chunk_rows;  // rows a thread works on at a time, so that they stay in its second-level cache
-    bool half;       // the exchange type is bfloat16, else float32
-    bool quantized;  // rows carry a scale, and activations are packed in a pass of their own
+    int panel;          // columns of a weight panel
+    int chunk_rows;     // rows a thread works on at a time, so that they stay in its second-level cache
+    bool half;          // the exchange type is bfloat16, else float32
+    bool quantized;     // rows carry a scale, and activations are packed in a pass of their own
+    bool whole_panels;  // products write whole panels of columns: what has others cannot be multiplied
 
     // A matrix that a level cannot hold (tiles need multiples of 32 or 64) goes to the next level.
     bool (*fits)(int hidden, int inner, int head_size);

@@ -77,10 +77,7 @@ static inline void store_half(uint16_t* p, __m512 a, __m512 b) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
-// x·Φ(x) from parabolas has an absolute error of 4e-5 times |x|, an order below bfloat16's.
-typedef NormalTable<2, 50> CoarseNormal;
-
-static inline __m512 activated(const CoarseNormal& table, __m512 x, Activation activation) {
+static inline __m512 activated(const RoughNormal& table, __m512 x, Activation activation) {
     return activation == Activation::gelu ? _mm512_mul_ps(x, table.at(x)) : (__m512)activate((Vec)x, activation);
 }
 
@@ -234,7 +231,7 @@ template <class T, Epilogue E>
 static inline void finish(const Product& p, const float* sums, int panel, int begin, int end) {
     const Linear& w = *p.linear;
     const int column = panel * 32;
-    const CoarseNormal& table = CoarseNormal::get();
+    const RoughNormal& table = RoughNormal::get();
     char* first_row = (char*)p.out;
     if (E == Epilogue::activate_pack) first_row += packed_place(begin, panel, (p.rows + 31) / 32, w.out / 32);
     __m512 bias0 = _mm512_loadu_ps(w.bias + column), bias1 = _mm512_loadu_ps(w.bias + column + 16), scale0, scale1;
@@ -595,6 +592,7 @@ static constexpr Kernels table_of(const char* description, bool quantized) {
             384,
             true,
             quantized,
+            true,
             fits<T>,
             weight_bytes<T>,
             pack_weight<T>,

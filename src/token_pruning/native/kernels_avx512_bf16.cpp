@@ -1,5 +1,5 @@
 // bfloat16 products by AVX-512 BF16; int8 products by AVX-512 VNNI, which all processors with the former have; and
-// attention in bfloat16 for both, between rows of float32.
+// attention in bfloat16 for both. Between the products rows are bfloat16.
 //
 // Attention is that of kernels_vector.h, with pairs of numbers in place of single ones: scores are products of pairs of
 // a head's columns, contexts of pairs of keys. Maxima, exponentials and sums are float32.
@@ -22,23 +22,39 @@ struct Pairs {
             _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
         for (; i < count; i++) to[i] = to_half(x[i]);
     }
+    static void convert(const uint16_t* x, int count, uint16_t* to) {
+        int i = 0;
+        for (; i + NR <= count; i += NR) _mm512_storeu_si512(to + i, _mm512_loadu_si512(x + i));
+        for (; i < count; i++) to[i] = x[i];
+    }
 };
 
 constexpr float LOG2_E = 1.44269504f;  // probabilities are powers of two
 constexpr int HEAD = 64;               // groups of a head in a block of keys
 
+// Where the numbers of two rows are taken from to stand in pairs, a₀ b₀ a₁ b₁ …
+struct alignas(64) PairIndex {
+    uint16_t of_rows[2][NR] = {};  // the lower and the upper half of two vectors
+    uint16_t of_one[NR] = {};      // a vector of W numbers of either row
+    constexpr PairIndex() {
+        for (int i = 0; i < NR; i++) {
+            of_one[i] = (uint16_t)(i / 2 + i % 2 * W);
+            for (int half = 0; half < 2; half++) of_rows[half][i] = (uint16_t)(half * W + i / 2 + i % 2 * NR);
+        }
+    }
+};
+static constexpr PairIndex pair_index;
+
 // Two rows of numbers as one of pairs.
 static inline VecInt paired(Vec first, Vec second) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
-    return (VecInt)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (VecInt)_mm512_permutexvar_epi16(_mm512_load_si512(pair_index.of_one), numbers);
 }
 
 struct Scratch {
     int32_t* keys;           // [blocks of the head][keys][HEAD]
     int32_t* values;         // [head / NR][pairs of keys][NR]
     int32_t* queries;        // [pairs of the head][NR]
-    float* transposed;       // [head, even][NR]
     float* scores;           // [keys, even][NR]
     int32_t* probabilities;  // [pairs of keys][NR]
     int32_t* zero;           // [NR]
@@ -57,13 +73,27 @@ static size_t lay_out(Scratch& s, char* base, int keys, int head_size) {
     s.keys = (int32_t*)take((head_pairs + HEAD - 1) / HEAD * keys * HEAD);
     s.values = (int32_t*)take(round_up(head_size, NR) * key_pairs);
     s.queries = (int32_t*)take(head_pairs * NR);
-    s.transposed = (float*)take(2 * head_pairs * NR);
     s.scores = (float*)take(2 * key_pairs * NR);
     s.probabilities = (int32_t*)take(key_pairs * NR);
     s.zero = (int32_t*)take(NR);
     s.context = (float*)take((size_t)Pairs::rows * NR);
     s.received = (float*)take((size_t)keys * W);
     return at;
+}
+
+// to[pair of columns][NR] of `rows` ≤ NR rows; the others are zero.
+static void transpose_pairs(const uint16_t* from, size_t stride, int rows, int columns, int32_t* to) {
+    for (int d = 0; d < columns; d += NR)
+        for (int half = 0; half < NR; half += W) {
+            Vec x[W];
+            for (int r = 0; r < W; r++) {
+                const __mmask32 there = half + r >= rows ? 0 : columns - d < NR ? (1u << (columns - d)) - 1 : ~0u;
+                x[r] = (Vec)_mm512_maskz_loadu_epi16(there, from + (half + r) * stride + d);
+            }
+            transpose(x);
+            for (int i = 0; i < smaller(W, (columns - d + 1) / 2); i++)
+                store(to + (size_t)(d / 2 + i) * NR + half, (VecInt)x[i]);
+        }
 }
 
 static size_t half_attention_scratch(int keys, int head_size) {
@@ -76,42 +106,28 @@ static void half_attend_with(const Attention& a) {
     const int n = a.keys, size = a.head_size, head_pairs = (size + 1) / 2, key_pairs = (n + 1) / 2;
     Scratch s;
     lay_out(s, (char*)a.scratch, n, size);
-    const float *key = (const float*)a.key, *value = (const float*)a.value;
+    const uint16_t *query = (const uint16_t*)a.query, *key = (const uint16_t*)a.key, *value = (const uint16_t*)a.value;
     for (int d = 0; d < size; d += 2 * HEAD)
         for (int j = 0; j < n; j++)
             to_numbers<Pairs>(key + j * a.stride + d, smaller(2 * HEAD, size - d), 1,
                               s.keys + ((size_t)d / (2 * HEAD) * n + j) * HEAD);
-    for (int j = 0; j < n; j += 2) {
-        const float *even = value + (size_t)j * a.stride, *odd = j + 1 < n ? even + a.stride : nullptr;
-        for (int d = 0; d < size; d += W) {
-            Vec first = Vec{}, second = Vec{};
-            const int columns = smaller(W, size - d);
-            if (columns == W) {
-                first = load(even + d);
-                if (odd) second = load(odd + d);
-            } else {
-                for (int i = 0; i < columns; i++) first[i] = even[d + i], second[i] = odd ? odd[d + i] : 0;
-            }
-            store(s.values + ((size_t)(d / NR) * key_pairs + j / 2) * NR + d % NR, paired(first, second));
+    for (int j = 0; j < n; j += 2)
+        for (int d = 0; d < size; d += NR) {
+            const __mmask32 columns = size - d < NR ? (1u << (size - d)) - 1 : ~0u;
+            const uint16_t* even = value + j * a.stride + d;
+            const __m512i first = _mm512_maskz_loadu_epi16(columns, even);
+            const __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? columns : 0, even + a.stride);
+            for (int half = 0; half < 2; half++)
+                store(s.values + ((size_t)(d / NR) * key_pairs + j / 2) * NR + half * W,
+                      (VecInt)_mm512_permutex2var_epi16(first, _mm512_load_si512(pair_index.of_rows[half]), second));
         }
-        if (size % NR && size % NR <= W)  // the last panel's second half
-            store(s.values + ((size_t)(size / NR) * key_pairs + j / 2) * NR + W, VecInt{});
-    }
     for (int i = 0; i < NR; i++) s.zero[i] = 0;
     for (int j = 0; a.received && j < n; j++) store(s.received + j * W, Vec{});
 
     int begin = 0, end = n;  // the keys that are read, from the first of a pair on
     for (int first = 0; first < a.queries; first += NR) {
         const int count = smaller(NR, a.queries - first);
-        transpose((const float*)a.query + (size_t)first * a.query_stride, a.query_stride, count, size, a.scale,
-                  s.transposed);
-        if (size % 2)
-            for (int half = 0; half < NR; half += W) store(s.transposed + (size_t)size * NR + half, Vec{});
-        for (int d = 0; d < head_pairs; d++)
-            for (int half = 0; half < NR; half += W) {
-                const float* two = s.transposed + (size_t)2 * d * NR + half;
-                store(s.queries + (size_t)d * NR + half, paired(load(two), load(two + NR)));
-            }
+        transpose_pairs(query + (size_t)first * a.query_stride, a.query_stride, count, size, s.queries);
         if (TERMS && a.terms.window >= 0) {
             const int *places = a.terms.key_places, *asking = a.terms.query_places + first;
             while (begin < n && places[begin] < asking[0] - a.terms.window) begin++;
@@ -126,7 +142,17 @@ static void half_attend_with(const Attention& a) {
                     {s.keys + ((size_t)d / HEAD * n + j) * HEAD, s.queries + (size_t)d * NR,
                      smaller(HEAD, head_pairs - d), d ? to : s.zero, d ? (size_t)NR : 0, to, nullptr, 0});
             }
-        if (TERMS) add_terms(a.terms, first, count, begin, end, s.scores);
+        float scale = a.scale;  // of scores
+        if (TERMS) {
+            for (int j = begin; j < end; j++)
+                for (int half = 0; half < NR; half += W) {
+                    float* x = s.scores + (size_t)j * NR + half;
+                    store(x, load(x) * scale);
+                }
+            add_terms(a.terms, first, count, begin, end, s.scores);
+            scale = 1;
+        }
+        const Vec factor = all(scale * LOG2_E);
         float inverse[NR];
         for (int half = 0; half < NR; half += W) {
             float* column = s.scores + half;
@@ -134,11 +160,12 @@ static void half_attend_with(const Attention& a) {
             for (int i = 0; i < W; i++) there[i] = half + i < count ? -1 : 0;
             Vec most = load(column + (size_t)begin * NR), total = Vec{};
             for (int j = begin + 1; j < end; j++) most = maximum(most, load(column + (size_t)j * NR));
+            const Vec top = most * factor;
             auto weight = [&](int key) {  // a NaN that `most` has lost makes the total NaN all the same
                 const Vec x = load(column + (size_t)key * NR);
                 VecInt counts = there;
                 if (TERMS) counts &= x != OUTSIDE;
-                return (Vec)((VecInt)power_of_two((__m512)((x - most) * LOG2_E)) & counts);
+                return (Vec)((VecInt)power_of_two(_mm512_fmsub_ps((__m512)x, (__m512)factor, (__m512)top)) & counts);
             };
             for (int j = begin; j < end; j += 2) {
                 const Vec e0 = weight(j), e1 = j + 1 < end ? weight(j + 1) : Vec{};
@@ -148,9 +175,9 @@ static void half_attend_with(const Attention& a) {
             }
             store(inverse + half, 1.0f / total);
             for (int i = larger(0, count - half); i < W; i++) inverse[half + i] = 0;  // no query is there
-            const Vec factor = load(inverse + half);
+            const Vec share = load(inverse + half);
             for (int j = begin; a.received && j < end; j++)
-                store(s.received + j * W, load(s.received + j * W) + load(column + (size_t)j * NR) * factor);
+                store(s.received + j * W, load(s.received + j * W) + load(column + (size_t)j * NR) * share);
         }
         const int step = even_step(count, Pairs::rows);
         for (int d = 0; d < size; d += NR)
@@ -161,15 +188,11 @@ static void half_attend_with(const Attention& a) {
                                                          (end - begin + 1) / 2, s.zero, 0, (int32_t*)s.context, nullptr,
                                                          0});
                 for (int i = 0; i < rows; i++) {
-                    float* to = (float*)a.context + (size_t)(first + r + i) * a.context_stride + d;
+                    uint16_t* to = (uint16_t*)a.context + (size_t)(first + r + i) * a.context_stride + d;
                     const float* from = s.context + i * NR;
-                    const int columns = smaller(NR, size - d);
-                    if (columns == NR) {
-                        store(to, load(from) * inverse[r + i]);
-                        store(to + W, load(from + W) * inverse[r + i]);
-                    } else {
-                        for (int c = 0; c < columns; c++) to[c] = from[c] * inverse[r + i];
-                    }
+                    const __mmask32 columns = size - d < NR ? (1u << (size - d)) - 1 : ~0u;
+                    const Vec low = load(from) * inverse[r + i], high = load(from + W) * inverse[r + i];
+                    _mm512_mask_storeu_epi16(to, columns, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
                 }
             }
     }
@@ -187,9 +210,9 @@ static void half_attend(const Attention& a) {
 
 const Kernels* avx512_bf16_kernels(Dtype dtype) {
     using namespace avx512_bf16;
-    static const Kernels bfloat16 = dot_table<Pairs>("avx512_bf16", "bfloat16 products and attention by AVX-512 BF16",
-                                                     half_attention_scratch, half_attend);
-    static const Kernels int8 = dot_table<WideQuadruples>(
+    static const Kernels bfloat16 = dot_table<Pairs, uint16_t>(
+        "avx512_bf16", "bfloat16 products and attention by AVX-512 BF16", half_attention_scratch, half_attend);
+    static const Kernels int8 = dot_table<WideQuadruples, uint16_t>(
         "avx512_bf16", "int8 products by AVX-512 VNNI, attention by AVX-512 BF16", half_attention_scratch, half_attend);
     return dtype == Dtype::bfloat16 ? &bfloat16 : dtype == Dtype::int8 ? &int8 : nullptr;
 }

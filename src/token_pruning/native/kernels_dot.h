@@ -299,7 +299,8 @@ static size_t dot_packed_rows_bytes(int rows, int in) {
 constexpr float ROUND = 12582912.0f;  // 1.5·2²³
 
 // to[count] = the lowest bytes of the whole numbers that x · factor + offset rounds to.
-static inline void to_bytes(const float* x, int count, float factor, float offset, uint8_t* to) {
+template <class Source>
+static inline void to_bytes(const Source* x, int count, float factor, float offset, uint8_t* to) {
     const float shift = ROUND + offset;
     int i = 0;
 #if defined(__AVX512F__)
@@ -324,12 +325,22 @@ static inline void to_bytes(const float* x, int count, float factor, float offse
         vst1q_u8(to + i, vuzp1q_u8((uint8x16_t)words[0], (uint8x16_t)words[1]));
     }
 #endif
-    for (; i < count; i++) to[i] = (uint8_t)bits(x[i] * factor + shift);
+    for (; i < count; i++) to[i] = (uint8_t)bits(to_float(x[i]) * factor + shift);
 }
 
-static inline RowScale row_scale(const float* x, int in) {
+template <class Source>
+static inline RowScale row_scale(const Source* x, int in) {
     VecInt most = {};
     int k = 0;
+#if defined(__AVX512BW__)
+    if (sizeof(Source) == 2) {
+        __m512i wide = _mm512_setzero_si512();
+        for (; k + 2 * W <= in; k += 2 * W)
+            wide = _mm512_max_epu16(wide, _mm512_and_si512(_mm512_loadu_si512(x + k), _mm512_set1_epi16(0x7fff)));
+        const __m512i upper = _mm512_and_si512(wide, _mm512_set1_epi32((int)0xffff0000));
+        most = (VecInt)_mm512_max_epi32(upper, _mm512_slli_epi32(wide, 16));
+    }
+#endif
     for (; k + W <= in; k += W) {  // as whole numbers, among which NaN is the largest
         const VecInt v = (VecInt)absolute(load(x + k));
         most = v > most ? v : most;
@@ -340,8 +351,8 @@ static inline RowScale row_scale(const float* x, int in) {
 }
 
 // to[count] = x as numbers of T, with zeros up to a whole group.
-template <class T>
-static inline void to_numbers(const float* x, int count, float factor, void* to) {
+template <class T, class Source>
+static inline void to_numbers(const Source* x, int count, float factor, void* to) {
     typedef typename T::Number Number;
     if constexpr (is_int8<T>)
         to_bytes(x, count, factor, T::offset, (uint8_t*)to);
@@ -350,12 +361,12 @@ static inline void to_numbers(const float* x, int count, float factor, void* to)
     for (int i = count; i % T::group; i++) ((Number*)to)[i] = 0;
 }
 
-template <class T>
-static void dot_pack_rows(const void* source, bool, size_t stride, const int* index, int begin, int end, int rows,
-                          int in, void* packed, float* row_scales) {
+template <class T, class Source>
+static void pack_rows_of(const Source* source, size_t stride, const int* index, int begin, int end, int rows, int in,
+                         void* packed, float* row_scales) {
     const int groups = groups_of<T>(in), columns = dot_depth(groups) * T::group;
     for (int r = begin; r < end; r++) {
-        const float* x = (const float*)source + (size_t)(index ? index[r] : r) * stride;
+        const Source* x = source + (size_t)(index ? index[r] : r) * stride;
         float factor = 1;
         if (is_int8<T>) {
             const RowScale row = row_scale(x, in);
@@ -376,42 +387,68 @@ static void dot_pack_rows(const void* source, bool, size_t stride, const int* in
     }
 }
 
+template <class T, class Exchange>
+static void dot_pack_rows(const void* source, bool half, size_t stride, const int* index, int begin, int end, int rows,
+                          int in, void* packed, float* row_scales) {
+    if (sizeof(Exchange) == 2 && half)
+        pack_rows_of<T>((const Exchange*)source, stride, index, begin, end, rows, in, packed, row_scales);
+    else
+        pack_rows_of<T>((const float*)source, stride, index, begin, end, rows, in, packed, row_scales);
+}
+
 // Sums that wait between blocks.
 template <class T>
 static size_t dot_scratch(int rows, int in, int) {
     return groups_of<T>(in) > DOT_DEPTH ? round_up(rows, together<T>) * NR * sizeof(int32_t) : 0;
 }
 
-// What happens to a panel's sums of some rows.
-template <class T, Epilogue E>
-static inline void dot_finish(const Product& p, const int32_t* sums, int row, int rows, int column) {
-    const Linear& w = *p.linear;  // bias and scale are padded to whole panels
-    alignas(64) float values[T::rows * NR];
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < NR; half += W) {
-            Vec v = to_float((typename T::Sum)load(sums + r * NR + half));
-            // The sums times one of the scales could overflow.
-            if (is_int8<T>) v = v * (p.row_scale[row + r] * load(w.scale + column + half));
-            v = v + load(w.bias + column + half);
-            if (E == Epilogue::residual && column + half < w.out) v = with_residual(p, v, row + r, column + half);
-            store(values + r * NR + half, v);
+// Finished sums of a row go where they belong, as Numbers.
+template <class T, Epilogue E, class Number>
+static inline void dot_write(const Product& p, Vec first, Vec second, int row, int column) {
+    if constexpr (E == Epilogue::activate_pack) {
+        static_assert(together<T> == 1 || T::group == W);
+        const Vec both[] = {first, second};
+        for (int half = 0; half < NR && column + half < p.linear->out; half += W) {
+            alignas(64) float values[W];
+            store(values, both[half / W]);
+            const int depth = dot_depth(groups_of<T>(p.linear->out));
+            to_numbers<T>(values, smaller(W, p.linear->out - column - half), 1.0f,
+                          (char*)p.out + packed_place<T>((column + half) / T::group, row, p.rows, depth));
         }
-    if (activates<E>) activate_rows(values, rows, p.activation);
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < NR && column + half < w.out; half += W) {
-            const float* from = values + r * NR + half;
-            if constexpr (E == Epilogue::activate_pack) {
-                static_assert(together<T> == 1 || T::group == W);
-                const int place = (column + half) / T::group, depth = dot_depth(groups_of<T>(w.out));
-                to_numbers<T>(from, smaller(W, w.out - column - half), 1.0f,
-                              (char*)p.out + packed_place<T>(place, row + r, p.rows, depth));
-            } else {
-                write(p, load(from), column + half, place<E>(p, row + r, column + half));
-            }
-        }
+    } else {
+        write(p, first, second, column, place<E, Number>(p, row, column));
+    }
 }
 
-template <class T, Epilogue E>
+// What happens to a panel's sums of some rows.
+template <class T, Epilogue E, class Number>
+static inline void dot_finish(const Product& p, const int32_t* sums, int row, int rows, int column) {
+    const Linear& w = *p.linear;  // bias and scale are padded to whole panels
+    auto scaled = [&](int r, int half) {
+        Vec v = to_float((typename T::Sum)load(sums + r * NR + half));
+        // The sums times one of the scales could overflow.
+        if (is_int8<T>) v = v * (p.row_scale[row + r] * load(w.scale + column + half));
+        return v + load(w.bias + column + half);
+    };
+    auto put_rows = [&](auto activate) {
+        for (int r = 0; r < rows; r++)
+            dot_write<T, E, Number>(p, activate(scaled(r, 0)), activate(scaled(r, W)), row + r, column);
+    };
+    if constexpr (E == Epilogue::residual) {
+        alignas(64) float values[T::rows * NR];
+        for (int r = 0; r < rows; r++)
+            for (int half = 0; half < NR; half += W)
+                store(values + r * NR + half, with_residual(p, scaled(r, half), row + r, column + half));
+        for (int r = 0; r < rows; r++)
+            dot_write<T, E, Number>(p, load(values + r * NR), load(values + r * NR + W), row + r, column);
+    } else if constexpr (activates<E>) {
+        with_activation<E == Epilogue::activate_pack || sizeof(Number) == 2>(p.activation, put_rows);
+    } else {
+        put_rows([](Vec v) { return v; });
+    }
+}
+
+template <class T, Epilogue E, class Number = float>
 static void dot_multiply_with(const Product& p) {
     const Linear& w = *p.linear;
     const int groups = groups_of<T>(w.in), depth = dot_depth(groups);
@@ -432,34 +469,35 @@ static void dot_multiply_with(const Product& p) {
             const int lines = (ahead + steps * slots - 1) / (steps * slots);
             for (int r = 0, fetched = 0; r < p.rows; r += step, fetched += slots * lines) {
                 const int rows = smaller(step, p.rows - r);
-                if (last && E != Epilogue::activate_pack) prefetch_rows<E>(p, r, rows, panel * NR);
+                if (last && E != Epilogue::activate_pack) prefetch_rows<E, Number>(p, r, rows, panel * NR);
                 DotTable<T, DOT_DEPTH, 1>::table[(rows - 1) / together<T>](
                     {a + (size_t)r * DOT_DEPTH * group_bytes<T>, block, count, k ? waiting + (size_t)r * NR : first,
                      k ? (size_t)NR : 0, last ? finished : waiting + (size_t)r * NR, next + (size_t)fetched * 64,
                      fetched < ahead ? lines : 0});
-                if (last) dot_finish<T, E>(p, finished, r, rows, panel * NR);
+                if (last) dot_finish<T, E, Number>(p, finished, r, rows, panel * NR);
             }
         }
     }
 }
 
-template <class T>
+template <class T, class Exchange>
 static void dot_multiply(const Product& p) {
     switch (p.epilogue) {
         case Epilogue::store:
+            return dot_multiply_with<T, Epilogue::store, Exchange>(p);
         case Epilogue::store_float:
             return dot_multiply_with<T, Epilogue::store>(p);
         case Epilogue::activate_pack:
             if constexpr (!is_int8<T>) return dot_multiply_with<T, Epilogue::activate_pack>(p);
             return;
         case Epilogue::activate_store:
-            return dot_multiply_with<T, Epilogue::activate_store>(p);
+            return dot_multiply_with<T, Epilogue::activate_store, Exchange>(p);
         case Epilogue::residual:
             return dot_multiply_with<T, Epilogue::residual>(p);
     }
 }
 
-template <class T>
+template <class T, class Exchange = float>
 static constexpr Kernels dot_table(const char* name, const char* description,
                                    size_t (*scratch)(int, int) = attention_scratch,
                                    void (*attention)(const Attention&) = attend) {
@@ -467,21 +505,22 @@ static constexpr Kernels dot_table(const char* name, const char* description,
             description,
             NR,
             96,  // of int8, float32 numbers wait between the two products of a feed-forward block: in L2, not L3
-            false,
+            sizeof(Exchange) == 2,
             is_int8<T>,
+            false,
             dot_fits<T>,
             dot_weight_bytes<T>,
             dot_pack_weight<T>,
             dot_unpack_weight<T>,
             dot_packed_rows_bytes<T>,
-            dot_pack_rows<T>,
+            dot_pack_rows<T, Exchange>,
             dot_scratch<T>,
-            dot_multiply<T>,
+            dot_multiply<T, Exchange>,
             scratch,
             attention,
             normalize,
-            rotate<float>,
-            gate<float>,
+            rotate<Exchange>,
+            gate<Exchange>,
             embed,
             nothing,
             nothing};

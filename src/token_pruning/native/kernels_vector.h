@@ -212,11 +212,11 @@ template <Epilogue E>
 static constexpr bool activates = E == Epilogue::activate_pack || E == Epilogue::activate_store;
 
 // Where a row's numbers from `column` on go.
-template <Epilogue E>
-static inline float* place(const Product& p, int row, int column) {
+template <Epilogue E, class Number = float>
+static inline Number* place(const Product& p, int row, int column) {
     if (E == Epilogue::activate_pack)
-        return (float*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
-    return (float*)p.out + (size_t)row * p.out_stride + column;
+        return (Number*)p.out + ((size_t)(column / DEPTH) * p.rows + row) * DEPTH + column % DEPTH;
+    return (Number*)p.out + (size_t)row * p.out_stride + column;
 }
 
 static inline const float* residual_row(const Product& p, int row) {
@@ -224,11 +224,11 @@ static inline const float* residual_row(const Product& p, int row) {
 }
 
 // Where the sums of some rows go, and what is added to them: lines far apart, that would be waited for one by one.
-template <Epilogue E>
+template <Epilogue E, class Number = float>
 static inline void prefetch_rows(const Product& p, int row, int rows, int column) {
     for (int r = row; r < row + rows; r++)
-        for (int line = 0; line < NR; line += 16) {
-            __builtin_prefetch(place<E>(p, r, column + line), 1);
+        for (int line = 0; line < NR; line += 64 / (int)sizeof(Number)) {
+            __builtin_prefetch(place<E, Number>(p, r, column + line), 1);
             if (E == Epilogue::residual) __builtin_prefetch(residual_row(p, r) + column + line);
         }
 }
@@ -244,35 +244,41 @@ static inline Vec with_residual(const Product& p, Vec v, int row, int column) {
 }
 
 // W finished sums of a row go to `to`, or what there is of them where the output ends; `column` is the first.
-static inline void write(const Product& p, Vec v, int column, float* to) {
+template <class Number>
+static inline void write(const Product& p, Vec v, int column, Number* to) {
     if (column + W <= p.linear->out) {
         store(to, v);
         return;
     }
     float values[W];
     store(values, v);
-    for (int i = 0; column + i < p.linear->out; i++) to[i] = values[i];
+    for (int i = 0; column + i < p.linear->out; i++) put(to + i, values[i]);
 }
 
-static inline void activate_rows(float* sums, int rows, Activation activation) {
-    with_activation(activation, [&](auto activate) {
-        for (int i = 0; i < rows * NR; i += NR) {
-            const Vec first = activate(load(sums + i)), second = activate(load(sums + i + W));
-            store(sums + i, first), store(sums + i + W, second);
-        }
-    });
+// The same for NR.
+template <class Number>
+static inline void write(const Product& p, Vec first, Vec second, int column, Number* to) {
+    if (column + NR <= p.linear->out) return store(to, first, second);
+    write(p, first, column, to);
+    if (column + W < p.linear->out) write(p, second, column + W, to + W);
 }
 
 // What happens to a panel's sums of some rows, which begin with the bias.
 template <Epilogue E>
 static inline void finish(const Product& p, float* sums, int row, int rows, int column) {
-    if (activates<E>) activate_rows(sums, rows, p.activation);
     for (int r = 0; E == Epilogue::residual && r < rows; r++)
-        for (int half = 0; half < NR && column + half < p.linear->out; half += W)
+        for (int half = 0; half < NR; half += W)
             store(sums + r * NR + half, with_residual(p, load(sums + r * NR + half), row + r, column + half));
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < NR && column + half < p.linear->out; half += W)
-            write(p, load(sums + r * NR + half), column + half, place<E>(p, row + r, column + half));
+    auto put_rows = [&](auto activate) {
+        for (int r = 0; r < rows; r++) {
+            const float* from = sums + r * NR;
+            write(p, activate(load(from)), activate(load(from + W)), column, place<E>(p, row + r, column));
+        }
+    };
+    if (activates<E>)
+        with_activation(p.activation, put_rows);
+    else
+        put_rows([](Vec v) { return v; });
 }
 
 template <class Weight, Epilogue E>
@@ -510,6 +516,7 @@ static constexpr Kernels table_of(const char* name, const char* description) {
             description,
             NR,
             192,
+            false,
             false,
             false,
             fits,

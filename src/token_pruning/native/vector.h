@@ -73,9 +73,22 @@ static inline uint16_t to_half(float x) {  // to nearest, ties to even
 }
 static inline float to_float(float x) { return x; }
 static inline void store(uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
     float parts[W];
     store(parts, v);
     for (int i = 0; i < W; i++) p[i] = to_half(parts[i]);
+#endif
+}
+// Two vectors side by side.
+static inline void store(float* p, Vec first, Vec second) { store(p, first), store(p + W, second); }
+static inline void store(uint16_t* p, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    store(p, first), store(p + W, second);
+#endif
 }
 static inline void put(float* p, float x) { *p = x; }
 static inline void put(uint16_t* p, float x) { *p = to_half(x); }
@@ -174,9 +187,10 @@ static inline RowScale row_scale_of(int32_t most_bits) {
     if (most_bits >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
     return most >= 1e-35f ? RowScale{most / 127.0f, 127.0f / most} : RowScale{1.0f, 1.0f};
 }
-static inline int32_t most_bits(const float* x, int count) {
+template <class Number>
+static inline int32_t most_bits(const Number* x, int count) {
     int32_t most = 0;
-    for (int k = 0; k < count; k++) most = larger(most, (int32_t)(bits(x[k]) & 0x7fffffff));
+    for (int k = 0; k < count; k++) most = larger(most, (int32_t)(bits(to_float(x[k])) & 0x7fffffff));
     return most;
 }
 // A row of a weight matrix as whole numbers: what its numbers are divided by, and the scale of its sums.
@@ -271,12 +285,19 @@ private:
     }
 };
 
-// x·Φ(x), absolute error 2e-7 times |x|.
-static inline Vec gelu(Vec x) { return x * (Vec)NormalTable<4, 56>::get().at((__m512)x); }
+typedef NormalTable<2, 50> RoughNormal;
+typedef NormalTable<4, 56> ExactNormal;
+
+// x·Φ(x), absolute error 2e-7 times |x|; ROUGH: 4e-5, an order below that of bfloat16.
+template <bool ROUGH>
+static inline Vec gelu(Vec x) {
+    return x * (Vec)(ROUGH ? RoughNormal::get().at((__m512)x) : ExactNormal::get().at((__m512)x));
+}
 
 #else
 
 // x·Φ(x), absolute error 3e-7 times |x|: erf as the quotient of polynomials that Eigen and XLA use, which is ±1 at ±4.
+template <bool>
 static inline Vec gelu(Vec x) {
     const Vec z = minimum(all(4.0f), maximum(all(-4.0f), x * 0.70710678f)), square = z * z;
     Vec p = all(-2.72614225801306e-10f);
@@ -305,12 +326,13 @@ static inline Vec times_sigmoid(Vec x, Vec u) {
 // x·σ(2√(2/π)(x + 0.044715x³)), BERT's original approximation of gelu.
 static inline Vec gelu_tanh(Vec x) { return times_sigmoid(x, x * 1.5957691216f * (x * x * 0.044715f + 1.0f)); }
 
-// use(f) with the activation's f. Around a loop, it keeps f's numbers in registers from vector to vector.
-template <class Use>
+// use(f) with the activation's f, which may be ROUGH where its results become bfloat16. Around a loop, it keeps f's
+// numbers in registers from vector to vector.
+template <bool ROUGH = false, class Use>
 static inline void with_activation(Activation activation, Use use) {
     switch (activation) {
         case Activation::gelu:
-            return use([](Vec x) { return gelu(x); });
+            return use([](Vec x) { return gelu<ROUGH>(x); });
         case Activation::relu:
             return use([](Vec x) { return maximum(Vec{}, x); });
         case Activation::gelu_tanh:
