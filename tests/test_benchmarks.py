@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import token_pruning as tp
-from tests.workspace import WORDS, write_checkpoint
+from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.families import shape_of
 
 pytest.importorskip("scipy")
@@ -118,6 +118,28 @@ def test_a_table_keeps_rows_that_were_not_measured_again(
     assert [each["what"] for each in tables[0]["rows"]] == ["timed together"]
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
     assert "| truncated | 0.50 |" in text and "/data" not in text
+
+
+# benchmarks/int8.py
+
+
+def test_int8_is_scored_on_the_same_examples_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int8 = benchmark("int8", monkeypatch)
+    glue, folder = tmp_path / "glue", write_checkpoint(tmp_path / "model")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    path = write_sst2(glue) / "SST-2" / "dev.tsv"
+    header, *lines = path.read_text(encoding="utf-8").splitlines()
+    texts = [line.split("\t")[0] for line in lines]
+    with torch.inference_mode():
+        answers = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    answers[0] = 1 - answers[0]  # one of them wrong
+    rows = [f"{text}\t{answer}" for text, answer in zip(texts, answers, strict=True)]
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    found, score = int8.classifier(glue, "SST2", folder)
+    wanted = 100 * (1 - 1 / len(texts))
+    assert score(found) == pytest.approx(wanted)
+    assert score(tp.compile(found, "int8", threads=1)) == pytest.approx(wanted, abs=20)
 
 
 # benchmarks/cpu.py
