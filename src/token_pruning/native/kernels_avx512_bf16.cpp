@@ -81,13 +81,16 @@ static size_t lay_out(Scratch& s, char* base, int keys, int head_size) {
     return at;
 }
 
+// The first `count` numbers of a vector, or all.
+static inline __mmask32 first_of(int count) { return count < NR ? (1u << count) - 1 : ~0u; }
+
 // to[pair of columns][NR] of `rows` ≤ NR rows; the others are zero.
 static void transpose_pairs(const uint16_t* from, size_t stride, int rows, int columns, int32_t* to) {
     for (int d = 0; d < columns; d += NR)
         for (int half = 0; half < NR; half += W) {
             Vec x[W];
             for (int r = 0; r < W; r++) {
-                const __mmask32 there = half + r >= rows ? 0 : columns - d < NR ? (1u << (columns - d)) - 1 : ~0u;
+                const __mmask32 there = half + r < rows ? first_of(columns - d) : 0;
                 x[r] = (Vec)_mm512_maskz_loadu_epi16(there, from + (half + r) * stride + d);
             }
             transpose(x);
@@ -113,7 +116,7 @@ static void half_attend_with(const Attention& a) {
                               s.keys + ((size_t)d / (2 * HEAD) * n + j) * HEAD);
     for (int j = 0; j < n; j += 2)
         for (int d = 0; d < size; d += NR) {
-            const __mmask32 columns = size - d < NR ? (1u << (size - d)) - 1 : ~0u;
+            const __mmask32 columns = first_of(size - d);
             const uint16_t* even = value + j * a.stride + d;
             const __m512i first = _mm512_maskz_loadu_epi16(columns, even);
             const __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? columns : 0, even + a.stride);
@@ -190,9 +193,9 @@ static void half_attend_with(const Attention& a) {
                 for (int i = 0; i < rows; i++) {
                     uint16_t* to = (uint16_t*)a.context + (size_t)(first + r + i) * a.context_stride + d;
                     const float* from = s.context + i * NR;
-                    const __mmask32 columns = size - d < NR ? (1u << (size - d)) - 1 : ~0u;
                     const Vec low = load(from) * inverse[r + i], high = load(from + W) * inverse[r + i];
-                    _mm512_mask_storeu_epi16(to, columns, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+                    const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+                    _mm512_mask_storeu_epi16(to, first_of(size - d), numbers);
                 }
             }
     }
