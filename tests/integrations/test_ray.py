@@ -320,12 +320,14 @@ def test_texts_of_64_clients_share_batches(server: Any) -> None:
 
 
 def test_more_requests_than_the_queue_takes_are_refused(server: Any) -> None:
+    wait(lambda: len(replicas(server.process)) == 2, server.process)  # not while Ray replaces one
     suspended = replicas(server.process)
-    with ThreadPoolExecutor(150) as pool:
+    requests = 300  # twice what replicas and queue may hold, and more: Ray counts what waits now and then too late
+    with ThreadPoolExecutor(requests) as pool:
         for each in suspended:
             each.suspend()
         try:
-            asked = [pool.submit(post, server, "/embed", {"inputs": "good cat"}) for _ in range(150)]
+            asked = [pool.submit(post, server, "/embed", {"inputs": "good cat"}) for _ in range(requests)]
             wait(lambda: sum(each.done() for each in asked) >= 1)
             assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
         finally:
