@@ -149,7 +149,7 @@ static double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)
 
 static void check_product(const Candidate& level, int rows, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
+    if (!k.holds(in, out)) return;
     const std::string name =
         level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" + std::to_string(out);
     const auto x = random_numbers((size_t)rows * in), w = random_numbers((size_t)out * in, 0.1f),
@@ -205,7 +205,6 @@ static void check_product(const Candidate& level, int rows, int in, int out) {
     run(Epilogue::activate_store, exchange.data, 1);
     compare("activate_store", exchanged, [&](size_t i) { return gelu(expected[i]); });
     if (!k.quantized) {  // packed rows of the next product, seen through an identity matrix
-        if (k.whole_panels && out % k.panel) return;
         std::vector<float> identity((size_t)out * out), zero(out);
         for (int i = 0; i < out; i++) identity[(size_t)i * out + i] = 1;
         const Linear next = pack_linear(k, slabs, identity.data(), nullptr, nullptr, out, out);
@@ -239,7 +238,7 @@ enum Pattern { SAME, OPPOSITE, ALTERNATING, RANDOM, PATTERNS };
 
 static void check_exact(const Candidate& level, int rows, int in, int out, Pattern pattern) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
+    if (!k.holds(in, out)) return;
     const std::string name = level.name() + " whole numbers " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
                              std::to_string(out) + ", pattern " + std::to_string(pattern);
     const float most = level.dtype == Dtype::int8 ? 127 : 7;
@@ -385,7 +384,7 @@ static bool same_bits(const float* a, const float* b, size_t count) { return std
 // in a row or a weight stays in its row or column, and numbers near the largest and smallest stay finite.
 static void check_tails(const Candidate& level, int rows, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
+    if (!k.holds(in, out)) return;
     const std::string name = level.name() + " " + std::to_string(rows) + "×" + std::to_string(in) + "×" +
                              std::to_string(out) + " of any sizes";
     const bool int8 = level.dtype == Dtype::int8;
@@ -449,7 +448,7 @@ static void check_tails(const Candidate& level, int rows, int in, int out) {
 // Rows as they are packed, seen through an identity matrix: no further from what they were than rounding takes them.
 static void check_rounding(const Candidate& level, int size) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(size, size, 32) || (k.whole_panels && size % k.panel)) return;
+    if (!k.holds(size, size)) return;
     const int rows = 3;
     const std::vector<float> x = random_numbers((size_t)rows * size);
     std::vector<float> identity((size_t)size * size);
@@ -1367,7 +1366,7 @@ static void check_memory_runs_out(const Candidate& level, const Model& model) {
 // What was packed comes out again, and packs to the same bytes.
 static void check_unpacking(const Candidate& level, int in, int out) {
     const Kernels& k = *level.kernels;
-    if (!k.fits(in, in, 32) || (k.whole_panels && out % k.panel)) return;
+    if (!k.holds(in, out)) return;
     auto w = random_numbers((size_t)out * in), b = random_numbers(out);
     std::fill_n(w.begin(), in, 0.0f);
     if (out > 2) w[in] = std::nanf(""), w[2 * in] = 1e-40f;

@@ -391,9 +391,7 @@ TP_EXPORT Head* tp_linear_new(int level, int dtype, const float* weight, const f
     return guarded(
         [&] {
             const Kernels& kernels = required_kernels(level, dtype);
-            require(
-                in > 0 && out > 0 && kernels.fits(in, in, 32) && (!kernels.whole_panels || out % kernels.panel == 0),
-                "this kernel level does not fit these sizes");
+            require(in > 0 && out > 0 && kernels.holds(in, out), "this kernel level does not fit these sizes");
             std::unique_ptr<Head> head(new Head{kernels, Slabs(0), {}});
             head->linear = pack_linear(kernels, head->memory, weight, bias, scale, in, out);
             return head.release();

@@ -127,6 +127,9 @@ struct Kernels {
     // Around a thread's work: AMX tiles have to be configured, and released.
     void (*enter)();
     void (*leave)();
+
+    // Whether a single matrix [out, in] can be multiplied, beyond what an encoder's must be for `fits`.
+    bool holds(int in, int out) const { return fits(in, in, 32) && (!whole_panels || out % panel == 0); }
 };
 
 // Null where the level has nothing of its own for the dtype: the levels below it have.

@@ -73,9 +73,6 @@ static void enter() {
 static void leave() { asm volatile("tilerelease"); }
 
 static inline size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
-static inline void store_half(uint16_t* p, __m512 a, __m512 b) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-}
 
 static inline __m512 activated(const RoughNormal& table, __m512 x, Activation activation) {
     return activation == Activation::gelu ? _mm512_mul_ps(x, table.at(x)) : (__m512)activate((Vec)x, activation);
@@ -184,7 +181,7 @@ static void pack_rows(const void* source, bool half, size_t stride, const int* i
                 } else if (half) {
                     _mm512_store_si512(to, _mm512_loadu_si512(x + (size_t)i * 2));
                 } else {
-                    store_half((uint16_t*)to, load_row(x, false, i), load_row(x, false, i + 16));
+                    store((uint16_t*)to, load_row(x, false, i), load_row(x, false, i + 16));
                 }
             }
         }
@@ -252,13 +249,12 @@ static inline void finish(const Product& p, const float* sums, int panel, int be
         }
         const size_t place = (size_t)r * p.out_stride + column;
         if (E == Epilogue::store) {
-            store_half((uint16_t*)p.out + place, v0, v1);
+            store((uint16_t*)p.out + place, v0, v1);
         } else if (E == Epilogue::activate_store) {
-            store_half((uint16_t*)p.out + place, activated(table, v0, p.activation),
-                       activated(table, v1, p.activation));
+            store((uint16_t*)p.out + place, activated(table, v0, p.activation), activated(table, v1, p.activation));
         } else if (E == Epilogue::activate_pack) {
             char* to = first_row + (r - begin) / 16 * TILE + (r - begin) % 16 * 64;
-            store_half((uint16_t*)to, activated(table, v0, p.activation), activated(table, v1, p.activation));
+            store((uint16_t*)to, activated(table, v0, p.activation), activated(table, v1, p.activation));
         } else {
             float* to = (float*)p.out + place;
             if (E == Epilogue::residual) {
@@ -354,17 +350,7 @@ static inline void transpose(const uint16_t* from, size_t stride, int count, uin
     for (int i = 0; i < 16; i++) _mm512_store_si512(to + i * 32, r[i]);
 }
 
-// Picks from two rows a, b of 32 numbers: a₀ b₀ a₁ b₁ … a₁₅ b₁₅, and a₁₆ b₁₆ … a₃₁ b₃₁.
-struct alignas(64) InterleaveIndex {
-    uint16_t low[32] = {}, high[32] = {};
-    constexpr InterleaveIndex() {
-        for (int i = 0; i < 32; i++) {
-            low[i] = (uint16_t)(i / 2 + (i % 2) * 32);
-            high[i] = (uint16_t)(16 + i / 2 + (i % 2) * 32);
-        }
-    }
-};
-static constexpr InterleaveIndex interleave_index;
+static constexpr InterleaveIndex<32> interleave_index;
 
 struct AttentionScratch {
     int wide;  // keys rounded up to a multiple of 32
@@ -555,7 +541,7 @@ static void attend(const Attention& a) {
                     e1 = _mm512_maskz_mov_ps(j + 16 <= n ? rest : 0, e1);
                 }
                 total = _mm512_add_ps(total, _mm512_add_ps(e0, e1));
-                store_half(p + j, e0, e1);
+                store(p + j, e0, e1);
                 if (a.received) _mm512_storeu_ps(x + j, e0), _mm512_storeu_ps(x + j + 16, e1);
             }
             inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
@@ -578,8 +564,8 @@ static void attend(const Attention& a) {
             uint16_t* to = (uint16_t*)a.context + (size_t)(first + r) * a.context_stride;
             const __m512 factor = _mm512_set1_ps(inverse[r]);
             for (int d = 0; d < size; d += 32)
-                store_half(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), factor),
-                           _mm512_mul_ps(_mm512_loadu_ps(x + d + 16), factor));
+                store(to + d, _mm512_mul_ps(_mm512_loadu_ps(x + d), factor),
+                      _mm512_mul_ps(_mm512_loadu_ps(x + d + 16), factor));
         }
     }
 }

@@ -18,8 +18,7 @@ struct Pairs {
     }
     static void convert(const float* x, int count, uint16_t* to) {
         int i = 0;
-        for (; i + W <= count; i += W)
-            _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+        for (; i + W <= count; i += W) store(to + i, load(x + i));
         for (; i < count; i++) to[i] = to_half(x[i]);
     }
     static void convert(const uint16_t* x, int count, uint16_t* to) {
@@ -32,23 +31,13 @@ struct Pairs {
 constexpr float LOG2_E = 1.44269504f;  // probabilities are powers of two
 constexpr int HEAD = 64;               // groups of a head in a block of keys
 
-// Where the numbers of two rows are taken from to stand in pairs, a₀ b₀ a₁ b₁ …
-struct alignas(64) PairIndex {
-    uint16_t of_rows[2][NR] = {};  // the lower and the upper half of two vectors
-    uint16_t of_one[NR] = {};      // a vector of W numbers of either row
-    constexpr PairIndex() {
-        for (int i = 0; i < NR; i++) {
-            of_one[i] = (uint16_t)(i / 2 + i % 2 * W);
-            for (int half = 0; half < 2; half++) of_rows[half][i] = (uint16_t)(half * W + i / 2 + i % 2 * NR);
-        }
-    }
-};
-static constexpr PairIndex pair_index;
+static constexpr InterleaveIndex<NR> of_rows;  // of two vectors, a row each
+static constexpr InterleaveIndex<W> of_one;    // of a vector with W numbers of either row
 
 // Two rows of numbers as one of pairs.
 static inline VecInt paired(Vec first, Vec second) {
     const __m512i numbers = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (VecInt)_mm512_permutexvar_epi16(_mm512_load_si512(pair_index.of_one), numbers);
+    return (VecInt)_mm512_permutexvar_epi16(_mm512_load_si512(of_one.low), numbers);
 }
 
 struct Scratch {
@@ -120,9 +109,9 @@ static void half_attend_with(const Attention& a) {
             const uint16_t* even = value + j * a.stride + d;
             const __m512i first = _mm512_maskz_loadu_epi16(columns, even);
             const __m512i second = _mm512_maskz_loadu_epi16(j + 1 < n ? columns : 0, even + a.stride);
-            for (int half = 0; half < 2; half++)
-                store(s.values + ((size_t)(d / NR) * key_pairs + j / 2) * NR + half * W,
-                      (VecInt)_mm512_permutex2var_epi16(first, _mm512_load_si512(pair_index.of_rows[half]), second));
+            int32_t* to = s.values + ((size_t)(d / NR) * key_pairs + j / 2) * NR;
+            store(to, (VecInt)_mm512_permutex2var_epi16(first, _mm512_load_si512(of_rows.low), second));
+            store(to + W, (VecInt)_mm512_permutex2var_epi16(first, _mm512_load_si512(of_rows.high), second));
         }
     for (int i = 0; i < NR; i++) s.zero[i] = 0;
     for (int j = 0; a.received && j < n; j++) store(s.received + j * W, Vec{});

@@ -239,6 +239,19 @@ static inline __m512 power_of_two(__m512 t) {
     return _mm512_scalef_ps(p, _mm512_sub_ps(t, f));
 }
 
+// For permutations that pick numbers of 16 bits from two rows a, b, the second of which lies APART behind the first:
+// a₀ b₀ a₁ b₁ … a₁₅ b₁₅, and a₁₆ b₁₆ … a₃₁ b₃₁.
+template <int APART>
+struct alignas(64) InterleaveIndex {
+    uint16_t low[32] = {}, high[32] = {};
+    constexpr InterleaveIndex() {
+        for (int i = 0; i < 32; i++) {
+            low[i] = (uint16_t)(i / 2 + (i % 2) * APART);
+            high[i] = (uint16_t)(16 + low[i]);
+        }
+    }
+};
+
 // Φ, the normal distribution function, on [-LIMIT, LIMIT) as 32 polynomials; below it is 0, above 1.
 template <int DEGREE, int LIMIT_TENTHS>
 struct alignas(64) NormalTable {
