@@ -229,6 +229,28 @@ def test_names_are_the_shortest_ends_that_differ(folder: Path) -> None:
     assert [m["name"] for m in found()["checkpoints"]] == ["a/same", "b/same"]
 
 
+def test_a_checkpoint_for_several_budgets_at_each(folder: Path) -> None:
+    table = [
+        {"relative_flops": 0.5, "thresholds": [1.0] * 4},
+        {"relative_flops": 0.9, "thresholds": [0.5] * 4},
+    ]
+    several = {"prune_mode": "absolute_threshold", "thresholds": [1.0] * 4, "scoring_mode": "relative"}
+    write_checkpoint(folder / "ELASTIC", initializer_range=0.5, **several, budgets=table)
+    asked = ["--budgets", "1.0", "0.7"]
+    assert main(["analyze", *LINE.split(), "ELASTIC", "CKPT", *asked, "--names", "mine", "other"]) == 0
+    methods = found()["checkpoints"]
+    assert [m["name"] for m in methods] == ["mine at 1", "mine at 0.7", "other"]
+    assert [m["budget"] for m in methods] == [1.0, 0.7, None]
+    for method, budget in zip(methods, ["1.0", "0.7"], strict=False):
+        line = f"--task SST2 --data-dir glue --bs 4 --restore ELASTIC --budget {budget} --output-dir at"
+        assert main(["eval", *line.split()]) == 0
+        evaluation = json.loads(Path("at/eval_results.json").read_text())
+        assert method["metrics"] == evaluation["metrics"]
+        assert method["relative_flops"] == pytest.approx(evaluation["relative_flops"])
+    assert methods[1]["relative_flops"] < methods[0]["relative_flops"] < 1
+    assert "mine at 0.7" in Path("out/trajectories.html").read_text(encoding="utf-8")
+
+
 def test_the_same_command_writes_the_same_bytes(folder: Path) -> None:
     kept: list[dict[str, bytes]] = []
     for _ in range(2):
@@ -246,6 +268,10 @@ def test_the_same_command_writes_the_same_bytes(folder: Path) -> None:
         (f"{LINE} CKPT ./CKPT", ["--restore", "CKPT", "twice"]),
         (f"{LINE} CKPT --names a b", ["--names", "2", "a, b", "1"]),
         (f"{LINE} CKPT ENCODER --names a a", ["--names", "'a'", "twice"]),
+        (f"{LINE} CKPT --budgets 0.5", ["--budgets", "several", "CKPT"]),
+        (f"{LINE} CKPT ELASTIC --budgets 0.8 0.3", ["--budgets", "0.3", "ELASTIC", "0.5"]),
+        (f"{LINE} ELASTIC --budgets 0.8 0.8", ["--budgets", "0.8", "twice"]),
+        (f"{LINE} ELASTIC --budgets 1.5", ["--budgets", "1.5", "1"]),
         (f"{LINE} CKPT --quantiles 0", ["--quantiles", "0", ">= 1"]),
         (f"{LINE} CKPT --quantiles few", ["--quantiles", "few"]),
         (f"{LINE} CKPT --samples -1", ["--samples", "-1", ">= 0"]),
@@ -265,6 +291,8 @@ def test_the_same_command_writes_the_same_bytes(folder: Path) -> None:
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], line: str, words: list[str]) -> None:
     write_checkpoint(folder / "ENCODER", head="encoder")
     write_checkpoint(folder / "REG", labels=1)
+    table = [{"relative_flops": 0.5, "thresholds": [0.01] * 4}]
+    write_checkpoint(folder / "ELASTIC", **THRESHOLDS | {"thresholds": [0.01] * 4}, budgets=table)
     Path("dev.csv").write_text("sentence,label\ngood,0\nbad,1\n")
     capsys.readouterr()
     try:

@@ -4,9 +4,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from token_pruning.checks import positive_integer, whole_number
+from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
 from token_pruning.lab.options import InferenceOptions, option, output_folder
+
+
+def _budgets(flag: str, values: list[float]) -> None:
+    for value in values:
+        number(flag, value, above=0, high=1)
+        if values.count(value) > 1:
+            raise ConfigError(f"{flag} gives {value:g} twice; every budget is analyzed once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +21,15 @@ class AnalyzeOptions(InferenceOptions):
     """One analysis.
 
     Raises:
-        ConfigError: for a value that is not allowed, a checkpoint twice, or names that do not fit.
+        ConfigError: for a value that is not allowed, a checkpoint or a budget twice, or names that do not fit.
     """
 
     restore: list[str] = option(help="one or more checkpoints", metavar="CKPT")
     names: list[str] | None = option(None, help="what to call them (default: their folders' names)", metavar="NAME")
+    budgets: list[float] | None = option(
+        None, help="of every checkpoint for several budgets: analyze it at each of these, relative FLOPs (default: as "
+        "it was saved)", metavar="F", check=_budgets,
+    )  # fmt: skip
     output_dir: Path = option(help="where to write; an older analysis is replaced", check=output_folder)
     quantiles: int = option(4, help="groups of examples by length (default {default})", check=positive_integer)
     samples: int = option(

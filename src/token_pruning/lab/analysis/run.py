@@ -30,7 +30,8 @@ from token_pruning.lab.quantities import (
 from token_pruning.lab.report.page import load_template
 from token_pruning.lab.training.features import collator
 from token_pruning.lab.training.load import load_split, other_architecture
-from token_pruning.pruners import Pruner, Unpruned
+from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
+from token_pruning.pruners.budgets import at_budget
 from token_pruning.runtime.explanation import explain_tokens
 from token_pruning.runtime.flops import flops_from_lengths
 from token_pruning.runtime.prune import attachment_of
@@ -44,8 +45,8 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
 
     Kim et al. (2022) compare methods by the length of their inputs, by layer, and over single texts. Every checkpoint
     is evaluated on the first validation split, pruned as its ``config.json`` says, dense if it names no
-    ``prune_mode``. Quantiles of length and samples are the first checkpoint's where tokenizers differ. With no samples
-    no text is written anywhere.
+    ``prune_mode``; one for several budgets at each that is asked for. Quantiles of length and samples are the first
+    checkpoint's where tokenizers differ. With no samples no text is written anywhere.
 
     Args:
         options: what to do.
@@ -61,32 +62,42 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
     load_template("trajectories.html")  # says what is missing before minutes of work
     try_folder("--output-dir", options.output_dir)
     checkpoints = [read_checkpoint(path) for path in options.restore]
-    pruners = [_pruner(checkpoint) for checkpoint in checkpoints]
+    pruners = [_pruners(checkpoint, options.budgets) for checkpoint in checkpoints]
+    if options.budgets and all(None in each for each in pruners):
+        raise ConfigError(
+            f"--budgets is for checkpoints for several budgets; {' and '.join(options.restore)} "
+            f"{'is' if len(pruners) == 1 else 'are'} for none or one"
+        )
     data = [load_data(checkpoint) for checkpoint in checkpoints]
     _refuse_two_kinds(options, data)
     task, (split, examples) = data[0].task, next(iter(data[0].validation.items()))
     methods: list[dict[str, Any]] = []
     groups: list[Array] = []
     chosen: list[int] = []
-    for checkpoint, pruner, loaded in zip(checkpoints, pruners, data, strict=True):
-        model, tokenizer, features = load_split(checkpoint, loaded.task, loaded.validation[split], options.max_length)
-        lengths = np.array([len(feature["input_ids"]) for feature in features])
-        groups = groups or quantile_groups(lengths, options.quantiles)
-        chosen = chosen or spread_over_lengths(lengths, options.samples)
-        checkpoint.prune(model, pruner)  # a dense one too: it is packed and recorded then
-        examples.note.say()
-        place = len(methods)
-        method = {
-            "name": options.checkpoint_names()[place],
-            "checkpoint": options.restore[place],
-            "prune_mode": None if isinstance(pruner, Unpruned) else pruner.prune_mode,
-            **_measure(model, tokenizer, features, loaded.task, groups, chosen, options),
-        }
-        methods.append(method)
-        print(
-            f"{method['name']}: {task.best_metric} {method['metrics'][task.best_metric]:.4f}, "
-            f"kept {method['kept_fraction']:.3f}, relative FLOPs {method['relative_flops']:.3f}"
-        )
+    for name, path, checkpoint, budgets, loaded in zip(
+        options.checkpoint_names(), options.restore, checkpoints, pruners, data, strict=True
+    ):
+        for budget, pruner in budgets.items():
+            model, tokenizer, features = load_split(
+                checkpoint, loaded.task, loaded.validation[split], options.max_length
+            )
+            lengths = np.array([len(feature["input_ids"]) for feature in features])
+            groups = groups or quantile_groups(lengths, options.quantiles)
+            chosen = chosen or spread_over_lengths(lengths, options.samples)
+            checkpoint.prune(model, pruner)  # a dense one too: it is packed and recorded then
+            examples.note.say()
+            method = {
+                "name": name if budget is None else f"{name} at {budget:g}",
+                "checkpoint": path,
+                "budget": budget,
+                "prune_mode": None if isinstance(pruner, Unpruned) else pruner.prune_mode,
+                **_measure(model, tokenizer, features, loaded.task, groups, chosen, options),
+            }
+            methods.append(method)
+            print(
+                f"{method['name']}: {task.best_metric} {method['metrics'][task.best_metric]:.4f}, "
+                f"kept {method['kept_fraction']:.3f}, relative FLOPs {method['relative_flops']:.3f}"
+            )
     about = {"command": command, "task": task.name, "split": split, "regression": task.is_regression,
              "metric": task.best_metric, "examples": len(examples), "samples": chosen}  # fmt: skip
     return _write(options, about | _how(options), methods)
@@ -254,9 +265,16 @@ def _shown(
     }
 
 
-def _pruner(checkpoint: Checkpoint) -> Pruner:
+def _pruners(checkpoint: Checkpoint, budgets: Sequence[float] | None) -> dict[float | None, Pruner]:
+    """By budget, what a checkpoint is pruned by; under None as it was saved."""
     if (other := other_architecture(checkpoint)) is not None:
         raise ConfigError(
             f"--restore {checkpoint.path} is {other}; it must be a sequence-classification or regression model"
         )
-    return Unpruned() if checkpoint.config.get("prune_mode") is None else checkpoint.pruner()
+    pruner = Unpruned() if checkpoint.config.get("prune_mode") is None else checkpoint.pruner()
+    if not budgets or not isinstance(pruner, FixedThreshold) or not pruner.budgets:
+        return {None: pruner}
+    lowest = pruner.budgets[0].relative_flops
+    if min(budgets) < lowest:
+        raise ConfigError(f"--budgets gives {min(budgets):g}; the lowest of {checkpoint.path} is {lowest:g}")
+    return {budget: pruner.at(at_budget(pruner.budgets, budget)) for budget in budgets}
