@@ -22,6 +22,7 @@ import token_pruning as tp
 from token_pruning.engine.machine import cpu_name, has_amx
 from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops, relative_flops
+from token_pruning.runtime.prune import hugging_face_model
 
 PLACES = (("FOLDER", "model"), ("KEPT", "calibrated"))  # what a command shows in place of paths
 
@@ -132,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training(parser: argparse.ArgumentParser) -> None:
     """What a measurement of trained models takes besides."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training of distilled models")
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 2], help="that shallow models have")
     parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
     parser.add_argument("--device", default="cpu", help="train and score there; on cuda without an engine")
     parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
@@ -161,6 +163,26 @@ def distilled(
     started = time.perf_counter()
     tp.distill(model.to(arguments.device), task.distillation, target, bf16=arguments.bf16, seed=seed)
     return model, {"training_seconds": time.perf_counter() - started}
+
+
+def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, arguments: argparse.Namespace) -> Any:
+    """A model's first layers, trained to give what all of them give as a distilled model is; nothing is dropped.
+
+    Args:
+        load: gives the dense one.
+        task: with ``distillation``.
+        layers: how many stay.
+        seed: of the training.
+        arguments: with what :func:`add_training` adds.
+    """
+    model = load()
+    inner = hugging_face_model(model).base_model
+    inner.encoder.layer = inner.encoder.layer[:layers]
+    inner.config.num_hidden_layers = layers
+    tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative"))
+    teacher = load().to(arguments.device)
+    tp.distill(model.to(arguments.device), task.distillation, teacher=teacher, bf16=arguments.bf16, seed=seed)
+    return model
 
 
 def fastest(model: Any) -> Any:

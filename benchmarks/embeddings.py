@@ -5,9 +5,9 @@
 
 Quality: STS-B's sentences, questions → paragraphs of SQuAD, and questions → long documents (see tasks.py). Truncation
 is to the length that costs as many FLOPs. Thresholds and everything else are fitted on other texts, without labels; a
-distilled model was then trained, for one pass over more of them, to give the dense vectors. Questions are always
-encoded by the dense model. Intervals are of 2,000 bootstrap samples of pairs or questions, the same for the dense and
-the other model.
+distilled model was then trained, for one pass over more of them, to give the dense vectors; a shallow one is the dense
+model's first layers, trained alike. Questions are always encoded by the dense model. Intervals are of 2,000 bootstrap
+samples of pairs or questions, the same for the dense and the other model.
 
 Speed: all rows take turns in one process (A B C A B C) on the same texts, tokenizing and pooling included. Medians, and
 medians of the passes' ratios. Every row but sentence-transformers as installed has the batch size that was its fastest.
@@ -45,7 +45,7 @@ from token_pruning.lab.data import find_minilm, find_mpnet
 MODELS: dict[str, Callable[[], Any]] = {"all-MiniLM-L6-v2": find_minilm, "all-mpnet-base-v2": find_mpnet}
 TASKS = ("sts", "paragraphs", "long")
 METHODS = ("dense", "truncated", "pruned")
-TRAINED = "distilled"  # takes minutes a row: only where it is asked for
+TRAINED, SHALLOW = "distilled", "shallow"  # these take minutes a row: only where they are asked for
 WINDOW = 256
 BATCH_SIZE = 8
 
@@ -134,6 +134,11 @@ def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int],
         for target, seed in product(arguments.costs, arguments.seeds):
             what = f"distilled to {target} on {len(task.distillation):,} texts, seed {seed}"
             rows.add(what, **distilled(name, task, base, outcome, target, seed, arguments))
+    if SHALLOW in arguments.methods:
+        for layers, seed in product(arguments.layers, arguments.seeds):
+            first = comparison.shallow(lambda: load(name), task, layers, seed, arguments)
+            what = f"first {layers} layers, distilled on {len(task.distillation):,} texts, seed {seed}"
+            rows.add(what, **cells(first, task, base, outcome))
     return table(name, task, rows, arguments)
 
 
@@ -238,7 +243,7 @@ def quality(arguments: argparse.Namespace) -> None:
             if task == "long":
                 found = measure_long(name, read_long(arguments.data), arguments)
             elif task == "sts":
-                others = DISTILLATION_TEXTS if TRAINED in arguments.methods else 0
+                others = DISTILLATION_TEXTS if {TRAINED, SHALLOW} & set(arguments.methods) else 0
                 sentences = read_similarity(arguments.data, max(arguments.calibration), distillation=others)
                 found = measure(name, sentences, arguments.calibration, arguments)
             else:
@@ -298,7 +303,7 @@ def parse_arguments() -> argparse.Namespace:
     comparison.add_arguments(shared)
     first = commands.add_parser("quality", parents=[shared], help="scores beside FLOPs")
     first.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    first.add_argument("--methods", nargs="+", choices=(*METHODS, TRAINED), default=list(METHODS))
+    first.add_argument("--methods", nargs="+", choices=(*METHODS, TRAINED, SHALLOW), default=list(METHODS))
     comparison.add_training(first)
     first.add_argument("--costs", type=float, nargs="+", default=list(COSTS), help="relative FLOPs")
     first.add_argument("--long-costs", type=float, nargs="+", default=[0.6], help="the same for long documents")

@@ -6,10 +6,10 @@
 
 The model is all-MiniLM-L6-v2, fine-tuned for one epoch on 3,600 question × paragraph pairs of eleven SQuAD articles
 (tasks.py, cross_encoder.py). It is measured on questions of the other five, each with its paragraph and nine others of
-the same article. Pruning is calibrated on 120 × 8 pairs of the training articles, without labels. A distilled
-model was also trained, for one pass over other pairs of these articles, to give the dense scores. Truncation is granted
-what pruning has: in the last layer first tokens only. Intervals are of 2,000 bootstrap samples of questions, the same
-for the dense and the other model.
+the same article. Pruning is calibrated on 120 × 8 pairs of the training articles, without labels. A distilled model was
+also trained, for one pass over other pairs of these articles, to give the dense scores; a shallow one is the dense
+model's first layers, trained alike. Truncation is granted what pruning has: in the last layer first tokens only.
+Intervals are of 2,000 bootstrap samples of questions, the same for the dense and the other model.
 
 Speed is of ``rank`` on one query and fifty passages, several queries a pass. All rows take turns in one process, with
 the batch size that was each one's fastest, but for sentence-transformers as installed.
@@ -37,7 +37,7 @@ from tasks import Predict, Reranking, read_reranking
 import token_pruning as tp
 
 METHODS = ("dense", "truncated", "pruned")
-TRAINED = "distilled"  # takes minutes a row: only where it is asked for
+TRAINED, SHALLOW = "distilled", "shallow"  # these take minutes a row: only where they are asked for
 PASSAGES = 50
 JUDGED = 100  # questions that tell whether an engine scores as the dense model does
 
@@ -104,6 +104,12 @@ def quality(arguments: argparse.Namespace) -> None:
         for target, seed in product(arguments.costs, arguments.seeds):
             what = f"distilled to {target} on {len(task.distillation):,} pairs, seed {seed}"
             rows.add(what, **distilled(task, outcome, target, seed, arguments))
+    if SHALLOW in arguments.methods:
+        for layers, seed in product(arguments.layers, arguments.seeds):
+            first = comparison.shallow(lambda: cross_encoder.load(arguments.model), task, layers, seed, arguments)
+            what = f"first {layers} layers, distilled on {len(task.distillation):,} pairs, seed {seed}"
+            measured = cells(first, outcome)
+            rows.add(what, **measured | {"cost": measured["cost"] * layers / config.num_hidden_layers})
     found = comparison.table(
         "MiniLM-L6 cross-encoder, SQuAD",
         f"{len(task.questions)} questions, each with its paragraph and {len(task.passages[0]) - 1} others of the same "
@@ -206,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     comparison.add_arguments(measuring)
     first = commands.add_parser("quality", parents=[shared, measuring], help="scores beside FLOPs")
     first.add_argument("--questions", type=int, default=400, help="to measure on, at most 1,000")
-    first.add_argument("--methods", nargs="+", choices=(*METHODS, TRAINED), default=list(METHODS))
+    first.add_argument("--methods", nargs="+", choices=(*METHODS, TRAINED, SHALLOW), default=list(METHODS))
     comparison.add_training(first)
     first.add_argument("--costs", type=float, nargs="+", default=list(COSTS), help="relative FLOPs")
     second = commands.add_parser("speed", parents=[shared, measuring], help="seconds of rank")

@@ -52,6 +52,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nomic_bert": {"initializer_range": 0.2},
     "xlm-roberta-xl": {"type_vocab_size": 2},
 }  # fmt: skip
+SEVEN_BITS = ("avx2", "avx512")  # kernel levels whose int8 weights have no eighth
+HALF_ROWS = ("avx512_bf16", "amx")  # and those that keep rows in bfloat16 between products
 POSITIONS = 80
 VOCABULARY = 200
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import token_pruning as tp
 from token_pruning.budget.examples import as_batch
@@ -34,11 +35,11 @@ CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
 METHODS = (
     *("dense", "untrained", "budget", "context", "searched", "continued", "topk", "manual", "ltp"),
-    *("short", "ablation", "elastic"),
+    *("short", "ablation", "elastic", "shallow"),
 )
 # "context": ours with what left attended to still, and no summary tokens; "searched": calibrated, whatever wins;
 # "continued": trained from there; "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint
-# for the three lower budgets
+# for the three lower budgets; "shallow": the dense model's first layers, trained alike, nothing dropped
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
@@ -48,6 +49,7 @@ DENSE = {  # what it starts from, learning rate, epochs
 }
 EPOCHS = {"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1}  # of every pruned run; LTP's soft and hard stages share them
 EXAMPLES = 400
+SHALLOW = {"0.50": 3, "0.35": 2}  # layers of six
 
 Commands = Iterator[tuple[str, list[str]]]
 
@@ -92,6 +94,9 @@ def commands(
             yield f"context-{name}", [*hard, *epochs, *held_on, "--context", "--target-flops", str(target)]
         if "searched" in methods:
             yield f"searched-{name}", calibrate(dense, data, seed, target)
+        if "shallow" in methods and name in SHALLOW:
+            taught = [*epochs, "--teacher", dense, "--masking-mode", "none", "--lr", "1e-4"]
+            yield f"shallow-{name}", ["train", *common, *taught, "--restore", first_layers(dense, SHALLOW[name])]
         if "continued" in methods:
             found = ["--restore", str(here / f"searched-{name}"), "--masking-mode", "hard", "--lr", "1e-4"]
             yield f"continued-{name}", ["train", *common, *found, *epochs, *held_on, "--target-flops", str(target)]
@@ -130,6 +135,15 @@ def commands(
         yield "short-budget-0.50", [*hard, *budget, str(BUDGETS["0.50"])]
         yield "short-topk-0.50", [*hard, *topk(dense, task, texts or glue, BUDGETS["0.50"], keep_all=1)]
         yield "short-manual-0.50", [*hard, *manual(dense, task, texts or glue, BUDGETS["0.50"])]
+
+
+def first_layers(dense: str, count: int) -> str:
+    """A checkpoint of a model's first layers and its head."""
+    folder = Path(f"{dense}-first-{count}")
+    if not folder.exists():
+        AutoModelForSequenceClassification.from_pretrained(dense, num_hidden_layers=count).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    return str(folder)
 
 
 def cost(folder: Path) -> float:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 import token_pruning as tp
 from tests.engine.test_engine import LENGTHS, own_levels, tiled_model
-from tests.tiny import assert_close, ragged_batch
+from tests.tiny import SEVEN_BITS, assert_close, ragged_batch
 from token_pruning.engine.library import KERNELS_VARIABLE
 
 LEVELS = own_levels("int8")
-SEVEN_BITS = ("avx2", "avx512")
 
 
 def weights_of(engine: Any) -> list[tuple[Tensor, Tensor]]:
