@@ -133,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training(parser: argparse.ArgumentParser) -> None:
     """What a measurement of trained models takes besides."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training of distilled models")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of that training")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 2], help="that shallow models have")
     parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
     parser.add_argument("--device", default="cpu", help="train and score there; on cuda without an engine")
@@ -161,8 +162,15 @@ def distilled(
         if kept is not None:
             model.save_pretrained(str(kept))
     started = time.perf_counter()
-    tp.distill(model.to(arguments.device), task.distillation, target, bf16=arguments.bf16, seed=seed)
+    how = {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
+    tp.distill(model.to(arguments.device), task.distillation, target, **how)
     return model, {"training_seconds": time.perf_counter() - started}
+
+
+def training(task: Any, kind: str, seed: int, arguments: argparse.Namespace) -> str:
+    """What a trained model's row says of its training."""
+    passes = "" if arguments.epochs == 1 else f", {arguments.epochs:g} passes"
+    return f"on {len(task.distillation):,} {kind}{passes}, seed {seed}"
 
 
 def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, arguments: argparse.Namespace) -> Any:
@@ -181,7 +189,8 @@ def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, argument
     inner.config.num_hidden_layers = layers
     tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative"))
     teacher = load().to(arguments.device)
-    tp.distill(model.to(arguments.device), task.distillation, teacher=teacher, bf16=arguments.bf16, seed=seed)
+    how = {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
+    tp.distill(model.to(arguments.device), task.distillation, teacher=teacher, **how)
     return model
 
 

@@ -5,9 +5,9 @@
 
 Quality: STS-B's sentences, questions → paragraphs of SQuAD, and questions → long documents (see tasks.py). Truncation
 is to the length that costs as many FLOPs. Thresholds and everything else are fitted on other texts, without labels; a
-distilled model was then trained, for one pass over more of them, to give the dense vectors; a shallow one is the dense
-model's first layers, trained alike. Questions are always encoded by the dense model. Intervals are of 2,000 bootstrap
-samples of pairs or questions, the same for the dense and the other model.
+distilled model was then trained, over more of them, to give the dense vectors; a shallow one is the dense model's first
+layers, trained alike. Questions are always encoded by the dense model. Intervals are of 2,000 bootstrap samples of
+pairs or questions, the same for the dense and the other model.
 
 Speed: all rows take turns in one process (A B C A B C) on the same texts, tokenizing and pooling included. Medians, and
 medians of the passes' ratios. Every row but sentence-transformers as installed has the batch size that was its fastest.
@@ -132,12 +132,12 @@ def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int],
             rows.add(what, **pruned(model, task, base, outcome, calibration=size, target_flops=target))
     if TRAINED in arguments.methods:
         for target, seed in product(arguments.costs, arguments.seeds):
-            what = f"distilled to {target} on {len(task.distillation):,} texts, seed {seed}"
+            what = f"distilled to {target} {comparison.training(task, 'texts', seed, arguments)}"
             rows.add(what, **distilled(name, task, base, outcome, target, seed, arguments))
     if SHALLOW in arguments.methods:
         for layers, seed in product(arguments.layers, arguments.seeds):
             first = comparison.shallow(lambda: load(name), task, layers, seed, arguments)
-            what = f"first {layers} layers, distilled on {len(task.distillation):,} texts, seed {seed}"
+            what = f"first {layers} layers, distilled {comparison.training(task, 'texts', seed, arguments)}"
             rows.add(what, **cells(first, task, base, outcome))
     return table(name, task, rows, arguments)
 

@@ -7,9 +7,9 @@
 The model is all-MiniLM-L6-v2, fine-tuned for one epoch on 3,600 question × paragraph pairs of eleven SQuAD articles
 (tasks.py, cross_encoder.py). It is measured on questions of the other five, each with its paragraph and nine others of
 the same article. Pruning is calibrated on 120 × 8 pairs of the training articles, without labels. A distilled model was
-also trained, for one pass over other pairs of these articles, to give the dense scores; a shallow one is the dense
-model's first layers, trained alike. Truncation is granted what pruning has: in the last layer first tokens only.
-Intervals are of 2,000 bootstrap samples of questions, the same for the dense and the other model.
+also trained, over other pairs of these articles, to give the dense scores; a shallow one is the dense model's first
+layers, trained alike. Truncation is granted what pruning has: in the last layer first tokens only. Intervals are of
+2,000 bootstrap samples of questions, the same for the dense and the other model.
 
 Speed is of ``rank`` on one query and fifty passages, several queries a pass. All rows take turns in one process, with
 the batch size that was each one's fastest, but for sentence-transformers as installed.
@@ -102,12 +102,12 @@ def quality(arguments: argparse.Namespace) -> None:
             rows.add(f"pruned to {target}", **pruned(model, task, outcome, target))
     if TRAINED in arguments.methods:
         for target, seed in product(arguments.costs, arguments.seeds):
-            what = f"distilled to {target} on {len(task.distillation):,} pairs, seed {seed}"
+            what = f"distilled to {target} {comparison.training(task, 'pairs', seed, arguments)}"
             rows.add(what, **distilled(task, outcome, target, seed, arguments))
     if SHALLOW in arguments.methods:
         for layers, seed in product(arguments.layers, arguments.seeds):
             first = comparison.shallow(lambda: cross_encoder.load(arguments.model), task, layers, seed, arguments)
-            what = f"first {layers} layers, distilled on {len(task.distillation):,} pairs, seed {seed}"
+            what = f"first {layers} layers, distilled {comparison.training(task, 'pairs', seed, arguments)}"
             measured = cells(first, outcome)
             rows.add(what, **measured | {"cost": measured["cost"] * layers / config.num_hidden_layers})
     found = comparison.table(

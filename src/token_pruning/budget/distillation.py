@@ -31,7 +31,7 @@ from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pr
 if TYPE_CHECKING:
     from token_pruning.budget.holding import CalibratedHolder
 
-EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 32, 1000
+EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 16, 1000
 WARM_UP = 0.1  # of the steps
 _FAR = 0.03  # from the budget: a gate alone, or one beside few layers that prune, costs what it costs
 

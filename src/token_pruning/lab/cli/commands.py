@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from token_pruning.budget.distillation import EPOCHS, LEARNING_RATE
+from token_pruning.budget.distillation import BATCH_SIZE, EPOCHS, LEARNING_RATE
 from token_pruning.errors import ConfigError
 from token_pruning.lab.analysis.options import AnalyzeOptions
 from token_pruning.lab.cli.parser import (
@@ -247,7 +247,7 @@ def _distill(arguments: argparse.Namespace) -> None:
     others += [(cls, name) for cls in (DataOptions, Pruner) for name in given(arguments, cls)]
     for cls, name in others:
         raise ConfigError(f"{flag_of(cls, name)} is for training on labels; models of sentence-transformers have none")
-    values = {"lr": LEARNING_RATE, "epochs": EPOCHS, **found}
+    values = {"lr": LEARNING_RATE, "epochs": EPOCHS, "batch_size": BATCH_SIZE, **found}
     source = given(arguments, DistillOptions).get("input")
     base = TrainOptions(task=source.stem if source else "", **values)
     distill_folder(build(arguments, DistillOptions, base=base))
