@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import token_pruning as tp
+from tests.integrations.test_sentence_transformers import embedder, texts
+from tests.integrations.test_sentence_transformers import home as home  # a fixture
 from tests.workspace import WORDS, write_checkpoint, write_sst2
 from token_pruning.families import shape_of
 
@@ -91,6 +93,24 @@ def test_truncation_costs_what_shorter_texts_cost(comparison: Any) -> None:
     assert cost == pytest.approx(comparison.flops_of(config, [10, 15, 15]) / whole)
     assert comparison.truncation_cost(config, lengths, 60, first_only=False) == pytest.approx(1)
     assert comparison.truncation_cost(config, lengths, 15, first_only=True) < cost
+
+
+def test_the_first_layers_learn_what_all_of_them_give(home: Path, comparison: Any) -> None:
+    task = Namespace(distillation=texts(120, 12, seed=3))
+    arguments = Namespace(epochs=2.0, bf16=False, device="cpu")
+    dense = embedder(home)
+    first = comparison.shallow(lambda: embedder(home), task, 2, 0, arguments)
+    assert shape_of(first[0].model.config).num_layers == len(first[0].model.encoder.layer) == 2
+    cut = embedder(home)
+    cut[0].model.encoder.layer = cut[0].model.encoder.layer[:2]
+    unseen = texts(20, 12, seed=4)
+    wanted = dense.encode(unseen)
+
+    def cosine(model: Any) -> float:
+        return float((model.encode(unseen) * wanted).sum(1).mean())
+
+    assert cosine(first) > cosine(cut)
+    assert comparison.training(task, "texts", 0, arguments) == "on 120 texts, 2 passes, seed 0"
 
 
 def test_a_table_keeps_rows_that_were_not_measured_again(
