@@ -19,6 +19,7 @@ COLUMNS = {
         "searched": "nothing trained",
         "budget": "trained, summary tokens",
         "context": "trained, context",
+        "states": "and the teacher's states",
         "continued": "calibrated, then trained",
         "shallow": "the first layers, trained",
     },

@@ -35,11 +35,12 @@ CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
 LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
 METHODS = (
     *("dense", "untrained", "budget", "context", "searched", "continued", "topk", "manual", "ltp"),
-    *("short", "ablation", "elastic", "shallow"),
+    *("short", "ablation", "elastic", "shallow", "states"),
 )
 # "context": ours with what left attended to still, and no summary tokens; "searched": calibrated, whatever wins;
 # "continued": trained from there; "ablation": ours with all tokens entering the first layer; "elastic": one checkpoint
-# for the three lower budgets; "shallow": the dense model's first layers, trained alike, nothing dropped
+# for the three lower budgets; "shallow": the dense model's first layers, trained alike, nothing dropped;
+# "states": as "context", the teacher's hidden states learned besides
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
 DENSE = {  # what it starts from, learning rate, epochs
     "STSB": (None, 1e-4, 10),
@@ -92,6 +93,9 @@ def commands(
             yield f"budget-{name}", [*hard, *epochs, *budget, str(target)]
         if "context" in methods:
             yield f"context-{name}", [*hard, *epochs, *held_on, "--context", "--target-flops", str(target)]
+        if "states" in methods:
+            besides = ["--context", "--teacher-states", "1", "--target-flops", str(target)]
+            yield f"states-{name}", [*hard, *epochs, *held_on, *besides]
         if "searched" in methods:
             yield f"searched-{name}", calibrate(dense, data, seed, target)
         if "shallow" in methods and name in SHALLOW:

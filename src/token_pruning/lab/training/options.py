@@ -171,6 +171,10 @@ class TrainOptions(InferenceOptions):
         None, help=f"temperature of both models' probabilities (default {DISTILLATION_TEMPERATURE:g}); not for a "
         "regression", group=_TEACHER, metavar="τ", check=_above_0,
     )  # fmt: skip
+    teacher_states: float | None = option(
+        None, help="masking mode hard: learn the teacher's hidden states of the tokens that stay, too, with this "
+        "weight (1 is usual; a step takes twice as long)", group=_TEACHER, metavar="W", check=_above_0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Check everything that needs no file."""
@@ -182,9 +186,11 @@ class TrainOptions(InferenceOptions):
             raise ConfigError("give either --vocabulary-keep-rate or --vocabulary-threshold")
         self._check_budget()
         if self.teacher is None and (self.target_flops is None or self.no_teacher):
-            for name in ("distillation_weight", "distillation_temperature"):
+            for name in ("distillation_weight", "distillation_temperature", "teacher_states"):
                 if (value := getattr(self, name)) is not None:
                     raise ConfigError(f"{flag(name)} is {value!r}; it applies to training with --teacher")
+        if self.teacher_states is not None and self.masking_mode != "hard":
+            raise ConfigError(f"--teacher-states applies to masking mode hard, not to {self.masking_mode!r}")
         if not self.soft:
             self._check_not_soft()
         elif self.regularization is None and self.target_flops is None:

@@ -94,6 +94,8 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
     data = load_data(start)
     examples = training_examples(data)
     distillation = None if teacher is None else _distillation(teacher, data.task, options)
+    if teacher is not None and options.teacher_states is not None:
+        _check_states(teacher, start, pruner)
     arguments = _training_arguments(options, run_dir, data.task)
     if options.batch_size % arguments.world_size:
         raise ConfigError(
@@ -202,6 +204,18 @@ def _distillation(teacher: Checkpoint, task: Task, options: TrainOptions) -> Dis
             f"--distillation-temperature is {temperature!r}; task {task.name} is a regression, which has none"
         )
     return Distillation(weight)
+
+
+def _check_states(teacher: Checkpoint, start: Checkpoint, pruner: Pruner | None) -> None:
+    """See that every state of the student has one of the teacher's to be held against."""
+    theirs, ours = (shape_of(each.model_config()) for each in (teacher, start))
+    if (theirs.num_layers, theirs.hidden_size) != (ours.num_layers, ours.hidden_size):
+        raise ConfigError(
+            f"--teacher-states needs a teacher of the model's layers and width; {teacher.path} has {theirs.num_layers} "
+            f"layers of {theirs.hidden_size}, {start.path} {ours.num_layers} of {ours.hidden_size}"
+        )
+    if pruner is not None and pruner.max_tokens is not None:
+        raise ConfigError(f"--teacher-states is for whole texts; {start.path} cuts them to max_tokens")
 
 
 def _budget_texts(options: TrainOptions) -> TextExamples | None:

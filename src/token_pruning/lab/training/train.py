@@ -20,6 +20,7 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.holding import BudgetHolder
 from token_pruning.checkpoint import Checkpoint
 from token_pruning.checkpoint.settings import foreign_errors
+from token_pruning.errors import ConfigError
 from token_pruning.families import padding_id
 from token_pruning.lab.files import write_json
 from token_pruning.lab.training.budget import (
@@ -42,9 +43,10 @@ from token_pruning.lab.training.features import (
     shorter,
     tokenize,
 )
-from token_pruning.lab.training.load import load_classifier, load_tokenizer
+from token_pruning.lab.training.load import load_classifier, load_float32, load_tokenizer
 from token_pruning.lab.training.options import TrainOptions
 from token_pruning.lab.training.plan import DataSource, TrainPlan, plan_training
+from token_pruning.lab.training.states import StatesLoss
 from token_pruning.lab.training.trainer import KEPT_CHECKPOINTS, ConsoleCallback, HardSecondHalf, PruningTrainer
 from token_pruning.lab.training.vocabulary import with_vocabulary_gate
 from token_pruning.pruners import FixedThreshold, Unpruned
@@ -204,6 +206,18 @@ def _add_teacher_logits(plan: TrainPlan, built: _Built, teacher: Checkpoint) -> 
         feature["teacher_logits"] = row
 
 
+def _states_loss(plan: TrainPlan, built: _Built) -> StatesLoss | None:
+    weight = plan.options.teacher_states
+    if weight is None or plan.teacher is None:
+        return None
+    if load_tokenizer(plan.teacher).get_vocab() != built.tokenizer.get_vocab():
+        raise ConfigError(
+            f"--teacher-states needs a teacher that reads the same tokens; {plan.teacher.path} has another vocabulary "
+            f"than {plan.start.path}"
+        )
+    return StatesLoss(load_float32(plan.teacher).to(plan.arguments.device), weight)
+
+
 def _trainer(
     plan: TrainPlan, built: _Built, evaluate_splits: EvaluateSplits, callbacks: Sequence[TrainerCallback]
 ) -> PruningTrainer:
@@ -227,6 +241,7 @@ def _trainer(
         regularization=options.regularization,
         budget=controller,
         distillation=plan.distillation,
+        states=_states_loss(plan, built),
         lr_threshold=plan.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
         keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,

@@ -1,7 +1,7 @@
 """The Trainer: the regularized or distilled loss, thresholds with their own learning rate, checkpoints never half."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from token_pruning.lab.training.budget import BudgetController, soft_relative_fl
 from token_pruning.lab.training.distillation import Distillation
 from token_pruning.lab.training.evaluate import EvaluateSplits
 from token_pruning.lab.training.run_dir import RunDir
+from token_pruning.lab.training.states import StatesLoss
 from token_pruning.pruners import Unpruned
 from token_pruning.runtime.prune import attachment_of, freeze_thresholds, is_pruned, record
 from token_pruning.runtime.regularize import regularizer
@@ -82,6 +83,7 @@ class PruningTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         regularization: float | None = None,
         budget: BudgetController | None = None,
         distillation: Distillation | None = None,
+        states: StatesLoss | None = None,
         lr_threshold: float | None = None,
         weight_decay_threshold: float | None = None,
         keep_checkpoints: int | None = KEPT_CHECKPOINTS,
@@ -96,6 +98,7 @@ class PruningTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
             regularization: λ of the soft stage.
             budget: the controller that takes λ's place in the soft stage.
             distillation: how to learn from the examples' ``teacher_logits``; None where they have none.
+            states: how to learn the teacher's hidden states besides; None for not at all.
             lr_threshold: learning rate of the thresholds; the weights' if None.
             weight_decay_threshold: of the thresholds; 0 if None.
             keep_checkpoints: how many checkpoints to keep, None for all.
@@ -106,6 +109,7 @@ class PruningTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
         self.regularization = regularization
         self.budget = budget
         self.distillation = distillation
+        self.states = states
         self.lr_threshold = lr_threshold
         self.weight_decay_threshold = weight_decay_threshold
         self.keep_checkpoints = keep_checkpoints
@@ -125,10 +129,15 @@ class PruningTrainer(WholeCheckpoints, Trainer):  # type: ignore[misc]
     ) -> Any:
         """The task's loss, mixed with the distance to the teacher; in the soft stage plus what keeps tokens few."""
         teacher_logits = inputs.pop("teacher_logits", None)
-        with record(model) if _drops_tokens(model) else nullcontext() as trace:
+        with ExitStack() as stack:
+            trace = stack.enter_context(record(model)) if _drops_tokens(model) else None
+            passes = None if self.states is None else stack.enter_context(self.states.watching(model))
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.distillation is not None:
             loss = self.distillation.mix(loss, outputs["logits"], teacher_logits)
+        if self.states is not None and passes is not None:
+            given = {name: value for name, value in inputs.items() if name != "labels"}
+            loss = loss + self.states.of(passes[-1], given)
         if trace is None:
             return (loss, outputs) if return_outputs else loss
         token_pruner = attachment_of(model).token_pruner
