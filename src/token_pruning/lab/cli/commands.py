@@ -44,7 +44,9 @@ def add_train(commands: Any) -> None:
         "hard (remove tokens and fine-tune). How to prune is read from config.json in the --restore folder: prune_mode "
         "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
         "token_threshold, scoring_mode. A SentenceTransformer or CrossEncoder learns what it gave unpruned, from texts "
-        "without labels (--texts, --target-flops). A killed run continues when the same command is given again.",
+        "without labels (--texts, --target-flops), unless told otherwise with "
+        f"--lr {LEARNING_RATE:g}, --epoch {EPOCHS:g} and --bs {BATCH_SIZE}. "
+        "A killed run continues when the same command is given again.",
     )
     add_alias(parser, "MODEL", TrainOptions, "restore", help="the same as --restore")
     add_options(parser, DataOptions)
