@@ -14,12 +14,11 @@ from token_pruning.runtime.prune import attachment_of, prune
 
 
 class StatesLoss:
-    """How far a pruned model's states are from its teacher's, as TinyBERT learns them (Jiao et al. 2020, arXiv
-    1909.10351, section 3.1), without a projection: the mean over layers of the squared difference, relative to the
-    variance of the teacher's states.
+    """How far the states of the tokens that stay are from the teacher's.
 
-    Of the tokens that stay after a layer. A last layer that computes first tokens only is left out: what these say is
-    in the logits.
+    The mean over layers of the squared difference, relative to the variance of the teacher's states: what TinyBERT
+    learns (Jiao et al. 2020, arXiv 1909.10351, section 3.1), without a projection. A last layer that computes first
+    tokens only is left out: what these say is in the logits.
     """
 
     def __init__(self, teacher: Any, weight: float) -> None:
