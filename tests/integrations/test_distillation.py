@@ -99,6 +99,16 @@ def test_a_calibrated_model_keeps_its_cost_and_its_dropout(home: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("rate", [2e-4, 0.5])
+def test_training_that_does_harm_says_so(rate: float, home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = tp.distill(embedder(home), TEXTS, 0.6, epochs=2, **SHORT | {"learning_rate": rate})
+    harmed = found.divergence > found.divergence_before
+    assert harmed is (rate == 0.5)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == harmed
+    assert all(f"{found.divergence:.4f}" in each and f"{found.divergence_before:.4f}" in each for each in said)
+
+
 def test_maps_and_corrections_learn(home: Path) -> None:
     model = embedder(home)
     weights = torch.randn(1, 32, 33) * 0.1

@@ -5,6 +5,7 @@ For models of sentence-transformers, whose task is a vector or a ranking. Classi
 """
 
 import copy
+import logging
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,8 @@ from token_pruning.runtime.prune import attachment_of, hugging_face_model, is_pr
 
 if TYPE_CHECKING:
     from token_pruning.budget.holding import CalibratedHolder
+
+logger = logging.getLogger(__name__)
 
 EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 16, 1000
 WARM_UP = 0.1  # of the steps
@@ -97,7 +100,7 @@ def distill(
         progress: whether to show progress bars; on a terminal unless given.
 
     Returns:
-        What the model costs, and how far it is from the dense one.
+        What the model costs, and how far it is from the dense one. A warning is logged where training took it further.
 
     Raises:
         ConfigError: for fewer than 64 texts, pairs where single texts are wanted or the other way round, a dense model
@@ -268,7 +271,16 @@ class Course:
             trainer.train(**options)
         self.model.train(training)
         self.holder.finish(self.model)
-        return Distilled(self.calibration, self.cost(), self.before, self.differs())
+        result = Distilled(self.calibration, self.cost(), self.before, self.differs())
+        # Of a run that was continued nobody knows here what came before its first step.
+        if result.divergence > result.divergence_before and not options.get("resume_from_checkpoint"):
+            logger.warning(
+                "training took the model further from the dense one: divergence %.4f on texts that were not trained "
+                "on, %.4f before. The model as it was calibrated is the better one",
+                result.divergence,
+                result.divergence_before,
+            )
+        return result
 
     def cost(self) -> float:
         """What the model costs on the held-out texts, relative to the dense one."""
