@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from table import BUDGETS, HERE, TASKS, points
+from table import BUDGETS, HERE, TASKS, finished, points
 
 ALL_BUDGETS = ("0.70", *BUDGETS)
-_RESULT = "*/eval_results.json"
 COLUMNS = {
     "elastic": {"budget": "trained for it alone", "elastic": "one checkpoint for all"},
     "context": {
@@ -31,7 +30,11 @@ def gather(runs: Path, methods: list[str]) -> list[dict[str, Any]]:
     found = []
     for task in TASKS:
         for folder in sorted((runs / task).glob("seed*")):
-            results = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(_RESULT)}
+            results = {
+                file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+                for file in folder.glob("*/eval_results.json")
+                if finished(file.parent)
+            }
             if "dense" not in results:
                 continue
             whole = results["dense"]["gflops_per_example"]["dense"]

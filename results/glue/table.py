@@ -40,6 +40,12 @@ UNTRAINED = {
 Runs = dict[str, dict[str, Any]]
 
 
+def finished(run: Path) -> bool:
+    """Whether a run's figures are its last: a training evaluates meanwhile, too."""
+    state = run / "run.json"
+    return not state.exists() or bool(json.loads(state.read_text(encoding="utf-8"))["finished"])
+
+
 def gather(runs: Path) -> None:
     """Runs that the folder lacks stay as they are where its dense model is the one they started from."""
     for task in TASKS:
@@ -51,7 +57,7 @@ def gather(runs: Path) -> None:
                 result = json.loads(evaluation.read_text(encoding="utf-8"))
                 for name in ("checkpoint", "other_splits"):
                     result.pop(name, None)
-                if "train " in command and not json.loads((run / "run.json").read_text(encoding="utf-8"))["finished"]:
+                if not finished(run):
                     continue
                 command = re.sub(r"--data-dir \S+", "--data-dir GLUE", command.replace(str(runs), "RUNS"))
                 command = re.sub(r"--restore (?!RUNS)\S+", "--restore MINILM", command)
