@@ -133,6 +133,7 @@ class _Built:
         features: all training examples.
         trained_on: those of them that are not held out.
         holder: keeps the budget, if there is one.
+        states: what is learned of the teacher's hidden states, if anything.
     """
 
     model: Any
@@ -140,6 +141,7 @@ class _Built:
     features: list[dict[str, Any]]
     trained_on: list[dict[str, Any]]
     holder: BudgetHolder | None
+    states: StatesLoss | None
 
 
 def _build(plan: TrainPlan) -> _Built:
@@ -179,7 +181,7 @@ def _build(plan: TrainPlan) -> _Built:
         prune(model, Unpruned())  # the same arithmetic without padding: a dense step takes two thirds of the time
     if batch is not None:
         holder = budget_holder(model, dense, batch, options, schedule)
-    return _Built(model, tokenizer, features, trained_on, holder)
+    return _Built(model, tokenizer, features, trained_on, holder, _states_loss(plan, tokenizer))
 
 
 def _add_teacher_logits(plan: TrainPlan, built: _Built, teacher: Checkpoint) -> None:
@@ -206,11 +208,11 @@ def _add_teacher_logits(plan: TrainPlan, built: _Built, teacher: Checkpoint) -> 
         feature["teacher_logits"] = row
 
 
-def _states_loss(plan: TrainPlan, built: _Built) -> StatesLoss | None:
+def _states_loss(plan: TrainPlan, tokenizer: Any) -> StatesLoss | None:
     weight = plan.options.teacher_states
     if weight is None or plan.teacher is None:
         return None
-    if load_tokenizer(plan.teacher).get_vocab() != built.tokenizer.get_vocab():
+    if load_tokenizer(plan.teacher).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"--teacher-states needs a teacher that reads the same tokens; {plan.teacher.path} has another vocabulary "
             f"than {plan.start.path}"
@@ -241,7 +243,7 @@ def _trainer(
         regularization=options.regularization,
         budget=controller,
         distillation=plan.distillation,
-        states=_states_loss(plan, built),
+        states=built.states,
         lr_threshold=plan.lr_threshold,
         weight_decay_threshold=options.weight_decay_threshold,
         keep_checkpoints=None if options.save_all else KEPT_CHECKPOINTS,
