@@ -162,8 +162,7 @@ def distilled(
         if kept is not None:
             model.save_pretrained(str(kept))
     started = time.perf_counter()
-    how = {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
-    tp.distill(model.to(arguments.device), task.distillation, target, **how)
+    _train(model, task, seed, arguments, target_flops=target)
     return model, {"training_seconds": time.perf_counter() - started}
 
 
@@ -188,10 +187,13 @@ def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, argument
     inner.encoder.layer = inner.encoder.layer[:layers]
     inner.config.num_hidden_layers = layers
     tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative"))
-    teacher = load().to(arguments.device)
-    how = {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
-    tp.distill(model.to(arguments.device), task.distillation, teacher=teacher, **how)
+    _train(model, task, seed, arguments, teacher=load().to(arguments.device))
     return model
+
+
+def _train(model: Any, task: Any, seed: int, arguments: argparse.Namespace, **how: Any) -> None:
+    how |= {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
+    tp.distill(model.to(arguments.device), task.distillation, **how)
 
 
 def fastest(model: Any) -> Any:

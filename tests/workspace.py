@@ -2,14 +2,18 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
 
 from tests.tiny import tiny_config
+from token_pruning.lab.training.run_dir import RunDir
 
 WORDS = ["good", "bad", "fine", "dull", "cat", "dog", "sat", "ran", "on", "the", "mat", "road"]
 MANY_WORDS = [f"w{number}" for number in range(150)]  # of write_transformers' models
@@ -62,6 +66,26 @@ def assert_same_training(one: dict[str, Tensor], two: dict[str, Tensor], atol: f
     for name in one:
         if not name.endswith("key.bias"):  # softmax ignores it, so all of its gradient is rounding
             assert (one[name] - two[name]).abs().max() <= atol, name
+
+
+class Killed(BaseException):
+    """As sudden as a signal, but in this process."""
+
+
+@contextmanager
+def killed_before_publishing(number: int) -> Iterator[None]:
+    """A run inside is killed before its so-manieth checkpoint, counted from 1, appears under its name."""
+    publish, calls = RunDir.publish, []
+
+    def die(self: RunDir, staging: Path) -> Path:
+        calls.append(staging)
+        if len(calls) == number:
+            raise Killed
+        return publish(self, staging)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunDir, "publish", die)
+        yield
 
 
 def edit_config(folder: Path, **keys: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from table import BUDGETS, HERE, TASKS, finished, points
+from runs import finished
+from table import BUDGETS, HERE, TASKS, points
 
 ALL_BUDGETS = ("0.70", *BUDGETS)
 COLUMNS = {

@@ -208,12 +208,13 @@ def _solve(
     return cheap
 
 
-def finished(folder: Path, command: str) -> bool:
-    """Whether a run is there, complete. An evaluation has no state but its result."""
-    if command == "eval":
+def finished(folder: Path) -> bool:
+    """Whether a run is complete: a training evaluates meanwhile, too. An evaluation has no state but its result."""
+    state = folder / "run.json"
+    if not state.exists():
         return (folder / "eval_results.json").exists()
     try:
-        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"])
+        return bool(json.loads(state.read_text(encoding="utf-8"))["finished"])
     except (OSError, ValueError, KeyError):
         return False
 
@@ -226,7 +227,7 @@ def run(
         for task in tasks:
             for name, arguments in commands(task, seed, glue, runs, methods, dtype, budgets):
                 folder = runs / task / f"seed{seed}" / name
-                if finished(folder, arguments[0]):
+                if finished(folder):
                     continue
                 arguments += ["--output-dir", str(folder)]
                 print(f"\ntoken-pruning {shlex.join(arguments)}", flush=True)

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runs import finished
+
 from token_pruning.lab.data import glue_task
 from token_pruning.lab.sweep.report import Row, TaskResults, pareto_plot
 
@@ -38,12 +40,6 @@ UNTRAINED = {
     "ltp-{}": "published LTP, trained",
 }
 Runs = dict[str, dict[str, Any]]
-
-
-def finished(run: Path) -> bool:
-    """Whether a run's figures are its last: a training evaluates meanwhile, too."""
-    state = run / "run.json"
-    return not state.exists() or bool(json.loads(state.read_text(encoding="utf-8"))["finished"])
 
 
 def gather(runs: Path) -> None:

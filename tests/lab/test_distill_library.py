@@ -12,7 +12,7 @@ from tests.integrations.test_sentence_transformers import home as home  # a fixt
 from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.lab.test_calibrate_library import TEXTS, refused, said
 from tests.lab.test_calibrate_library import folder as folder  # a fixture
-from tests.workspace import assert_same_training, write_checkpoint
+from tests.workspace import assert_same_training, killed_before_publishing, write_checkpoint
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.run_dir import RunDir
 
@@ -58,25 +58,12 @@ def test_a_calibrated_reranker(folder: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("budgets", ["0.6", "0.5 0.7"])
 def test_a_killed_run_continues_to_the_same_result(
-    budgets: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    budgets: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     line = f"train E --texts one.txt --target-flops {budgets} --epoch 2 --save-step 2 {FEW} --output"
     said(capsys, f"{line} WHOLE")
-    publish, calls = RunDir.publish, []
-
-    def die(self: RunDir, staging: Path) -> Path:
-        calls.append(staging)
-        if len(calls) == 3:
-            raise Killed
-        return publish(self, staging)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "publish", die)
-        with pytest.raises(Killed):
-            main(f"{line} OUT".split())
+    with killed_before_publishing(3):
+        main(f"{line} OUT".split())
     assert [each.name for each in RunDir(Path("OUT")).checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert tp.from_pretrained("OUT/checkpoint-4")[0].model.token_pruner is not None
     assert "continuing from OUT/checkpoint-4" in said(capsys, f"{line} OUT")

@@ -11,11 +11,10 @@ import token_pruning as tp
 from tests.lab.test_distillation import fails, run, weights_of
 from tests.lab.test_distillation import folder as folder  # a fixture
 from tests.tiny import VOCABULARY, ragged_batch, tiny_model
-from tests.workspace import assert_same_training, edit_config, write_checkpoint, write_sst2
+from tests.workspace import assert_same_training, edit_config, killed_before_publishing, write_checkpoint, write_sst2
 from token_pruning.errors import ConfigError
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.options import TrainOptions
-from token_pruning.lab.training.run_dir import RunDir
 from token_pruning.lab.training.states import StatesLoss
 
 GATE = tp.VocabularyGate(torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(0)), 0.3)
@@ -70,7 +69,7 @@ def test_a_copy_of_the_teacher_loses_nothing_where_nothing_is_dropped() -> None:
     assert loss.of(passes[0], batch).item() < 1e-10
 
 
-def test_a_run_learns_states_and_a_killed_one_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_learns_states_and_a_killed_one_goes_on(folder: Path) -> None:
     """Labels and logits say nothing here: what is learned is the teacher's states."""
     line = ("--distillation_weight", "1e-9", "--epoch", 2, "--save_step", 3)
     assert run("hard", "without", *line) == 0
@@ -80,23 +79,8 @@ def test_a_run_learns_states_and_a_killed_one_goes_on(folder: Path, monkeypatch:
     history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0]
-
-    class Killed(BaseException):
-        pass
-
-    publish, calls = RunDir.publish, []
-
-    def die(self: RunDir, staging: Path) -> Path:
-        calls.append(staging)
-        if len(calls) == 2:
-            raise Killed
-        return publish(self, staging)
-
-    monkeypatch.setattr(RunDir, "publish", die)
-    with pytest.raises(Killed):
+    with killed_before_publishing(2):
         run("hard", "killed", *line, "--teacher_states", 5)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
     assert run("hard", "killed", *line, "--teacher_states", 5) == 0
     assert_same_training(weights_of("killed"), weights_of("out"))
 

@@ -247,18 +247,13 @@ class _Probed(PackedLoop):
 
 def _probed_states(model: Any, batch: Batch) -> Iterator[dict[int, tuple[Layout, Tensor]]]:
     """By layer, the tokens that a probe sees and their states ``[tokens, dim]``, a part of the batch at a time."""
-    attachment = attachment_of(model)
-    before = attachment.loop
     passes: list[_Probed] = []
-    attachment.loop = partial(_Probed, passes=passes)
-    try:
+    with attachment_of(model).looping(partial(_Probed, passes=passes)):
         for part in in_parts(batch):
             outputs_of(model, part)
             [done] = passes
             passes.clear()
             yield done.seen
-    finally:
-        attachment.loop = before
 
 
 def _said(states: Tensor, probe: Tensor) -> Tensor:

@@ -164,18 +164,12 @@ def watched(
         loop: what watches.
         scored: whether tokens' importance is computed, and recorded.
     """
-    attachment = attachment_of(model)
-    before = attachment.loop
     loops: list[WatchingT] = []
-    attachment.loop = partial(loop, seen=loops)
-    try:
-        with torch.inference_mode():
-            for inputs in _batches(model, batch, tokens):
-                with record(model) if scored else nullcontext():
-                    model(**inputs)
-                yield loops.pop()
-    finally:
-        attachment.loop = before
+    with attachment_of(model).looping(partial(loop, seen=loops)), torch.inference_mode():
+        for inputs in _batches(model, batch, tokens):
+            with record(model) if scored else nullcontext():
+                model(**inputs)
+            yield loops.pop()
 
 
 def _attention(model: Any, batch: Batch, maps: dict[int, Ridge]) -> Iterator[_Seen]:
@@ -228,41 +222,37 @@ class _TakingPart(PaddedLoop):
 def _influence(model: Any, batch: Batch, seed: int) -> Iterator[_Seen]:
     """How far the output moves when a token takes a little less part after a layer."""
     attachment = attachment_of(model)
-    before, reads = attachment.loop, attachment.reads
     loops: list[_TakingPart] = []
-    attachment.loop = partial(_TakingPart, seen=loops)
     generator = torch.Generator("cpu").manual_seed(seed)
     budget = _INFLUENCE_GRADIENTS
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), _usable_by_autograd(attachment.model):
-            batches = list(_batches(model, batch, _BATCH_TOKENS // 2))
-            for number in torch.randperm(len(batches), generator=generator).tolist():  # short texts and long ones
-                if budget <= 0:
-                    return
-                inputs = batches[number]
-                output = model(**inputs)
-                [loop] = loops
-                loops.clear()
-                layout = loop.tokens.layout
-                vectors = _read(output, loop, reads)
-                squares = [torch.zeros_like(factor) for factor in loop.factors]
-                directions = _directions(vectors, generator)
-                budget -= len(directions) * int(inputs["attention_mask"].sum())
-                for direction in directions:
-                    gradients = torch.autograd.grad(
-                        (vectors * direction).sum(), loop.factors, retain_graph=True, materialize_grads=True
-                    )
-                    later = torch.stack(gradients).flip(0).cumsum(0).flip(0)  # from a layer on
-                    for total, gradient in zip(squares, later, strict=True):
-                        total += gradient.square()
-                worths = {}
-                for number, total in enumerate(squares[:-1]):
-                    moved = total.sqrt()[layout.indices] * layout.lengths_tensor[layout.sequence_ids]
-                    worths[number] = moved / moved.mean().clamp(min=1e-12) + 1e-3
-                assert loop.tokens.ids is not None
-                yield _Seen(loop.tokens.ids, loop.joined, worths)
-    finally:
-        attachment.loop = before
+    looping = attachment.looping(partial(_TakingPart, seen=loops))
+    with looping, torch.inference_mode(False), torch.enable_grad(), _usable_by_autograd(attachment.model):
+        batches = list(_batches(model, batch, _BATCH_TOKENS // 2))
+        for number in torch.randperm(len(batches), generator=generator).tolist():  # short texts and long ones
+            if budget <= 0:
+                return
+            inputs = batches[number]
+            output = model(**inputs)
+            [loop] = loops
+            loops.clear()
+            layout = loop.tokens.layout
+            vectors = _read(output, loop, attachment.reads)
+            squares = [torch.zeros_like(factor) for factor in loop.factors]
+            directions = _directions(vectors, generator)
+            budget -= len(directions) * int(inputs["attention_mask"].sum())
+            for direction in directions:
+                gradients = torch.autograd.grad(
+                    (vectors * direction).sum(), loop.factors, retain_graph=True, materialize_grads=True
+                )
+                later = torch.stack(gradients).flip(0).cumsum(0).flip(0)  # from a layer on
+                for total, gradient in zip(squares, later, strict=True):
+                    total += gradient.square()
+            worths = {}
+            for number, total in enumerate(squares[:-1]):
+                moved = total.sqrt()[layout.indices] * layout.lengths_tensor[layout.sequence_ids]
+                worths[number] = moved / moved.mean().clamp(min=1e-12) + 1e-3
+            assert loop.tokens.ids is not None
+            yield _Seen(loop.tokens.ids, loop.joined, worths)
 
 
 def _directions(vectors: Tensor, generator: torch.Generator) -> list[Tensor]:

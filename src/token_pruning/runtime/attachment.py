@@ -5,7 +5,8 @@ Both are plain objects in place of the modules' ``forward``, so that copies and 
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -103,6 +104,15 @@ class Attachment:
     def exchange(self, token_pruner: TokenPruner) -> None:
         """Prune by another method from now on; the config is left as it is."""
         self.model._modules[MODULE_NAME] = token_pruner
+
+    @contextmanager
+    def looping(self, loop: Callable[..., Any]) -> Iterator[None]:
+        """Inside, forward passes run another loop over the layers, made as :class:`PackedLoop` is."""
+        before, self.loop = self.loop, loop
+        try:
+            yield
+        finally:
+            self.loop = before
 
     def check_call(self) -> None:
         """What has come upon the model since it was pruned, and what a forward pass that drops tokens cannot do.

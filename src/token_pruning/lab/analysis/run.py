@@ -34,7 +34,7 @@ from token_pruning.pruners import FixedThreshold, Pruner, Unpruned
 from token_pruning.pruners.budgets import at_budget
 from token_pruning.runtime.explanation import explain_tokens
 from token_pruning.runtime.flops import flops_from_lengths
-from token_pruning.runtime.prune import attachment_of
+from token_pruning.runtime.prune import attachment_of, unprune
 from token_pruning.runtime.trace import ComputedLengths
 
 _THIRDS = ("smallest errors", "middle errors", "largest errors")
@@ -77,15 +77,13 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
     for name, path, checkpoint, budgets, loaded in zip(
         options.checkpoint_names(), options.restore, checkpoints, pruners, data, strict=True
     ):
+        model, tokenizer, features = load_split(checkpoint, loaded.task, loaded.validation[split], options.max_length)
+        lengths = np.array([len(feature["input_ids"]) for feature in features])
+        groups = groups or quantile_groups(lengths, options.quantiles)
+        chosen = chosen or spread_over_lengths(lengths, options.samples)
+        examples.note.say()
         for budget, pruner in budgets.items():
-            model, tokenizer, features = load_split(
-                checkpoint, loaded.task, loaded.validation[split], options.max_length
-            )
-            lengths = np.array([len(feature["input_ids"]) for feature in features])
-            groups = groups or quantile_groups(lengths, options.quantiles)
-            chosen = chosen or spread_over_lengths(lengths, options.samples)
             checkpoint.prune(model, pruner)  # a dense one too: it is packed and recorded then
-            examples.note.say()
             method = {
                 "name": name if budget is None else f"{name} at {budget:g}",
                 "checkpoint": path,
@@ -93,6 +91,7 @@ def analyze(options: AnalyzeOptions, load_data: Callable[[Checkpoint], TaskData]
                 "prune_mode": None if isinstance(pruner, Unpruned) else pruner.prune_mode,
                 **_measure(model, tokenizer, features, loaded.task, groups, chosen, options),
             }
+            unprune(model)
             methods.append(method)
             print(
                 f"{method['name']}: {task.best_metric} {method['metrics'][task.best_metric]:.4f}, "

@@ -33,14 +33,9 @@ class StatesLoss:
     @contextmanager
     def watching(self, student: Any) -> Iterator[list["Watched"]]:
         """Inside, every forward pass adds what its layers give."""
-        attachment = attachment_of(student)
-        before = attachment.loop
         passes: list[Watched] = []
-        attachment.loop = partial(Watched, passes=passes)
-        try:
+        with attachment_of(student).looping(partial(Watched, passes=passes)):
             yield passes
-        finally:
-            attachment.loop = before
 
     def of(self, seen: "Watched", inputs: Mapping[str, Any]) -> Tensor:
         """The weighted loss of one forward pass, a scalar in float32; 0 where no token is left to compare.
