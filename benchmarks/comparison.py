@@ -24,7 +24,8 @@ from token_pruning.families import shape_of
 from token_pruning.runtime.flops import layer_flops, relative_flops
 from token_pruning.runtime.prune import hugging_face_model
 
-PLACES = (("FOLDER", "model"), ("KEPT", "calibrated"))  # what a command shows in place of paths
+# What a command shows in place of paths.
+PLACES = (("FOLDER", "model"), ("KEPT", "calibrated"), ("TRAINED", "keep_trained"))
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -138,6 +139,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="train them in bfloat16 autocast")
     parser.add_argument("--device", default="cpu", help="train and score there; on cuda without an engine")
     parser.add_argument("--calibrated", type=Path, help="keep models as they are before that, for runs of other seeds")
+    parser.add_argument("--keep-trained", type=Path, help="keep trained models, for `speed --trained`")
 
 
 def distilled(
@@ -150,7 +152,7 @@ def distilled(
         task: with ``calibration`` and ``distillation``.
         target: relative FLOPs.
         seed: of the training.
-        name: what the calibrated model is kept under, where ``arguments.calibrated`` names a folder.
+        name: what the model is kept under.
         arguments: with what :func:`add_training` adds.
     """
     kept = None if arguments.calibrated is None else arguments.calibrated / f"{name}-{target}"
@@ -162,7 +164,7 @@ def distilled(
         if kept is not None:
             model.save_pretrained(str(kept))
     started = time.perf_counter()
-    _train(model, task, seed, arguments, target_flops=target)
+    _train(model, task, f"{name}-{target}", seed, arguments, target_flops=target)
     return model, {"training_seconds": time.perf_counter() - started}
 
 
@@ -172,7 +174,9 @@ def training(task: Any, kind: str, seed: int, arguments: argparse.Namespace) -> 
     return f"on {len(task.distillation):,} {kind}{passes}, seed {seed}"
 
 
-def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, arguments: argparse.Namespace) -> Any:
+def shallow(
+    load: Callable[[], Any], task: Any, layers: int, seed: int, name: str, arguments: argparse.Namespace
+) -> Any:
     """A model's first layers, trained to give what all of them give as a distilled model is; nothing is dropped.
 
     Args:
@@ -180,6 +184,7 @@ def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, argument
         task: with ``distillation``.
         layers: how many stay.
         seed: of the training.
+        name: what the model is kept under.
         arguments: with what :func:`add_training` adds.
     """
     model = load()
@@ -187,13 +192,15 @@ def shallow(load: Callable[[], Any], task: Any, layers: int, seed: int, argument
     inner.encoder.layer = inner.encoder.layer[:layers]
     inner.config.num_hidden_layers = layers
     tp.prune(model, tp.FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative"))
-    _train(model, task, seed, arguments, teacher=load().to(arguments.device))
+    _train(model, task, f"{name}-first-{layers}", seed, arguments, teacher=load().to(arguments.device))
     return model
 
 
-def _train(model: Any, task: Any, seed: int, arguments: argparse.Namespace, **how: Any) -> None:
+def _train(model: Any, task: Any, name: str, seed: int, arguments: argparse.Namespace, **how: Any) -> None:
     how |= {"epochs": arguments.epochs, "bf16": arguments.bf16, "seed": seed}
     tp.distill(model.to(arguments.device), task.distillation, **how)
+    if arguments.keep_trained is not None:
+        model.save_pretrained(str(arguments.keep_trained / f"{name}-seed{seed}"))
 
 
 def fastest(model: Any) -> Any:
@@ -238,6 +245,8 @@ def table(
 ) -> dict[str, Any]:
     """A table as it goes into the JSON file, with the machine and the command that are measuring it."""
     machine = machine_of(arguments.threads)
+    places = {"DATA": arguments.data, **{word: getattr(arguments, name, None) for word, name in PLACES}}
+    places |= {f"TRAINED/{folder.name}": folder for folder in getattr(arguments, "trained", [])}
     if (device := getattr(arguments, "device", "cpu")) != "cpu":
         about = f"{about} On {torch.cuda.get_device_name(device)}, beside:"
     return {
@@ -245,9 +254,7 @@ def table(
         "about": f"{about} {machine_line(machine)}",
         "measure": measure,
         "machine": machine,
-        "commands": [
-            command({"DATA": arguments.data, **{word: getattr(arguments, name, None) for word, name in PLACES}})
-        ],
+        "commands": [command(places)],
         "rows": rows,
         **more,
     }

@@ -136,7 +136,8 @@ def measure(name: str, task: Similarity | Retrieval, calibration: Sequence[int],
             rows.add(what, **distilled(name, task, base, outcome, target, seed, arguments))
     if SHALLOW in arguments.methods:
         for layers, seed in product(arguments.layers, arguments.seeds):
-            first = comparison.shallow(lambda: load(name), task, layers, seed, arguments)
+            kept = f"{name}-{task.name}"
+            first = comparison.shallow(lambda: load(name), task, layers, seed, kept, arguments)
             what = f"first {layers} layers, distilled {comparison.training(task, 'texts', seed, arguments)}"
             rows.add(what, **cells(first, task, base, outcome))
     return table(name, task, rows, arguments)

@@ -106,7 +106,9 @@ def quality(arguments: argparse.Namespace) -> None:
             rows.add(what, **distilled(task, outcome, target, seed, arguments))
     if SHALLOW in arguments.methods:
         for layers, seed in product(arguments.layers, arguments.seeds):
-            first = comparison.shallow(lambda: cross_encoder.load(arguments.model), task, layers, seed, arguments)
+            first = comparison.shallow(
+                lambda: cross_encoder.load(arguments.model), task, layers, seed, "reranker", arguments
+            )
             what = f"first {layers} layers, distilled {comparison.training(task, 'pairs', seed, arguments)}"
             measured = cells(first, outcome)
             rows.add(what, **measured | {"cost": measured["cost"] * layers / config.num_hidden_layers})

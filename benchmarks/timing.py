@@ -32,8 +32,8 @@ DTYPES = ("float32", "bfloat16", "int8")  # the most precise first
 BATCH_SIZES = (2, 4, 8, 16, 32, 64)
 INSTALLED_BATCH_SIZE = 32
 INSTALLED, TUNED = "sentence-transformers, as installed", "sentence-transformers"
-UNPRUNED, PRUNED = "token-pruning, unpruned", "token-pruning, pruned"
-OWN = (UNPRUNED, PRUNED)
+OWN = "token-pruning, "
+UNPRUNED, PRUNED = f"{OWN}unpruned", f"{OWN}pruned"
 PAUSE = 0.05  # seconds in which the threads of the engine before stop spinning
 
 Run = Callable[[Model, int], Callable[[], Any]]
@@ -61,6 +61,10 @@ class Row:
     length: int | None = None
 
     @property
+    def is_own(self) -> bool:
+        return self.what.startswith(OWN)
+
+    @property
     def name(self) -> str:
         cut = f", truncated to {self.length} tokens" if self.length else ""
         return f"{self.what}, {self.dtype}{cut}"
@@ -76,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--target-flops", type=float, default=0.5, help="of the pruned rows")
+    parser.add_argument("--trained", type=Path, nargs="+", default=[], help="models that `quality --keep-trained` kept")
 
 
 class Bench:
@@ -108,7 +113,7 @@ class Bench:
                 {
                     "what": row.name,
                     "dtype": row.dtype,
-                    "batch_size": None if row.what in OWN else row.batch_size,
+                    "batch_size": None if row.is_own else row.batch_size,
                     "seconds": spread(own),
                     "passes": own,
                     "to_installed": ratio(seconds[rows[0].name], own),
@@ -145,6 +150,9 @@ class Bench:
             tp.calibrate(model, self._calibration, target_flops=target)
             more = {"target_flops": target}
             forms += [(PRUNED, dtype, [tp.compile(model, dtype=dtype, threads=threads)], more) for dtype in dtypes]
+        for folder in self._arguments.trained:
+            model, name = tp.from_pretrained(folder), f"{OWN}{folder.name}"
+            forms += [(name, dtype, [tp.compile(model, dtype=dtype, threads=threads)], {}) for dtype in dtypes]
         return [
             [Row(what, dtype, model, size, more) for model in models for size in _batch_sizes(what)]
             for what, dtype, models, more in forms
@@ -163,7 +171,7 @@ class Bench:
 
 def _batch_sizes(what: str) -> Sequence[int]:
     """Those to try; a compiled model makes batches of its own, by tokens."""
-    return BATCH_SIZES if what not in OWN else BATCH_SIZES[:1]
+    return BATCH_SIZES if not what.startswith(OWN) else BATCH_SIZES[:1]
 
 
 def _fastest(forms: Sequence[Row], run: Run) -> Row:
@@ -175,11 +183,11 @@ def _fastest(forms: Sequence[Row], run: Run) -> Row:
 
 def _truncated(rows: Sequence[Row], run: Run) -> list[Row]:
     """The fastest dense engine of others, and this package's, on texts cut until they take as long as pruned."""
-    own = {row.what: row for row in rows if row.dtype == "float32" and row.what in OWN}
+    own = {row.what: row for row in rows if row.dtype == "float32" and row.what in (UNPRUNED, PRUNED)}
     if PRUNED not in own:
         return []
     goal = clock(own.pop(PRUNED), run)
-    others = [row for row in rows if row.dtype == "float32" and row.what not in OWN]
+    others = [row for row in rows if row.dtype == "float32" and not row.is_own]
     quickest = min(others, key=lambda row: clock(row, run))
     return [
         replace(
@@ -221,7 +229,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 def fastest_other(rows: Sequence[Row], seconds: Mapping[str, Sequence[float]], dtype: str) -> str | None:
     """The name of the fastest engine of others that is as precise or more so, whole texts only."""
     precise = DTYPES[: DTYPES.index(dtype) + 1]
-    names = [row.name for row in rows if row.dtype in precise and not row.length and row.what not in OWN]
+    names = [row.name for row in rows if row.dtype in precise and not row.length and not row.is_own]
     return min(names, key=lambda name: statistics.median(seconds[name])) if names else None
 
 

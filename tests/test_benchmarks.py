@@ -95,11 +95,13 @@ def test_truncation_costs_what_shorter_texts_cost(comparison: Any) -> None:
     assert comparison.truncation_cost(config, lengths, 15, first_only=True) < cost
 
 
-def test_the_first_layers_learn_what_all_of_them_give(home: Path, comparison: Any) -> None:
+def test_the_first_layers_learn_what_all_of_them_give(
+    home: Path, comparison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = Namespace(distillation=texts(120, 12, seed=3))
-    arguments = Namespace(epochs=2.0, bf16=False, device="cpu")
+    arguments = Namespace(epochs=2.0, bf16=False, device="cpu", keep_trained=tmp_path)
     dense = embedder(home)
-    first = comparison.shallow(lambda: embedder(home), task, 2, 0, arguments)
+    first = comparison.shallow(lambda: embedder(home), task, 2, 0, "tiny", arguments)
     assert shape_of(first[0].model.config).num_layers == len(first[0].model.encoder.layer) == 2
     cut = embedder(home)
     cut[0].model.encoder.layer = cut[0].model.encoder.layer[:2]
@@ -111,6 +113,20 @@ def test_the_first_layers_learn_what_all_of_them_give(home: Path, comparison: An
 
     assert cosine(first) > cosine(cut)
     assert comparison.training(task, "texts", 0, arguments) == "on 120 texts, 2 passes, seed 0"
+
+    monkeypatch.setattr(timing := benchmark("timing", monkeypatch), "PAUSE", 0.0)
+    kept = tmp_path / "tiny-first-2-seed0"
+    how = Namespace(methods=[], threads=1, dtypes=["float32"], passes=1, trained=[kept])
+    bench = timing.Bench(lambda: embedder(home), task.distillation, tmp_path, how)
+    rows = bench.measure(
+        lambda model, size: lambda: model.encode(unseen, batch_size=size),
+        lambda model: {"agreement": float((model.encode(unseen) * first.encode(unseen)).sum(1).mean())},
+    )
+    assert [row["what"] for row in rows][1:] == [
+        "sentence-transformers, float32", "token-pruning, tiny-first-2-seed0, float32",
+    ]  # fmt: skip
+    assert rows[-1]["agreement"] == pytest.approx(1, abs=1e-5) and rows[0]["agreement"] < 0.999
+    assert rows[-1]["to_best"] and rows[-1]["batch_size"] is None
 
 
 def test_a_table_keeps_rows_that_were_not_measured_again(

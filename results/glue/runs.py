@@ -1,6 +1,7 @@
 """Every run behind README.md's tables: all-MiniLM-L6-v2, dense, calibrated, and pruned to three budgets five ways.
 
     python results/glue/runs.py GLUE RUNS [--tasks RTE MRPC] [--seeds 0 1 2] [--methods dense budget …] [--budgets 0.35]
+    python results/glue/runs.py GLUE RUNS --model all-mpnet-base-v2 --tasks MRPC …     (RUNS: a folder of its own)
 
 Prints each command before it runs it. A run that is complete is skipped; one that was killed continues. Nothing is
 chosen on the development set: recipes were picked on slices of the training sets, thresholds are fitted to held-out
@@ -13,7 +14,8 @@ import random
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import using
 from token_pruning.checkpoint import load_model, read_checkpoint
 from token_pruning.lab.cli import main
-from token_pruning.lab.data import find_minilm, glue_task, load_glue_folder, load_unlabelled
+from token_pruning.lab.data import find_minilm, find_mpnet, glue_task, load_glue_folder, load_unlabelled
 from token_pruning.lab.training.features import tokenize
 from token_pruning.lab.training.load import load_tokenizer
 
@@ -32,7 +34,6 @@ TASKS = ("STSB", "MRPC", "RTE", "SST2")  # RTE's dense model starts from STSB's
 BUDGETS = {"0.50": 0.49, "0.35": 0.345, "0.25": 0.245}  # a little below, since thresholds are fitted to training data
 OURS = {"0.70": 0.69, **BUDGETS}
 CALIBRATED = {"0.70": 0.69, "0.50": 0.49}
-LTP = ((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3))  # λ and T
 METHODS = (
     *("dense", "untrained", "budget", "context", "searched", "continued", "topk", "manual", "ltp"),
     *("short", "ablation", "elastic", "shallow", "states"),
@@ -42,13 +43,47 @@ METHODS = (
 # for the three lower budgets; "shallow": the dense model's first layers, trained alike, nothing dropped;
 # "states": as "context", the teacher's hidden states learned besides
 SHORT = "0.5"  # "short": trained on examples up to this quantile of length, to be evaluated on all
-DENSE = {  # what it starts from, learning rate, epochs
-    "STSB": (None, 1e-4, 10),
-    "MRPC": (None, 1e-4, 5),
-    "RTE": ("STSB", 5e-5, 10),
-    "SST2": (None, 1e-4, 1),
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    Attributes:
+        find: gives its folder.
+        dense: by task: the task whose dense model it starts from, learning rate, epochs.
+        lr: of every pruned run.
+        lr_soft: of LTP's soft stage.
+        epochs: by task, of every pruned run; LTP's soft and hard stages share them.
+        ltp: λ and T of each run of LTP.
+    """
+
+    find: Callable[[], Path]
+    dense: Mapping[str, tuple[str | None, float, int]]
+    lr: float
+    lr_soft: float
+    epochs: Mapping[str, int]
+    ltp: Sequence[tuple[float, float]]
+
+
+RECIPES = {
+    "all-MiniLM-L6-v2": Recipe(
+        find_minilm,
+        {"STSB": (None, 1e-4, 10), "MRPC": (None, 1e-4, 5), "RTE": ("STSB", 5e-5, 10), "SST2": (None, 1e-4, 1)},
+        lr=1e-4,
+        lr_soft=5e-5,
+        epochs={"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1},
+        ltp=((0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3), (0.3, 2e-4), (0.3, 2e-3)),
+    ),
+    "all-mpnet-base-v2": Recipe(
+        find_mpnet,
+        {"MRPC": (None, 5e-5, 3)},
+        lr=5e-5,
+        lr_soft=2e-5,
+        epochs={"MRPC": 3},
+        ltp=((0.3, 1e-3),),
+    ),
 }
-EPOCHS = {"STSB": 5, "MRPC": 5, "RTE": 5, "SST2": 1}  # of every pruned run; LTP's soft and hard stages share them
 EXAMPLES = 400
 SHALLOW = {"0.50": 3, "0.35": 2}  # layers of six
 
@@ -56,23 +91,23 @@ Commands = Iterator[tuple[str, list[str]]]
 
 
 def commands(
-    task: str, seed: int, glue: Path, runs: Path, methods: list[str], dtype: str, budgets: list[str]
+    recipe: Recipe, task: str, seed: int, glue: Path, runs: Path, methods: list[str], dtype: str, budgets: list[str]
 ) -> Commands:
     """Names and arguments of ``token-pruning`` for one task and seed, in order."""
     here = runs / task / f"seed{seed}"
     dense = str(here / "dense")
     data = ["--task", task, "--data-dir", str(glue)]
     common = [*data, "--bs", "32", *["--bf16"] * (dtype == "bfloat16"), "--seed", str(seed), "--no-load"]
-    hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4"]
-    epochs = ["--epoch", str(EPOCHS[task])]
+    hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", str(recipe.lr)]
+    epochs = ["--epoch", str(recipe.epochs[task])]
     texts = sentences(glue, runs) if task == "SST2" else None
     held_on = [] if texts is None else ["--budget-input", str(texts)]
     summaries = ["--summary-tokens", "segment"]
     budget = [*held_on, *summaries, "--target-flops"]
 
     if "dense" in methods:
-        start, lr, passes = DENSE[task]
-        restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
+        start, lr, passes = recipe.dense[task]
+        restore = recipe.find() if start is None else runs / start / f"seed{seed}" / "dense"
         yield (
             "dense",
             ["train", *common, "--restore", str(restore), *f"--masking-mode none --lr {lr} --epoch {passes}".split()],
@@ -99,12 +134,12 @@ def commands(
         if "searched" in methods:
             yield f"searched-{name}", calibrate(dense, data, seed, target)
         if "shallow" in methods and name in SHALLOW:
-            taught = [*epochs, "--teacher", dense, "--masking-mode", "none", "--lr", "1e-4"]
+            taught = [*epochs, "--teacher", dense, "--masking-mode", "none", "--lr", str(recipe.lr)]
             yield f"shallow-{name}", ["train", *common, *taught, "--restore", first_layers(dense, SHALLOW[name])]
         if "continued" in methods:
-            found = ["--restore", str(here / f"searched-{name}"), "--masking-mode", "hard", "--lr", "1e-4"]
+            found = ["--restore", str(here / f"searched-{name}"), "--masking-mode", "hard", "--lr", str(recipe.lr)]
             yield f"continued-{name}", ["train", *common, *found, *epochs, *held_on, "--target-flops", str(target)]
-    for name, target in BUDGETS.items():
+    for name, target in ((name, BUDGETS[name]) for name in budgets if name in BUDGETS):
         if "ablation" in methods:
             yield f"budget-all-{name}", [*hard, *epochs, *budget, str(target), "--vocabulary-keep-rate", "1"]
         if "topk" in methods:
@@ -116,26 +151,27 @@ def commands(
                 lower = 2 * target - costs
                 yield f"manual-{name}-again", [*hard, *epochs, *manual(dense, task, texts or glue, lower)]
     if "ltp" in methods:
-        half = ["--epoch", str(EPOCHS[task] / 2)]
+        half = ["--epoch", str(recipe.epochs[task] / 2)]
         keys = "--prune-mode absolute_threshold --final-token-threshold 0.01 --scoring-mode mean"
-        for strength, temperature in LTP:
-            soft = f"--masking-mode soft --lambda {strength} --temperature {temperature} --lr 5e-5 --lr-threshold 2e-4"
+        for strength, temperature in recipe.ltp:
+            soft = f"--masking-mode soft --lambda {strength} --temperature {temperature} --lr {recipe.lr_soft}"
+            soft += " --lr-threshold 2e-4"
             name = f"ltp-{strength}" if temperature == 1e-3 else f"ltp-{strength}-T{temperature}"
             yield f"{name}-soft", ["train", *common, *half, "--restore", dense, *soft.split(), *keys.split()]
-            learned = ["--restore", str(here / f"{name}-soft"), "--masking-mode", "hard", "--lr", "1e-4"]
+            learned = ["--restore", str(here / f"{name}-soft"), "--masking-mode", "hard", "--lr", str(recipe.lr)]
             yield name, ["train", *common, *half, *learned]
     if "elastic" in methods:
         yield "elastic", [*hard, *epochs, *budget, *map(str, BUDGETS.values())]
         for name, target in BUDGETS.items():
             yield f"elastic-{name}", ["eval", *data, "--restore", str(here / "elastic"), "--budget", str(target)]
     if "short" in methods:
-        start, lr, passes = DENSE[task]
-        restore = find_minilm() if start is None else runs / start / f"seed{seed}" / "dense"
+        start, lr, passes = recipe.dense[task]
+        restore = recipe.find() if start is None else runs / start / f"seed{seed}" / "dense"
         only = ["--train-length-quantile", SHORT]
         recipe = f"--masking-mode none --lr {lr} --epoch {passes}".split()
         yield "short-dense", ["train", *common, "--restore", str(restore), *recipe, *only]
         dense = str(here / "short-dense")
-        hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", "1e-4", *epochs, *only]
+        hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", str(recipe.lr), *epochs, *only]
         yield "short-budget-0.50", [*hard, *budget, str(BUDGETS["0.50"])]
         yield "short-topk-0.50", [*hard, *topk(dense, task, texts or glue, BUDGETS["0.50"], keep_all=1)]
         yield "short-manual-0.50", [*hard, *manual(dense, task, texts or glue, BUDGETS["0.50"])]
@@ -196,7 +232,7 @@ def _solve(
     assert examples is not None
     features = tokenize(load_tokenizer(checkpoint), examples, model, 128)
     batch = as_batch(random.Random(0).sample(features, EXAMPLES), 0)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     for _ in range(12):
         middle = (cheap + dear) / 2
         with using(model, method(middle)), torch.inference_mode(), tp.record(model) as trace:
@@ -220,12 +256,19 @@ def finished(folder: Path) -> bool:
 
 
 def run(
-    glue: Path, runs: Path, tasks: list[str], seeds: list[int], methods: list[str], dtype: str, budgets: list[str]
+    recipe: Recipe,
+    glue: Path,
+    runs: Path,
+    tasks: list[str],
+    seeds: list[int],
+    methods: list[str],
+    dtype: str,
+    budgets: list[str],
 ) -> None:
     """All of them, one after the other."""
     for seed in seeds:
         for task in tasks:
-            for name, arguments in commands(task, seed, glue, runs, methods, dtype, budgets):
+            for name, arguments in commands(recipe, task, seed, glue, runs, methods, dtype, budgets):
                 folder = runs / task / f"seed{seed}" / name
                 if finished(folder):
                     continue
@@ -243,10 +286,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("glue", type=Path)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--model", choices=RECIPES, default="all-MiniLM-L6-v2")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="all that there is a recipe for, unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of autocast in training")
     parser.add_argument("--budgets", nargs="+", default=list(OURS), choices=OURS, help="of the methods with a budget")
     given = parser.parse_args()
-    run(given.glue, given.runs, given.tasks, given.seeds, given.methods, given.dtype, given.budgets)
+    recipe = RECIPES[given.model]
+    tasks = given.tasks or [task for task in TASKS if task in recipe.dense]
+    if missing := set(tasks) - recipe.dense.keys():
+        parser.error(f"{given.model} has no recipe for {', '.join(sorted(missing))}")
+    run(recipe, given.glue, given.runs, tasks, given.seeds, given.methods, given.dtype, given.budgets)
