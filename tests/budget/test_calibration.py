@@ -284,6 +284,30 @@ def test_a_loss_that_cannot_be_estimated_is_refused_and_one_that_is_no_number_is
     assert found.drop_bound == 0.0 and set(found.pruner.thresholds) == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("accuracy", "metric is 'accuracy'; it must be a function from logits and labels"),
+        (lambda logits, labels: None, "metric gives None; it must give a fraction"),
+    ],
+)
+def test_a_metric_is_a_function_that_gives_a_number(metric: Any, message: str) -> None:
+    labelled = {**examples(), "labels": torch.arange(48) % 2}
+    with pytest.raises(ConfigError, match=message):
+        tp.calibrate(tiny_model(), labelled, max_drop=5.0, metric=metric)
+    found = tp.calibrate(
+        tiny_model(), labelled, 0.8, max_drop=100.0, search=schedules(3)[:1],
+        metric=lambda logits, labels: (logits.argmax(-1) == labels).float().mean(),
+    )  # fmt: skip
+    assert isinstance(found.drop_bound, float)
+
+
+def test_labels_are_classes_of_the_model() -> None:
+    labelled = {**examples(), "labels": torch.arange(48) % 7}
+    with pytest.raises(ConfigError, match="labels go from 0 to 6; the model has the classes 0 to 2"):
+        tp.calibrate(tiny_model(), labelled, max_drop=5.0)
+
+
 def test_max_drop_is_for_one_answer_per_example() -> None:
     with pytest.raises(ConfigError, match=r"one class or score per example; labels has the shape \[48, 3\]"):
         tp.calibrate(shared_model("bert", "sequence"), examples(labels=torch.ones(48, 3)), max_drop=1.0)
@@ -316,6 +340,8 @@ def test_another_method_for_a_while() -> None:
         ({"max_drop": 1.0}, "labels is missing"),
         ({"max_drop": -1.0}, "max_drop is -1.0"),
         ({"target_flops": 0.5, "summary_tokens": "many"}, "summary_tokens is 'many'.*none, shared, segment"),
+        ({"target_flops": 0.5, "seed": "a"}, "seed is 'a'; it must be a whole number"),
+        ({"target_flops": 0.5, "seed": 1.5}, "seed is 1.5"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -332,6 +358,20 @@ def test_too_few_examples_or_none_at_all() -> None:
         as_batch(None, 0)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"examples\[1\]'s input_ids holds 1.5, a torch.float32 number"):
         as_batch([{"input_ids": [1, 2]}, {"input_ids": [1.5]}], 0)
+    for odd, message in {
+        "input_ids": r"examples\[1\] has no input_ids",
+        "token_type_ids": r"examples\[1\] has no token_type_ids; examples\[0\] has",
+        "labels": r"examples\[1\] has no labels; examples\[0\] has",
+    }.items():
+        whole = {"input_ids": [1, 2], "token_type_ids": [0, 0], "labels": 1}
+        with pytest.raises(ConfigError, match=message):
+            as_batch([whole, {name: value for name, value in whole.items() if name != odd}], 0)
+    with pytest.raises(ConfigError, match=r"examples\[1\]'s token_type_ids has 1 values; its input_ids has 2"):
+        as_batch([{"input_ids": [1], "token_type_ids": [0]}, {"input_ids": [1, 2], "token_type_ids": [0]}], 0)
+    with pytest.raises(ConfigError, match="examples' labels, such as 'good', cannot be a tensor"):
+        as_batch([{"input_ids": [1], "labels": "good"}], 0)
+    with pytest.raises(ConfigError, match="examples has list for input_ids; it must be a list of tokenized texts"):
+        as_batch({"input_ids": [[1, 2], [3]]}, 0)  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=r"examples\[1\] has no input_ids"):
         tp.calibrate(tiny_model(), [{"input_ids": [1]}, {}], 0.5)
     with pytest.raises(ConfigError, match=r"examples\[1\] has no tokens"):
@@ -436,6 +476,7 @@ def test_the_command_meets_a_time(folder: Path, capsys: pytest.CaptureFixture[st
         (("--target-flops", "0.5"), "give one of --task"),
         (("--input", "none.txt", "--target-flops", "0.5"), "none.txt"),
         (("--input", "texts.txt", "--max-drop", "1"), "texts.txt has none"),
+        (("--input", "texts.txt", "--target-flops", "0.5", "--bs", "4"), "--bs is 4; texts without labels are not"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -92,6 +92,11 @@ def test_time_and_loss_together() -> None:
         ({"target_ms": -1.0}, "target_ms is -1.0"),
         ({"target_ms": 5.0, "batch_size": 49}, "batch_size is 49; there are 48 examples"),
         ({"target_ms": 5.0, "engine": {"dtype": "float8"}}, "dtype is 'float8'"),
+        (
+            {"target_ms": 5.0, "engine": {"dtyp": "int8"}},
+            "engine is {'dtyp': 'int8'}; it must be a",
+        ),
+        ({"target_ms": 5.0, "engine": "int8"}, "engine is 'int8'; it must be a dictionary of dtype, threads"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from tests.integrations.test_sentence_transformers import PAIRS, embedder, furth
 from tests.integrations.test_sentence_transformers import texts as words
 from tests.tiny import tiny_model
 from tests.workspace import write_transformers
+from token_pruning.budget import elastic
 from token_pruning.budget.comparison import _divided
 from token_pruning.budget.schedules import Drain
 from token_pruning.pruners import Budget
@@ -268,6 +269,28 @@ def test_an_engine_at_a_budget_is_the_model_at_it(kind: str, kernels: str, monke
             assert getattr(engine.config, key, None) == getattr(model.config, key, None)
     with pytest.raises(tp.ConfigError, match=r"budget is 0\.2; it must be a finite number >= 0\.4 and <= 1"):
         engine.set_budget(0.2)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_of_an_engine_have_budgets_of_their_own(copied: Any) -> None:
+    model, _ = calibrated("mean", texts(48, 0), [0.75, 0.4])
+    engine, batch = tp.compile(model, "float32"), texts(20, 9)
+    low = logits(engine, batch)
+    other = copied(engine)
+    other.set_budget(1.0)
+    high = logits(other, batch)
+    assert (high - low).abs().max() > 1e-3
+    assert torch.equal(logits(engine, batch), low) and engine.config.thresholds != other.config.thresholds
+    engine.set_budget(1.0)
+    assert torch.equal(logits(engine, batch), high)
+
+
+def test_the_highest_budget_is_no_more_than_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over windows can be a last bit above the dense model's."""
+    monkeypatch.setattr(elastic, "highest_flops", lambda *_: 1.0000000000000002)
+    pruner = tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative")
+    model = tp.prune(tiny_model(head="encoder"), pruner, reads="mean")
+    assert elastic.budget_dropping_nothing(model, pruner, {}).relative_flops == 1
 
 
 def test_models_of_sentence_transformers(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -477,6 +479,8 @@ def test_bad_input() -> None:
     for output in ("output_attentions", "output_hidden_states"):
         with pytest.raises(tp.UnsupportedModelError, match=output):
             engine(ids, **{output: True})
+        with pytest.raises(tp.UnsupportedModelError, match=output):
+            tp.compile(tiny_model(attn_implementation="eager", **{output: True}), "float32")(ids)
     for cu_seqlens in ([0, 5], [1, 10], [0, 12, 10], [0], [0, 6, 5, 10]):
         with pytest.raises(tp.ConfigError, match=r"cu_seqlens is .*; it must rise from 0 to the number of tokens, 10"):
             engine.run_packed(ids.flatten(), torch.tensor(cu_seqlens))
@@ -621,6 +625,20 @@ def test_multiple_choice_needs_a_padded_batch() -> None:
     model = hf.BertForMultipleChoice(tiny_config("bert")).eval()
     with pytest.raises(tp.ConfigError, match="whose head needs a padded batch"):
         tp.compile(model, "float32").run_packed(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3]))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [0, 3, 0]])
+@pytest.mark.parametrize(
+    "model", [partial(tiny_model), partial(tiny_model, head="token"), partial(tiny_model, "modernbert")]
+)
+def test_packed_sequences_of_nothing(model: Any, lengths: list[int]) -> None:
+    engine = tp.compile(model(), "float32")
+    ids = torch.tensor([5, 6, 7][: sum(lengths)], dtype=torch.long)
+    logits = engine.run_packed(ids, torch.tensor([0, *accumulate(lengths)])).logits
+    assert len(logits) == (len(ids) if engine.reads == "all" else len(lengths))
+    if 3 in lengths:
+        alone = engine(ids[None]).logits[0]
+        assert torch.equal(logits if engine.reads == "all" else logits[1], alone)
 
 
 def test_a_head_that_pools_gives_a_text_the_same_in_any_company() -> None:

@@ -1,6 +1,7 @@
 """Models of sentence-transformers trained to give what they gave unpruned."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from tests.integrations.test_sentence_transformers import embedder, ranker
 from tests.integrations.test_sentence_transformers import home as home  # a fixture
 from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.tiny import tiny_model
-from token_pruning.budget import comparison, holding
+from token_pruning.budget import comparison, distillation, holding
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.holding import CalibratedHolder
+from token_pruning.budget.queries import drawn_queries
 from token_pruning.integrations.sentence_transformers.distilling import RankingLoss, VectorLoss, neighbours
 from token_pruning.runtime.adapters import adapter_of
-from token_pruning.runtime.prune import attachment_of
+from token_pruning.runtime.prune import attachment_of, is_pruned
 
 TEXTS = some_texts(160, 40, seed=3)
 PAIRS = [(query, passage) for query in some_texts(30, 8, seed=1) for passage in some_texts(6, seed=len(query))]
@@ -294,6 +296,70 @@ def test_models_that_cannot_be_distilled(home: Path) -> None:
     model = tp.prune(embedder(home), tp.LearnedThreshold())
     with pytest.raises(tp.ConfigError, match="what calibrate leaves can hold a budget"):
         tp.distill(model, TEXTS, 0.6, **SHORT)
+
+    tp.prune(model := embedder(home), tp.FixedThreshold(thresholds=[0.001, 0.005, 0.007]))
+    with pytest.raises(tp.ConfigError, match="thresholds are in scoring mode 'mean'; what calibrate leaves is in"):
+        tp.distill(model, TEXTS, **SHORT)
+    with pytest.raises(tp.ConfigError, match="teacher gives vectors of 24 numbers; the model's have 32"):
+        tp.distill(embedder(home, tail=False), TEXTS, 0.6, teacher=embedder(home), **SHORT)
+
+
+@pytest.mark.parametrize("run", [tp.calibrate, partial(tp.distill, **SHORT)])
+def test_a_ranking_needs_several_queries(run: Any, home: Path) -> None:
+    pairs = [("w1 w2", passage) for passage in some_texts(70, 30)]
+    with pytest.raises(tp.ConfigError, match="are of 1 queries"):
+        run(ranker(home), pairs, 0.6)
+
+
+def test_a_calibrated_model_that_costs_more_on_other_texts_is_trained(
+    home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own calibration on a part of them; only a method that was given has to hold a budget."""
+    monkeypatch.setattr(CalibratedHolder, "fit", lambda self, model: None)
+    monkeypatch.setattr(distillation, "_FAR", -1.0)
+    found = tp.distill(embedder(home), TEXTS, 0.6, **SHORT)
+    assert found.calibration is not None
+    assert "on the 48 texts that are kept out of training the calibrated model costs 0." in caplog.text
+
+
+def test_a_model_that_cannot_be_trained_is_dense_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(home)
+    before = vectors_of(model)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(CalibratedHolder, "fit", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        tp.distill(model, TEXTS, 0.6, **SHORT)
+    assert not is_pruned(model[0].model) and (vectors_of(model) == before).all()
+
+
+def test_a_model_that_truncates_its_vectors(home: Path) -> None:
+    model = SentenceTransformer(modules=list(embedder(home, tail=False)), device="cpu", truncate_dim=16)
+    tp.distill(model, TEXTS, 0.6, **SHORT)
+    assert vectors_of(model).shape[1] == 16
+    loss, labels = VectorLoss(lambda x: x), torch.randn(6, 2 * 16)
+    long = [{"sentence_embedding": torch.randn(6, 32)} for _ in range(2)]
+    short = [{"sentence_embedding": each["sentence_embedding"][:, :16]} for each in long]
+    assert float(loss(long, labels)) == pytest.approx(float(loss(short, labels)))
+
+
+def test_a_reranker_learns_from_queries_that_are_drawn_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    own = adapter_of(ranker(home))
+    distilling = type(own).distilling
+
+    def noted(self: Any, model: Any, texts: Any, *args: Any, **options: Any) -> Any:
+        seen.append(texts)
+        return distilling(self, model, texts, *args, **options)
+
+    monkeypatch.setattr(type(own), "distilling", noted)
+    tp.distill(ranker(home), PAIRS, 0.6, **SHORT)
+    [texts] = seen
+    asked = {query for query, _ in PAIRS}
+    real = [pair for pair in texts if pair[0] in asked]
+    assert set(real) < set(PAIRS) and texts == real + drawn_queries(real, 0) and len(texts) > 1.5 * len(real)
 
 
 def test_a_rule_that_cannot_hold_the_budget_is_refused(home: Path) -> None:

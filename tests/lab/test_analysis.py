@@ -229,7 +229,7 @@ def test_names_are_the_shortest_ends_that_differ(folder: Path) -> None:
     assert [m["name"] for m in found()["checkpoints"]] == ["a/same", "b/same"]
 
 
-def test_a_checkpoint_for_several_budgets_at_each(folder: Path) -> None:
+def test_a_checkpoint_for_several_budgets_at_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = [
         {"relative_flops": 0.5, "thresholds": [1.0] * 4},
         {"relative_flops": 0.9, "thresholds": [0.5] * 4},
@@ -248,6 +248,9 @@ def test_a_checkpoint_for_several_budgets_at_each(folder: Path) -> None:
         assert method["metrics"] == evaluation["metrics"]
         assert method["relative_flops"] == pytest.approx(evaluation["relative_flops"])
     assert methods[1]["relative_flops"] < methods[0]["relative_flops"] < 1
+    for option in ("--thresholds 9 9 9 9", "--final-token-threshold 0.5", "--vocabulary-threshold 0.1"):
+        assert main(["eval", *f"{line} {option}".split()]) == 2
+        assert "--budget sets the thresholds: leave one of them out" in capsys.readouterr().err
     assert "mine at 0.7" in Path("out/trajectories.html").read_text(encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from tests.tiny import pruned, ragged_batch, tiny_model
 from tests.workspace import WORDS, edit_config, write_checkpoint, write_sst2, write_stsb
 from token_pruning.budget import elastic_holding
 from token_pruning.budget.elastic_holding import ElasticHolder
+from token_pruning.budget.fitting import fit_to_budget
 from token_pruning.budget.holding import BudgetHolder, CalibratedHolder
 from token_pruning.budget.schedules import named_schedule, schedules
 from token_pruning.checkpoint import read_checkpoint
@@ -136,7 +137,7 @@ def test_the_holder_waits_for_the_end_of_the_soft_half() -> None:
     tp.freeze_thresholds(model)
     holder.on_step_begin(None, TrainerState(global_step=5, max_steps=10), CONTROL, model=model)
     assert holder.schedule is not None and holder.schedule.name == "learned"
-    assert sum(holder.schedule.weights) == pytest.approx(1)
+    assert next(weight for weight in holder.schedule.weights if weight) == 1
     assert model.token_pruner.thresholds.tolist() != pytest.approx([0.9, 0.9, 1.0, 1.0])
 
 
@@ -153,18 +154,36 @@ def test_a_soft_stage_starts_from_fitted_thresholds_and_ends_where_it_has_learne
     assert holder.schedule is not None and holder.schedule.weights[0] == 0 < holder.schedule.weights[1]
 
 
-def test_thresholds_that_drop_nothing_are_followed_by_the_linear_schedule() -> None:
-    model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
-    holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.6, None, bf16=False)
-    assert holder.fit(model).relative_flops == pytest.approx(0.6, abs=0.01)
-    assert holder.schedule is not None and holder.schedule.name == "linear"
+@pytest.mark.parametrize(("layers", "target"), [(4, 0.6), (2, 0.5)])
+def test_where_nothing_leaves_yet_it_leaves_as_late_as_can_be(layers: int, target: float) -> None:
+    method = tp.FixedThreshold(thresholds=[0.0] * layers, scoring_mode="relative")
+    holder = BudgetHolder(ragged_batch([30, 12] * 16), target, None, bf16=False)
+    fit = holder.fit(tp.prune(tiny_model(layers=layers), method))
+    assert fit.relative_flops == pytest.approx(target, abs=0.01)
+    assert holder.schedule is not None and holder.schedule.name == "drain"
 
 
-def test_a_schedule_that_cannot_reach_the_budget_gives_way_to_the_one_that_can() -> None:
+def test_a_schedule_that_cannot_reach_the_budget_gives_way_to_the_one_that_can(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
     holder = BudgetHolder(ragged_batch([30, 12] * 16), 0.32, schedules(3)[2], bf16=False)
     assert holder.fit(model).relative_flops == pytest.approx(0.32, abs=0.01)
-    assert holder.schedule is not None and holder.schedule.name == "step-1"
+    assert holder.schedule is not None and holder.schedule.name == "drain"
+    assert "no token leaves early enough for a budget of 0.32" in caplog.text
+
+
+@pytest.mark.parametrize("target", [0.6, 0.55, 0.4])
+def test_tokens_go_on_leaving_where_they_do(target: float) -> None:
+    """Also for a budget that is lower, or on texts that cost a little more: more leave in each layer, in none else."""
+    model = tp.prune(tiny_model(), tp.FixedThreshold(thresholds=[0.0] * 4, scoring_mode="relative"))
+    drained = fit_to_budget(model.eval(), ragged_batch([30, 12] * 16), named_schedule("drain", 3), 0.6)
+    assert drained is not None and drained.thresholds[0] == 0 < drained.thresholds[1] < drained.thresholds[2]
+    tp.set_thresholds(model, drained.thresholds)
+    holder = BudgetHolder(ragged_batch([29, 13, 8] * 12, seed=7), target, None, bf16=False)
+    fit = holder.fit(model)
+    assert fit.relative_flops == pytest.approx(target, abs=0.02)
+    assert fit.thresholds[0] == 0 < fit.thresholds[1] and max(fit.thresholds) > 1e5
 
 
 def test_examples_are_held_out() -> None:
@@ -362,6 +381,16 @@ def test_training_goes_on_from_what_calibration_left(folder: Path, budgets: str)
     assert (got - wanted).square().mean() < 0.8 * (stale - wanted).square().mean()
 
 
+def test_a_budget_out_of_reach_of_a_calibrated_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_calibrated(folder)
+    line = "--task SST2 --restore CALIBRATED --teacher CKPT --masking_mode hard --target_flops 0.35"
+    assert run(line) == 2
+    assert "--target-flops is 0.35, which is out of reach where tokens of CALIBRATED leave" in capsys.readouterr().err
+    assert not (folder / "out" / "run.json").exists()
+    assert run(f"{line} --schedule drain") == 0
+    assert results(folder)["relative_flops"] == pytest.approx(0.35, abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("start", "holder", "budgets", "last"),
     [
@@ -437,6 +466,11 @@ def test_a_killed_run_goes_on(
         ),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input none.txt", "none.txt: no such file"),
         ("--restore CKPT --masking_mode hard --target_flops 0.5 --budget_input few.txt", "few.txt has 2 texts"),
+        ("--restore CKPT --masking_mode hard --target_flops 0.5 --thresholds 1 1 1 1", "--thresholds is [1"),
+        (
+            "--restore CKPT --masking_mode hard --target_flops 0.5 --final_token_threshold 0.1",
+            "--final-token-threshold is 0.1; a budget, --target-flops, sets",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str], line: str, message: str) -> None:

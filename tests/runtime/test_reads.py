@@ -114,3 +114,15 @@ def test_pooled_heads_find_the_first_token_behind_padding(head: Any) -> None:
         tp.prune(model, tp.Unpruned(), reads=reads)  # type: ignore[arg-type]
         assert_close(model(**left).logits, expected, 1e-5)
         tp.unprune(model)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+@torch.no_grad()
+def test_multiple_choice_without_token_types_takes_no_notice_of_them(family: str) -> None:
+    """Such heads do not flatten them, as they do ids: the dense model never looks."""
+    model = tiny_model(family, "multiple_choice")
+    batch = {name: x.view(2, 2, -1) for name, x in ragged_batch([30, 1, 17, 2]).items()}
+    expected = model(**batch).logits
+    types = torch.zeros_like(batch["input_ids"])
+    for run in (tp.prune(model, tp.Unpruned()), tp.compile(model, "float32")):
+        assert_close(run(**batch, token_type_ids=types).logits, expected, 1e-5)

@@ -27,7 +27,7 @@ from token_pruning.budget.fitting import (
     using,
 )
 from token_pruning.budget.schedules import Schedule, schedules
-from token_pruning.checks import number, positive_integer
+from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError
 from token_pruning.families import Reads, padding_id, shape_of
 from token_pruning.pruners import FixedThreshold, Pruner, VocabularyGate
@@ -136,6 +136,7 @@ def calibrate(
             labels that are all the same, a metric that is not a number, or a model that is pruned already.
     """
     _check_budget(target_flops, target_ms, max_drop)
+    whole_number("seed", seed, low=0, high=2**32 - 1)
     several = isinstance(target_flops, Sequence) and not isinstance(target_flops, str)
     inner, adapter = hugging_face_model(model), adapter_of(model)
     if is_pruned(inner):
@@ -169,7 +170,7 @@ def calibrate(
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
-        metric = metric or _default_metric
+        loss = None if max_drop is None else _Loss(comparison, _checked_metric(metric))
         if target_flops is not None:
             given: Any = target_flops if several else [target_flops]
             targets = checked_targets(comparison, given)
@@ -184,10 +185,10 @@ def calibrate(
             found = Calibration(candidates[0].pruner, candidates[0], candidates)
             result = replace(found, dense_ms=clock.dense_ms, pruned_ms=taken)
         else:
-            assert max_drop is not None
-            result = _cheapest(comparison, max_drop, metric)
-        if max_drop is not None and result.drop_bound is None:
-            result = _checked_loss(comparison, result, max_drop, metric)
+            assert max_drop is not None and loss is not None
+            result = _cheapest(comparison, max_drop, loss)
+        if max_drop is not None and loss is not None and result.drop_bound is None:
+            result = _checked_loss(result, max_drop, loss)
     prune(model, result.pruner, reads=reads)
     return result
 
@@ -262,6 +263,12 @@ class _Loss:
                 f"the {len(labels)} held-out examples all have the label {labels[0].item()}; max_drop needs examples "
                 "of different labels to estimate a loss"
             )
+        classes = self.comparison.dense.shape[1]
+        if self.comparison.divergence.kind == "classes" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ConfigError(
+                f"labels go from {labels.min().item()} to {labels.max().item()}; the model has the classes 0 to "
+                f"{classes - 1}"
+            )
 
     @property
     def _labels(self) -> Tensor:
@@ -281,9 +288,8 @@ class _Loss:
         return pruned, self.dense - pruned + 100 * _standard_error(self.metric, comparison.dense, outputs, labels)
 
 
-def _checked_loss(comparison: Comparison, result: Calibration, max_drop: float, metric: Metric) -> Calibration:
+def _checked_loss(result: Calibration, max_drop: float, loss: _Loss) -> Calibration:
     """With what it loses, which must be inside the bound."""
-    loss = _Loss(comparison, metric)
     pruned, bound = loss.of(result.pruner)
     if not bound <= max_drop:
         cost = f"relative FLOPs {result.chosen.relative_flops:.3f}"
@@ -291,16 +297,15 @@ def _checked_loss(comparison: Comparison, result: Calibration, max_drop: float, 
             cost += f", {result.pruned_ms:.3g} ms a batch,"
         raise ConfigError(
             f"max_drop is {max_drop:g}; at {cost} the metric falls from {loss.dense:.2f} to {pruned:.2f} on "
-            f"{len(comparison.held_out)} held-out examples, by at most {bound:.2f} points with one standard error: "
-            "both cannot be had"
+            f"{len(loss.comparison.held_out)} held-out examples, by at most {bound:.2f} points with one standard "
+            "error: both cannot be had"
         )
     return replace(result, metric_dense=loss.dense, metric_pruned=pruned, drop_bound=bound)
 
 
-def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibration:
+def _cheapest(comparison: Comparison, max_drop: float, loss: _Loss) -> Calibration:
     """The cheapest budget whose estimated loss stays inside the bound, by halving what there is to save."""
     model, fitting = comparison.model, comparison.part(comparison.fitting)
-    loss = _Loss(comparison, metric)
     no_number = ConfigError(
         f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
     )
@@ -330,6 +335,23 @@ def _cheapest(comparison: Comparison, max_drop: float, metric: Metric) -> Calibr
     if best is None:  # the dearest budget drops nothing, and so loses nothing: the bootstrap met what is no number
         raise no_number
     return replace(best, candidates=sorted(seen, key=lambda fit: fit.relative_flops))
+
+
+def _checked_metric(metric: Metric | None) -> Metric:
+    """A metric whose results are seen to be numbers; accuracy or correlation unless given."""
+    if metric is None:
+        return _default_metric
+    if not callable(metric):
+        raise ConfigError(f"metric is {metric!r}; it must be a function from logits and labels to a fraction")
+
+    def measured(logits: Tensor, labels: Tensor) -> float:
+        found: Any = metric(logits, labels)
+        try:
+            return float(found)
+        except (TypeError, ValueError):
+            raise ConfigError(f"metric gives {found!r}; it must give a fraction") from None
+
+    return measured
 
 
 def _default_metric(logits: Tensor, labels: Tensor) -> float:

@@ -15,6 +15,7 @@ from token_pruning.errors import ConfigError
 from token_pruning.pruners import Pruner, Unpruned
 from token_pruning.runtime.prune import attachment_of
 
+_OPTIONS = ("dtype", "threads")  # of an engine; what is read a pruned model knows
 _MOST_BATCHES = 32
 _ROUNDS = 7
 _LEAST_SECONDS = 0.4  # that each of the two engines is timed for
@@ -43,6 +44,8 @@ class Clock:
         Raises:
             ConfigError: for options that an engine does not have.
         """
+        if not isinstance(options, Mapping) or not {*options} <= {*_OPTIONS}:
+            raise ConfigError(f"engine is {options!r}; it must be a dictionary of {', '.join(_OPTIONS)}")
         self._model, self._options = model, dict(options)
         generator = torch.Generator("cpu").manual_seed(seed)
         order = torch.randperm(len(batch["input_ids"]), generator=generator, device="cpu")

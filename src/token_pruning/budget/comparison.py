@@ -127,6 +127,10 @@ class Comparison:
                 attachment.loop = partial(_NativePass, encoder)
         # A ranking says less than its passages would one by one.
         halves = plan.halves or plan.only_received or divergence.kind == "ranking"
+        if (groups := len(torch.unique(divergence.groups))) < 4:
+            raise ConfigError(
+                f"all examples are of {groups} queries; a ranking needs at least 4, with several passages"
+            )
         self.fitting, self.held_out = _divided(divergence.groups, 0.5 if halves else _FITTED, seed)
         self.dense = self._dense(self.part(self.held_out))
         if divergence.kind == "embedding":

@@ -10,19 +10,20 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from token_pruning.budget.calibration import FEWEST_EXAMPLES, Calibration, calibrate
-from token_pruning.budget.divergence import Divergence, divergence_of
+from token_pruning.budget.divergence import Kind, divergence_of
 from token_pruning.budget.examples import as_batch
 from token_pruning.budget.fitting import check_target, outputs_in_parts
+from token_pruning.budget.queries import drawn_queries
 from token_pruning.checks import number, positive_integer, whole_number
 from token_pruning.errors import ConfigError, UnsupportedModelError
-from token_pruning.families import padding_id
+from token_pruning.families import padding_id, shape_of
 from token_pruning.pruners import FixedThreshold, Pruner
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.flops import count_flops
@@ -88,8 +89,8 @@ def distill(
             step takes one at random, from the lowest to 1, so that one set of weights serves them all:
             :func:`token_pruning.set_budget` says which, and the model is left at the lowest. For a calibrated model:
             what it costs now, unless given; one that is calibrated for several budgets is trained for these.
-        teacher: the dense model to learn from, of the same class; the model itself as it is given, without pruning,
-            unless given.
+        teacher: the dense model to learn from, of the same class, whose vectors are as long, and of the same size where
+            the model has probes; the model itself as it is given, without pruning, unless given.
         epochs: passes over the texts.
         learning_rate: the highest; it rises over a tenth of the steps and falls linearly.
         batch_size: texts or pairs per step.
@@ -163,20 +164,41 @@ class Course:
         self.model, self.adapter, self.bf16, self.seed, self.shows = model, adapter, bf16, seed, shows
         pairs = adapter.takes_pairs(model)
         self.texts, held_out = _divided(texts, pairs, examples, seed)
+        if pairs:
+            self.texts += drawn_queries(self.texts, seed)
         inner = hugging_face_model(model)
         calibrated = is_pruned(inner)
         if target_flops is None and not calibrated:
             raise ConfigError("target_flops is missing; give what the pruned model may cost")
         self.teacher = _teacher(model, teacher)
+        theirs, own = (adapter.outputs(each, held_out[:1]).shape[1] for each in (self.teacher, model))
+        if theirs != own:
+            raise ConfigError(f"teacher gives vectors of {theirs} numbers; the model's have {own}")
         self.calibration = None
         if calibrated:
-            _check_budget(target_flops, attachment_of(inner).token_pruner.pruner)
+            _check_method(target_flops, attachment_of(inner).token_pruner.pruner)
         else:
             assert target_flops is not None
             self.calibration = calibrate(model, held_out, target_flops, seed=seed, progress=shows)
+        try:
+            self._prepare(held_out, target_flops, pairs)
+        except BaseException:
+            if not calibrated:
+                unprune(inner)
+            raise
+
+    def _prepare(self, held_out: list[Any], target_flops: float | Sequence[float] | None, pairs: bool) -> None:
+        """What the held-out texts say before training, and what holds the budget."""
+        model, adapter, inner = self.model, self.adapter, hugging_face_model(self.model)
         pruner = attachment_of(inner).token_pruner.pruner
-        if not isinstance(pruner, FixedThreshold) or pruner.learned or not pruner.stores_thresholds:
-            raise ConfigError(f"the model is pruned by {pruner!r}; what calibrate leaves can hold a budget")
+        assert isinstance(pruner, FixedThreshold)
+        if pruner.probes is not None:
+            shapes = [shape_of(hugging_face_model(each).base_model.config) for each in (self.teacher, model)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"teacher has {shapes[0]}; probes follow its states, so that it must have the model's own sizes, "
+                    f"{shapes[1]}"
+                )
         whole = pruner.max_tokens is not None
         self.batch = as_batch(adapter.tokenized(model, held_out, whole=whole), padding_id(inner.config))
         if pruner.budgets:
@@ -186,16 +208,25 @@ class Course:
             goal = float(target_flops) if isinstance(target_flops, (int, float)) else self.cost()
         check_target(inner, self.batch, goal)
         found = divergence_of(inner, self.batch)
-        self._divergence = found if pairs else Divergence("embedding", found.groups)
+        kind: Kind = "embedding" if not pairs else "scores" if found.kind == "ranking" else found.kind
+        self._divergence = replace(found, kind=kind)
         self._held_out = held_out
         self._dense = adapter.outputs(self.teacher, held_out)
         self.before = self.differs()
         self.holder = self._holder(goal, several=bool(pruner.budgets))
         self.holder.fit(model)
         if not pruner.budgets and abs((cost := self.cost()) - goal) > _FAR:
-            raise ConfigError(
-                f"target_flops is {goal}; what this model is pruned by costs {cost:.3f}, whatever its "
-                "thresholds. Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
+            if self.calibration is None:
+                raise ConfigError(
+                    f"target_flops is {goal}; what this model is pruned by costs {cost:.3f}, whatever its thresholds. "
+                    "Leave target_flops out, or give a model that is calibrated to that budget, or not at all"
+                )
+            logger.warning(
+                "target_flops is %g; on the %d texts that are kept out of training the calibrated model costs %.3f. "
+                "More texts say better what it costs",
+                goal,
+                len(held_out),
+                cost,
             )
 
     def _holder(self, goal: float, *, several: bool) -> "CalibratedHolder":
@@ -299,8 +330,15 @@ class Course:
         return self._divergence.between(self._dense, now, self._divergence.groups)[0]
 
 
-def _check_budget(target_flops: Any, pruner: Pruner) -> None:
-    """See that a calibrated model is trained for what it was calibrated to."""
+def _check_method(target_flops: Any, pruner: Pruner) -> None:
+    """See that a model's own method can hold a budget, and that it is trained for what it was calibrated to."""
+    if not isinstance(pruner, FixedThreshold) or pruner.learned or not pruner.stores_thresholds:
+        raise ConfigError(f"the model is pruned by {pruner!r}; what calibrate leaves can hold a budget")
+    if pruner.scoring_mode != "relative":
+        raise ConfigError(
+            f"the model's thresholds are in scoring mode {pruner.scoring_mode!r}; what calibrate leaves is in "
+            "'relative', in which budgets are held"
+        )
     several = isinstance(pruner, FixedThreshold) and bool(pruner.budgets)
     if target_flops is not None and (several or not isinstance(target_flops, (int, float))):
         raise ConfigError(
@@ -317,13 +355,15 @@ def _divided(texts: Sequence[Any], pairs: bool, examples: int, seed: int) -> tup
     if len(texts) < 2 * FEWEST_EXAMPLES:
         raise ConfigError(f"{len(texts)} texts were given; distillation needs at least {2 * FEWEST_EXAMPLES}")
     for place, text in enumerate(texts):
-        if isinstance(text, str) is pairs or (pairs and len(text) != 2):
+        if not _is_pair(text) if pairs else not isinstance(text, str):
             what = "pairs of a query and a passage" if pairs else "single texts"
             raise ConfigError(f"texts[{place}] is {text!r}; this model takes {what}")
     groups: dict[Any, list[Any]] = {}
     for place, text in enumerate(texts):
         groups.setdefault(text[0] if pairs else place, []).append(tuple(text) if pairs else text)
     names = list(groups)
+    if len(names) < 4:
+        raise ConfigError(f"all pairs are of {len(names)} queries; distillation needs at least 4")
     random.Random(seed).shuffle(names)
     wanted, chosen = min(wanted, len(texts) // 2), 0
     held_out: list[Any] = []
@@ -331,6 +371,10 @@ def _divided(texts: Sequence[Any], pairs: bool, examples: int, seed: int) -> tup
         held_out += groups[names[chosen]]
         chosen += 1
     return [text for name in names[chosen:] for text in groups[name]], held_out
+
+
+def _is_pair(text: Any) -> bool:
+    return isinstance(text, list | tuple) and len(text) == 2 and all(isinstance(part, str) for part in text)
 
 
 def _teacher(model: Any, given: Any) -> Any:

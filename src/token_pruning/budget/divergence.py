@@ -1,8 +1,9 @@
 """How much a pruned model's outputs differ from the dense model's, as its users would notice.
 
 Embeddings: how much worse pieces of a text find it among the others, and how each text ranks the others by cosine. A
-reranker's scores: the nDCG that each query's passages lose against the dense order. Classes: the divergence of their
-probabilities. Other numbers: squared error ÷ variance.
+reranker's scores: the nDCG that each query's passages lose against the dense order, or, after training to give these
+scores, the divergence of their softmax. Classes: the divergence of their probabilities. Other numbers: squared error ÷
+variance.
 """
 
 import random
@@ -24,7 +25,7 @@ _RANKED = 0.25  # what it counts how texts rank each other, beside how spans fin
 _FAR = 1e4
 _SMOOTHNESS = 0.5  # of ranks by scores, in their spreads
 
-Kind = Literal["embedding", "ranking", "classes", "labels", "numbers"]
+Kind = Literal["embedding", "ranking", "scores", "classes", "labels", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,13 @@ class Divergence:
                 return ranked
             missed = _finding_loss(dense, pruned, groups, self.spans)
             return missed * (missed.mean() > 0) + _RANKED * ranked
-        if self.kind == "ranking":
+        if self.kind in ("ranking", "scores"):
+            if self.kind == "scores":
+                scale = dense.std().clamp(min=1e-6)
+                dense, pruned = dense / scale, pruned / scale
+            loss = _ranking_loss if self.kind == "ranking" else _scores_loss
             return torch.stack(
-                [_ranking_loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
+                [loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
             )
         if self.kind == "labels":  # each is there or not
             dense, pruned = (torch.stack([x, torch.zeros_like(x)], -1).reshape(-1, 2) for x in (dense, pruned))
@@ -206,6 +211,15 @@ def _ranking_loss(dense: Tensor, pruned: Tensor) -> Tensor:
     gains = torch.arange(1, len(dense) + 1, device="cpu").double() ** -2
     before, after = (_discounts(scores[order].double()) for scores in (dense, pruned))
     return (gains * (before - after)).sum() / gains.sum()
+
+
+def _scores_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Of one query's passages, ``[passages]``: the Kullback–Leibler divergence of the softmax of their scores.
+
+    That is what training makes smaller, and rankings got better with it, where :func:`_ranking_loss` said that they got
+    worse: that is lower than 0 for a model that sets the first passage further apart than the dense one does.
+    """
+    return kl_div(pruned.log_softmax(0), dense.log_softmax(0), log_target=True, reduction="sum")
 
 
 def _discounts(scores: Tensor) -> Tensor:

@@ -37,7 +37,11 @@ def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     if isinstance(examples, Mapping):
         batch = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
         if "input_ids" not in batch:
-            raise ConfigError("examples has no input_ids")
+            found = type(examples["input_ids"]).__name__ if "input_ids" in examples else "nothing"
+            raise ConfigError(
+                f"examples has {found} for input_ids; it must be a list of tokenized texts, or a batch of tensors "
+                '(tokenizer(texts, padding=True, return_tensors="pt"))'
+            )
         return {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
     if not hasattr(examples, "__len__"):
         raise ConfigError(f"examples is a {type(examples).__name__}; it must be a list of tokenized texts, or a batch")
@@ -49,15 +53,29 @@ def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
         if tokenized and name in tokenized[0]:
-            rows = [_integers(f"examples[{i}]'s {name}", example[name]) for i, example in enumerate(tokenized)]
+            rows = [_integers(f"examples[{i}]'s {name}", _of(example, i, name)) for i, example in enumerate(tokenized)]
+            lengths = [len(example["input_ids"]) for example in tokenized]
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                if len(row) != length:
+                    raise ConfigError(f"examples[{i}]'s {name} has {len(row)} values; its input_ids has {length}")
             batch[name] = pad_sequence(rows, batch_first=True, padding_value=fill)
     if "attention_mask" not in batch:
         rows = [torch.ones(len(example["input_ids"]), dtype=torch.long, device="cpu") for example in tokenized]
         batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
         batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
     if tokenized and "labels" in tokenized[0]:
-        batch["labels"] = torch.as_tensor([example["labels"] for example in tokenized])
+        labels = [_of(example, i, "labels") for i, example in enumerate(tokenized)]
+        try:
+            batch["labels"] = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"examples' labels, such as {labels[0]!r}, cannot be a tensor: {error}") from None
     return batch
+
+
+def _of(example: Mapping[str, Any], place: int, name: str) -> Any:
+    if name not in example:
+        raise ConfigError(f"examples[{place}] has no {name}; examples[0] has")
+    return example[name]
 
 
 def _integers(name: str, values: Any) -> Tensor:

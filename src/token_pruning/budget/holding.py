@@ -1,5 +1,6 @@
 """Keeping a budget while weights are trained: thresholds follow what the weights make of importance."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,12 +23,14 @@ from token_pruning.budget.fitting import (
     prunable_layers,
 )
 from token_pruning.budget.ridge import Ridge
-from token_pruning.budget.schedules import Schedule, schedules
+from token_pruning.budget.schedules import Schedule, named_schedule
 from token_pruning.pruners import FixedThreshold, Probes
 from token_pruning.pruners.budgets import DROP_EVERYTHING
 from token_pruning.ragged import Layout
 from token_pruning.runtime.loop import PackedLoop
 from token_pruning.runtime.prune import attachment_of, hugging_face_model, prunable, set_thresholds
+
+logger = logging.getLogger(__name__)
 
 _REFIT_TOKENS, _FEWEST = 5000, 64  # of the held-out texts that each but the last is fitted to, and texts
 _PENALTY = 1e-3  # of a probe's change
@@ -85,15 +88,23 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
     def fit(self, model: Any) -> Fit:
         """Set the model's thresholds to what costs the budget on the held-out examples."""
         with self.evaluating(model):
-            if self.schedule is None:
-                self.schedule = _or_linear(profile_of(model, self.batch), prunable_layers(model))
-            fit = fit_to_budget(model, self.batch, self.schedule, self.target)
-            if fit is None:  # its layers cannot reach the budget whatever leaves in them
-                self.schedule = schedules(prunable_layers(model))[0]
-                fit = fit_to_budget(model, self.batch, self.schedule, self.target)
+            fit = self._fit_thresholds(model)
+            if fit is None:
+                logger.warning(
+                    "no token leaves early enough for a budget of %g; from now on they leave as late as it allows",
+                    self.target,
+                )
+                self.schedule = named_schedule("drain", prunable_layers(model))
+                fit = self._fit_thresholds(model)
         assert fit is not None  # everything after the first layer reaches every budget that check_target lets pass
         set_thresholds(model, fit.thresholds)
         return fit
+
+    def _fit_thresholds(self, model: Any) -> Fit | None:
+        """With tokens leaving where they do; None where none does, or not early enough for the budget."""
+        if self.schedule is None:
+            self.schedule = where_tokens_leave(model, self.batch)
+        return fit_to_budget(model, self.batch, self.schedule, self.target) if any(self.schedule.weights) else None
 
     def finish(self, model: Any) -> Fit | None:
         """Fit once more, when training is over."""
@@ -113,17 +124,14 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def where_tokens_leave(model: Any, batch: Batch) -> Schedule:
-    """The schedule of a model's thresholds: its weights add up to 1, or are all 0 where no token leaves."""
+    """The schedule of a model's thresholds; its weights are all 0 where no token leaves.
+
+    At full strength everything leaves where the first tokens do now, so that it also serves lower budgets: the more
+    leaves in each layer, the fewer layers have anything left.
+    """
     found = profile_of(model, batch)
-    return _or_linear(found, 0) if sum(found.weights) > 0 else found
-
-
-def _or_linear(schedule: Schedule, layers: int) -> Schedule:
-    """The schedule with weights that add up to 1; where it drops nothing, the linear one."""
-    total = sum(schedule.weights)
-    if total <= 0:
-        return next(s for s in schedules(layers) if s.name == "linear")
-    return Schedule(schedule.name, tuple(weight / total for weight in schedule.weights))
+    first = next((weight for weight in found.weights if weight), 1.0)
+    return Schedule(found.name, tuple(weight / first for weight in found.weights))
 
 
 class CalibratedHolder(BudgetHolder):
@@ -170,16 +178,14 @@ class CalibratedHolder(BudgetHolder):
         return found
 
     def fit(self, model: Any) -> Fit | None:  # type: ignore[override]
-        """Fit probes, then thresholds; None where there are none to fit."""
+        """Fit probes, then thresholds; None where there are none to fit, or none reach the budget."""
         inner = hugging_face_model(model)
         with self.evaluating(model):
             if self.schedule is None:
                 self.schedule = where_tokens_leave(inner, self.batch)
-            if not sum(self.schedule.weights):
-                return None
-            if self.pruner.probes is not None and self.dense is not None:
+            if self.pruner.probes is not None and self.dense is not None and any(self.schedule.weights):
                 self._fit_probes(inner)
-            fit = fit_to_budget(inner, self.batch, self.schedule, self.target)
+            fit = self._fit_thresholds(inner)
         if fit is not None:
             set_thresholds(inner, fit.thresholds)
         return fit

@@ -14,8 +14,9 @@ class Schedule:
 
     Attributes:
         name: for reports.
-        weights: of all tokens that leave, the part that does so after each layer; they add up to 1. The last layer of a
-            model whose head reads the first token only has none.
+        weights: of all tokens that leave, the part that does so after each layer; they add up to 1, or to more where
+            tokens run out before the last of these layers. The last layer of a model whose head reads the first token
+            only has none.
     """
 
     name: str

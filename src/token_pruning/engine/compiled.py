@@ -320,6 +320,10 @@ class Engine:
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(f"an engine has no attribute {name!r}")  # Python would say that the model has none
 
+    def __copy__(self) -> "Engine":
+        """Weights are shared, what set_budget changes is not: as in a deep copy."""
+        return copy.deepcopy(self)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_engine, (type(self).__name__,), self.__dict__
 
@@ -351,7 +355,7 @@ class Engine:
         inputs = self._padded(input_ids, cu_seqlens, token_type_ids, position_ids)
         if self._steps is not None:
             return self._classified(**inputs)
-        if self._pools:
+        if self._pools and len(cu_seqlens) > 1:
             return self._text_by_text(inputs, cu_seqlens.diff().tolist())
         output = self._head(**inputs, **{_PACKED: True})
         if not self._one_each:
@@ -522,6 +526,7 @@ class _CompiledBase(nn.Module):
 
     def first_states(self, **inputs: Tensor | None) -> Tensor:
         """First tokens' last states, ``[batch, dim]``, where only these are read; arguments as of :meth:`forward`."""
+        self._check_options(inputs["input_ids"], {})
         tokens, selection, last = self._run(**inputs)
         entering = tokens if selection is None else selection.tokens
         return self._engine._departures.states(last, entering.layout, "first", selection, tokens.layout)
@@ -549,7 +554,7 @@ class _CompiledBase(nn.Module):
             max_tokens=pruner.max_tokens,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids if self._tables["token_type_ids"] else None,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
         )
         selection = select(tokens, pruner)
@@ -588,10 +593,10 @@ def _mask_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
     _check_on_cpu("cu_seqlens", check_ids("cu_seqlens", cu_seqlens, 1))
     ends = cu_seqlens.tolist()
     lengths = cu_seqlens.diff()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or bool((lengths < 0).any()):
+    if not ends or ends[0] != 0 or ends[-1] != tokens or bool((lengths < 0).any()):
         shown = ends if len(ends) <= 8 else [*ends[:4], "…", *ends[-3:]]
         raise ConfigError(f"cu_seqlens is {shown}; it must rise from 0 to the number of tokens, {tokens}")
-    return torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
+    return torch.arange(max([1, *lengths.tolist()]), device="cpu") < lengths[:, None]  # a column even for no tokens
 
 
 def _replace_linears(module: nn.Module, encoder: Encoder, vocabulary: int) -> None:

@@ -123,7 +123,8 @@ def pack_inputs(
             _check_range(name, rows, tables.get(name), most)
         return rows
 
-    types = None if token_type_ids is None else check_ids("token_type_ids", token_type_ids)
+    ignored = token_type_ids is None or not tables.get("token_type_ids")
+    types = None if ignored else check_ids("token_type_ids", token_type_ids)
     positions: Tensor | None
     if mask is None and position_ids is None and type(family).positions is Family.positions:
         positions = layout.indices if shape[0] == 1 else layout.indices % shape[1]  # without padding: the columns

@@ -35,8 +35,9 @@ class VectorLoss(nn.Module):
             labels: the dense vectors of a row's texts one after the other, ``[rows, columns · dim]``.
         """
         found = torch.cat([self.model(each)["sentence_embedding"].float() for each in features])
-        found = normalize(found, dim=1)
-        wanted = normalize(torch.cat(torch.split(labels.to(found), found.shape[1], dim=1)), dim=1)
+        dim = labels.shape[1] * len(labels) // len(found)  # fewer than the model gives where it has a truncate_dim
+        found = normalize(found[:, :dim], dim=1)
+        wanted = normalize(torch.cat(torch.split(labels.to(found), dim, dim=1)), dim=1)
         loss: Tensor = (1 - (found * wanted).sum(1)).mean()
         cosines = wanted @ wanted.T
         for rows in (wanted, found):

@@ -276,6 +276,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         raise ConfigError("give one of --task (a GLUE task), --train-file with --validation-file, and --texts")
     data = DataOptions(**given_data)
     base = TrainOptions(task=source.stem if source else data.name(), **given(arguments, TrainOptions))
+    if source is not None and "batch_size" in given(arguments, TrainOptions):
+        raise ConfigError(f"--bs is {base.batch_size}; texts without labels are not evaluated: leave it out")
     if "max_length" in given(arguments, TrainOptions) and adapter_for(Path(base.restore)) is not None:
         raise ConfigError(f"--max-length is {base.max_length}; {base.restore} has its own, max_seq_length")
     options = build(arguments, CalibrateOptions, base=base, **given_keys(arguments))

@@ -216,7 +216,13 @@ def budget_holder(
     assert options.budget is not None
     check_target(model, batch, options.budget)
     if dense is not None:
-        return CalibratedHolder(model, dense, batch, options.budget, options.bf16, schedule)
+        holder = CalibratedHolder(model, dense, batch, options.budget, options.bf16, schedule)
+        if holder.fit(model) is None:
+            raise ConfigError(
+                f"--target-flops is {options.budget:g}, which is out of reach where tokens of {options.restore} leave; "
+                "--schedule drain lets them leave earlier"
+            )
+        return holder
     return BudgetHolder(batch, options.budget, schedule, options.bf16)
 
 

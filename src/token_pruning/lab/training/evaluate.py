@@ -15,7 +15,7 @@ from token_pruning.lab.files import try_folder
 from token_pruning.lab.metrics import compute_metrics
 from token_pruning.lab.training.features import collator, labelled_features
 from token_pruning.lab.training.load import load_classifier, load_tokenizer, other_architecture
-from token_pruning.lab.training.options import TrainOptions
+from token_pruning.lab.training.options import TrainOptions, flag
 from token_pruning.lab.training.plan import DataSource, pruner_of, with_keys
 from token_pruning.runtime.prune import set_budget
 
@@ -101,6 +101,9 @@ def evaluate_checkpoint(
         )
     if options.masking_mode == "none" and budget is not None:
         raise ConfigError("--budget applies to pruning, not to masking mode 'none'")
+    for name in ("thresholds", "final_token_threshold", "vocabulary_threshold"):
+        if budget is not None and (value := (options.pruning or {}).get(name)) is not None:
+            raise ConfigError(f"{flag(name)} is {value}; --budget sets the thresholds: leave one of them out")
     folder = Path(options.output_dir) if options.output_dir else checkpoint.path / "eval"
     try_folder("--output-dir" if options.output_dir else "the default --output-dir", folder)
     pruner = None if options.masking_mode == "none" else pruner_of(checkpoint, options)

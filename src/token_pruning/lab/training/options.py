@@ -212,6 +212,11 @@ class TrainOptions(InferenceOptions):
             return
         if self.regularization is not None:
             raise ConfigError("give either --lambda or --target-flops")
+        for name in ("thresholds", "final_token_threshold"):
+            if (value := (self.pruning or {}).get(name)) is not None:
+                raise ConfigError(
+                    f"{flag(name)} is {value}; a budget, --target-flops, sets the thresholds: leave it out"
+                )
         if self.schedule is not None and self.masking_mode != "hard":
             raise ConfigError(f"--schedule applies to masking mode hard; {self.masking_mode!r} learns a schedule")
         if self.context and self.masking_mode != "hard":
