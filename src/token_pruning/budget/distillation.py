@@ -77,7 +77,8 @@ def distill(
     It is calibrated on some of the texts (:func:`token_pruning.calibrate`), unless it is already. Then its weights
     learn from the others, without dropout, in the trainer of sentence-transformers: vectors by their cosine to the
     dense vectors and by how the texts of a batch rank each other; a reranker's scores by their squared distance to the
-    dense scores, and by how they rank each query's passages. Meanwhile thresholds are fitted to the budget again and
+    dense scores, and by how they rank each query's passages, and as many queries' that are drawn out of the passages
+    (:mod:`token_pruning.budget.queries`). Meanwhile thresholds are fitted to the budget again and
     again, and probes to what they said of the dense model's states; maps, context and corrections learn like weights.
     Token embeddings, and a vocabulary gate, which says what tokens are worth to the dense model, stay.
 
