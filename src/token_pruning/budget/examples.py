@@ -53,7 +53,9 @@ def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     batch = {}
     for name, fill in (("input_ids", padding), ("token_type_ids", 0), ("attention_mask", 0)):
         if tokenized and name in tokenized[0]:
-            rows = [_integers(f"examples[{i}]'s {name}", _of(example, i, name)) for i, example in enumerate(tokenized)]
+            rows = [
+                _integers(f"examples[{i}]'s {name}", _value(example, i, name)) for i, example in enumerate(tokenized)
+            ]
             lengths = [len(example["input_ids"]) for example in tokenized]
             for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
                 if len(row) != length:
@@ -64,7 +66,7 @@ def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
         batch["attention_mask"] = pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
         batch.setdefault("input_ids", torch.zeros(0, 0, dtype=torch.long))
     if tokenized and "labels" in tokenized[0]:
-        labels = [_of(example, i, "labels") for i, example in enumerate(tokenized)]
+        labels = [_value(example, i, "labels") for i, example in enumerate(tokenized)]
         try:
             batch["labels"] = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -72,7 +74,7 @@ def _padded(examples: Examples | Texts, padding: int) -> dict[str, Tensor]:
     return batch
 
 
-def _of(example: Mapping[str, Any], place: int, name: str) -> Any:
+def _value(example: Mapping[str, Any], place: int, name: str) -> Any:
     if name not in example:
         raise ConfigError(f"examples[{place}] has no {name}; examples[0] has")
     return example[name]
