@@ -81,7 +81,7 @@ RECIPES = {
         lr=5e-5,
         lr_soft=2e-5,
         epochs={"MRPC": 3},
-        ltp=((0.3, 1e-3),),
+        ltp=((0.05, 1e-3),),
     ),
 }
 EXAMPLES = 400

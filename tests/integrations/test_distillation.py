@@ -352,10 +352,11 @@ def test_a_reranker_learns_from_queries_that_are_drawn_too(home: Path, monkeypat
 
     def noted(self: Any, model: Any, texts: Any, *args: Any, **options: Any) -> Any:
         seen.append(texts)
+        assert options["arguments"]["learning_rate"] == 1e-4  # the default of a reranker
         return distilling(self, model, texts, *args, **options)
 
     monkeypatch.setattr(type(own), "distilling", noted)
-    tp.distill(ranker(home), PAIRS, 0.6, **SHORT)
+    tp.distill(ranker(home), PAIRS, 0.6, **SHORT | {"learning_rate": None})
     [texts] = seen
     asked = {query for query, _ in PAIRS}
     real = [pair for pair in texts if pair[0] in asked]

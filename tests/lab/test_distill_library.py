@@ -13,6 +13,7 @@ from tests.integrations.test_sentence_transformers import texts as some_texts
 from tests.lab.test_calibrate_library import TEXTS, refused, said
 from tests.lab.test_calibrate_library import folder as folder  # a fixture
 from tests.workspace import assert_same_training, killed_before_publishing, write_checkpoint
+from token_pruning.budget.distillation import Course
 from token_pruning.lab.cli import main
 from token_pruning.lab.training.run_dir import RunDir
 
@@ -39,6 +40,21 @@ def test_a_folder_learns_what_it_gave(folder: Path, capsys: pytest.CaptureFixtur
     more = json.loads(Path("MORE/distillation.json").read_text(encoding="utf-8"))
     assert more["calibration"] is None
     assert more["divergence_before"] == pytest.approx(found["divergence"], rel=0.05)
+
+
+@pytest.mark.parametrize(("given", "rate"), [("", 2e-4), ("--lr 3e-5", 3e-5)])
+def test_the_learning_rate_is_the_one_given(
+    given: str, rate: float, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    train = Course.train
+    monkeypatch.setattr(
+        Course,
+        "train",
+        lambda self, trainer, **how: (rates.append(trainer.args.learning_rate), train(self, trainer))[1],
+    )
+    said(capsys, f"train E --texts one.txt --target-flops 0.6 --output OUT --examples 40 --epoch 0.2 {given}")
+    assert rates == [rate]
 
 
 def embedder_of(folder: str) -> Any:

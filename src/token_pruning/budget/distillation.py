@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EPOCHS, LEARNING_RATE, BATCH_SIZE, EXAMPLES = 1.0, 2e-4, 16, 1000
+EPOCHS, BATCH_SIZE, EXAMPLES = 1.0, 16, 1000
+LEARNING_RATE, LEARNING_RATE_OF_SCORES = 2e-4, 1e-4
 WARM_UP = 0.1  # of the steps
 _FAR = 0.03  # from the budget: a gate alone, or one beside few layers that prune, costs what it costs
 
@@ -65,7 +66,7 @@ def distill(
     *,
     teacher: Any = None,
     epochs: float = EPOCHS,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     batch_size: int = BATCH_SIZE,
     examples: int = EXAMPLES,
     bf16: bool = False,
@@ -93,7 +94,8 @@ def distill(
         teacher: the dense model to learn from, of the same class, whose vectors are as long, and of the same size where
             the model has probes; the model itself as it is given, without pruning, unless given.
         epochs: passes over the texts.
-        learning_rate: the highest; it rises over a tenth of the steps and falls linearly.
+        learning_rate: the highest; it rises over a tenth of the steps and falls linearly. 2e-4 unless given, 1e-4 for a
+            reranker.
         batch_size: texts or pairs per step.
         examples: how many texts are kept out of training, to calibrate and to measure on; at most half of them.
         bf16: bfloat16 autocast, faster on a CPU that has such products, or a GPU.
@@ -111,7 +113,8 @@ def distill(
         UnsupportedModelError: for a model of another library, or a reranker with several outputs.
     """
     number("epochs", epochs, above=0)
-    number("learning_rate", learning_rate, above=0)
+    if learning_rate is not None:
+        number("learning_rate", learning_rate, above=0)
     positive_integer("batch_size", batch_size)
     whole_number("seed", seed, low=0, high=2**32 - 1)
     shows = sys.stderr.isatty() if progress is None else progress
@@ -244,7 +247,7 @@ class Course:
         *,
         output_dir: str,
         epochs: float,
-        learning_rate: float,
+        learning_rate: float | None,
         batch_size: int,
         kind: type | None = None,
         callbacks: Sequence[Any] = (),
@@ -265,6 +268,8 @@ class Course:
 
         from token_pruning.budget.holding import Bar
 
+        if learning_rate is None:
+            learning_rate = LEARNING_RATE_OF_SCORES if self.adapter.takes_pairs(self.model) else LEARNING_RATE
         cpu = hugging_face_model(self.model).device.type == "cpu"
         given = {
             "output_dir": output_dir,

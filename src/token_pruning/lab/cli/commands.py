@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from token_pruning.budget.distillation import BATCH_SIZE, EPOCHS, LEARNING_RATE
+from token_pruning.budget.distillation import BATCH_SIZE, EPOCHS, LEARNING_RATE, LEARNING_RATE_OF_SCORES
 from token_pruning.errors import ConfigError
 from token_pruning.lab.analysis.options import AnalyzeOptions
 from token_pruning.lab.cli.parser import (
@@ -45,7 +45,7 @@ def add_train(commands: Any) -> None:
         "(absolute_threshold, topk, threshold, rising_threshold), final_token_threshold, token_keep_rate, "
         "token_threshold, scoring_mode. A SentenceTransformer or CrossEncoder learns what it gave unpruned, from texts "
         "without labels (--texts, --target-flops), unless told otherwise with "
-        f"--lr {LEARNING_RATE:g}, --epoch {EPOCHS:g} and --bs {BATCH_SIZE}. "
+        f"--lr {LEARNING_RATE:g} (a reranker {LEARNING_RATE_OF_SCORES:g}), --epoch {EPOCHS:g} and --bs {BATCH_SIZE}. "
         "A killed run continues when the same command is given again.",
     )
     add_alias(parser, "MODEL", TrainOptions, "restore", help="the same as --restore")
@@ -249,10 +249,10 @@ def _distill(arguments: argparse.Namespace) -> None:
     others += [(cls, name) for cls in (DataOptions, Pruner) for name in given(arguments, cls)]
     for cls, name in others:
         raise ConfigError(f"{flag_of(cls, name)} is for training on labels; models of sentence-transformers have none")
-    values = {"lr": LEARNING_RATE, "epochs": EPOCHS, "batch_size": BATCH_SIZE, **found}
+    values = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, **found}
     source = given(arguments, DistillOptions).get("input")
     base = TrainOptions(task=source.stem if source else "", **values)
-    distill_folder(build(arguments, DistillOptions, base=base))
+    distill_folder(build(arguments, DistillOptions, base=base, learning_rate=found.get("lr")))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

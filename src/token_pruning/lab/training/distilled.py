@@ -95,7 +95,7 @@ def _carry_out(options: DistillOptions, folder: Path, adapter: Adapter, run_dir:
     trainer = course.trainer(
         output_dir=str(run_dir.path),
         epochs=base.epochs,
-        learning_rate=base.lr,
+        learning_rate=options.learning_rate,
         batch_size=base.batch_size,
         kind=WholeCheckpoints,
         callbacks=[ConsoleCallback()],

@@ -312,12 +312,14 @@ class DistillOptions(TextsOptions):
 
     Args:
         base: the model, the budget, how to train and where to write; masking mode hard.
+        learning_rate: in place of the base's; what suits the model unless given.
 
     Raises:
         ConfigError: for a value that is not allowed, or missing texts.
     """
 
     base: TrainOptions
+    learning_rate: float | None = None
 
     examples: int = option(
         EXAMPLES,
