@@ -1,9 +1,11 @@
 """Exported graphs, held against the pruned model in ONNX Runtime and in OpenVINO."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,10 @@ openvino = pytest.importorskip("openvino")
 
 THRESHOLDS: dict[str, Any] = {"thresholds": [0.5, 0.7, 0.9, 1.0], "scoring_mode": "relative"}
 PRUNER = tp.FixedThreshold(**THRESHOLDS)
-# None of the shape that is traced; a single text, left padding, a text of no tokens.
-BATCHES: list[tuple[list[int], bool]] = [([9, 30, 17, 1, 55], False), ([60], False), ([12, 40], True), ([0, 5], False)]
+# None of the shape that is traced; a single text, left padding, a text of no tokens, one that can lose none.
+BATCHES: list[tuple[list[int], bool]] = [
+    ([9, 30, 17, 1, 55], False), ([60], False), ([12, 40], True), ([0, 5], False), ([1], False),
+]  # fmt: skip
 Arrays = dict[str, Any]
 
 
@@ -155,26 +159,58 @@ def test_context_of_other_families(family: str, head: str, tmp_path: Path) -> No
     check(tp.prune(tiny_model(family, head), METHODS["context"]), tmp_path, family)
 
 
-DEPARTED = {"state": "all", "survivors": "first", "map": "mean"}
+ALWAYS = {  # what departed tokens count as, what is read, and whether they are attended to still
+    ("state", "all", False),
+    ("survivors", "first", False),
+    ("map", "mean", False),
+    ("survivors", "mean", True),
+    ("map", "mean", True),
+}
 
 
 @pytest.mark.parametrize(
-    ("departed", "reads"),
+    ("departed", "reads", "context"),
     [
-        (departed, reads) if DEPARTED[departed] == reads else only_exhaustively(departed, reads)
-        for departed in DEPARTED
-        for reads in ("first", "mean", "all")
+        each if each in ALWAYS else only_exhaustively(*each)
+        for each in product(("state", "survivors", "map"), ("first", "mean", "all"), (False, True))
     ],
 )
-def test_what_departed_tokens_count_as(departed: Any, reads: Any, tmp_path: Path) -> None:
+def test_what_departed_tokens_count_as(departed: Any, reads: Any, context: bool, tmp_path: Path) -> None:
     pruner = tp.FixedThreshold(
         **THRESHOLDS,
         departed=departed,
         maps=tp.DepartureMaps([0, 1, 2, 3, 4], _affine(5, 32)) if departed == "map" else None,
         correction=None if reads == "all" else tp.Correction(_affine(32)),
         vocabulary=tp.VocabularyGate(_scores(), 0.3),
+        context=tp.LinearContext([0, 1, 2, 3], _affine(4, 10), _affine(4, 64)[..., -11:]) if context else None,
     )
     check(tp.prune(tiny_model("bert", "encoder"), pruner, reads=reads), tmp_path)
+
+
+@pytest.mark.parametrize("departed", ["map", "survivors"])
+def test_a_method_by_which_nothing_leaves(departed: Any, tmp_path: Path) -> None:
+    """Neither of the texts that the graph is traced with, nor of any other."""
+    maps = tp.DepartureMaps([1, 2, 3, 4], _affine(4, 32)) if departed == "map" else None
+    pruner = tp.FixedThreshold(thresholds=[1e-9] * 4, scoring_mode="relative", departed=departed, maps=maps)
+    check(tp.prune(tiny_model("bert", "encoder"), pruner, reads="mean"), tmp_path)
+
+
+def test_a_file_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    model = tp.prune(tiny_model(), PRUNER)
+    for name in ("M.ONNX", "M.XML"):
+        assert tp.export(model, tmp_path / name) == tmp_path / name
+    assert {file.name for file in tmp_path.iterdir()} == {"M.ONNX", "M.XML", "M.bin"}
+    feed = feed_of(ragged_batch([9, 3]))
+    one, other = in_onnx_runtime(tmp_path / "M.ONNX")(feed), in_openvino(tmp_path / "M.XML")(feed)
+    np.testing.assert_allclose(one["logits"], other["logits"], rtol=0, atol=1e-4)
+
+
+def test_the_settings_of_a_graph_are_the_dense_models(tmp_path: Path) -> None:
+    tp.prune(tiny_model(), PRUNER).save_pretrained(tmp_path / "pruned")
+    folder = tp.export(tp.from_pretrained(tmp_path / "pruned"), tmp_path / "graph", format="onnx")
+    kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert not kept.keys() & {"prune_mode", "thresholds", "final_token_threshold", "scoring_mode"}
+    assert kept["model_type"] == "bert"
 
 
 def test_tokens_are_gone(tmp_path: Path) -> None:

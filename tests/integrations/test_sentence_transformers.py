@@ -570,6 +570,7 @@ BROKEN: dict[str, Any] = {
     "hidden_size": lambda f: edit(f / "config.json", lambda c: c.update(hidden_size="wide")),
     "prune_mode is missing": lambda f: edit(f / "config.json", lambda c: c.pop("prune_mode")),
     "cannot be loaded": lambda f: (f / "tokenizer.json").write_text("{}"),
+    "has no tokenizer: none of tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
 }
 
 

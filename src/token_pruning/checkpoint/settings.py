@@ -29,6 +29,7 @@ _SIZE = partial(whole_number, low=1, high=10**6)
 _COUNT = partial(whole_number, low=0, high=10**7)
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 _CLOSE = 0.88  # of two spellings without case and separators: "token_keep_rates", "final_token_treshold", "scoringmode"
 
 
@@ -72,6 +73,12 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def check_has_tokenizer(folder: Path) -> None:
+    """Raises CheckpointError for a folder without a vocabulary: of it transformers would make an empty one."""
+    if not any((folder / name).exists() for name in _VOCABULARIES):
+        raise CheckpointError(f"{folder} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from token_pruning.checks import choice
 from token_pruning.errors import ConfigError, TokenPruningError, UnsupportedModelError
 from token_pruning.integrations.export.traced import Traced
+from token_pruning.pruners import method_keys
 from token_pruning.runtime.adapters import adapter_of
 from token_pruning.runtime.prune import attachment_of, hugging_face_model
 
@@ -58,7 +59,7 @@ def export(model: Any, output: str | os.PathLike[str], *, format: Format | None 
     """
     path = Path(output)
     kind = _format(path, format)
-    in_folder = path.suffix not in _FORMATS
+    in_folder = path.suffix.lower() not in _FORMATS
     if in_folder and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"output is {path}, which exists; it must be a new or empty folder, or end in .onnx or .xml")
     if tokenizer is not None and not in_folder:
@@ -84,15 +85,17 @@ def export(model: Any, output: str | os.PathLike[str], *, format: Format | None 
         if in_folder:
             folder.replace(path)
         else:  # the file that names the other comes last
-            for file in reversed(written):
+            *others, first = reversed(written)
+            for file in others:
                 file.replace(path.with_suffix(file.suffix))
+            first.replace(path)
     return path
 
 
 def _format(path: Path, asked: Format | None) -> str:
     if asked is not None:
         choice("format", asked, get_args(Format))
-    named = _FORMATS.get(path.suffix)
+    named = _FORMATS.get(path.suffix.lower())
     if asked is not None and named not in (None, asked):
         raise ConfigError(f"format is {asked!r}, but output is {path}, a file for {named!r}")
     return asked or named or "openvino"
@@ -123,6 +126,8 @@ def _save_settings(model: Any, tokenizer: Any, folder: Path) -> None:
     """``config.json`` as the dense model has it, since the graph has the pruning in it, and the tokenizer's files."""
     inner = hugging_face_model(model)
     config = attachment_of(inner).config_before
+    for key in method_keys():  # of a model that was loaded pruned
+        config.__dict__.pop(key, None)
     config.architectures = [type(inner).__name__]
     config.save_pretrained(folder)
     if tokenizer is not None:

@@ -285,7 +285,7 @@ class GraphLoop(PackedLoop):
         lengths, count = valid.lengths_tensor[:, None], leaving.lengths_tensor[:, None]
         total = leaving.sums(own, torch.ones_like(own[:, 0]))
         whole, number = total, count
-        if self.departed:
+        if self.departed and pruner.departed != "survivors":  # which have some for context alone
             states = self._placed(self._parts(mapped=False))
             for at, (places, _) in self.departed.items():
                 there = self._marked(places).view(valid.batch_size, 1, valid.width)
@@ -318,7 +318,7 @@ class GraphLoop(PackedLoop):
         for places, states in parts:
             found = found.scatter(0, places, number + torch.arange(states.shape[0]))
             number = number + states.shape[0]
-        return torch.cat([torch.zeros_like(rows[:1]), rows])[found]
+        return torch.cat([rows.new_zeros(1, rows.shape[1]), rows])[found]  # rows[:1] has none where nothing left
 
     def _marked(self, places: Tensor) -> Tensor:
         """``[batch · width]`` float32, 1 in some places."""

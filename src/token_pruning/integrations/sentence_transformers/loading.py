@@ -8,7 +8,14 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from token_pruning.checkpoint.loading import Checkpoint, load_model, read_checkpoint
-from token_pruning.checkpoint.settings import check_config, foreign_errors, naming, quiet, read_json_object
+from token_pruning.checkpoint.settings import (
+    check_config,
+    check_has_tokenizer,
+    foreign_errors,
+    naming,
+    quiet,
+    read_json_object,
+)
 from token_pruning.errors import CheckpointError, ConfigError, UnsupportedModelError
 from token_pruning.pruners import Pruner
 from token_pruning.runtime.attachment import Execution
@@ -62,6 +69,7 @@ def _read(folder: Path) -> tuple[Any, Checkpoint]:
 
 def _built(folder: Path, model_class: Any, checkpoint: Checkpoint, kwargs: dict[str, Any]) -> Any:
     """The dense model, in evaluation mode; ``dtype`` goes to the transformer."""
+    check_has_tokenizer(checkpoint.path)
     of_transformer = {**(kwargs.pop("model_kwargs", None) or {})}
     if "dtype" in kwargs:
         of_transformer["dtype"] = kwargs.pop("dtype")

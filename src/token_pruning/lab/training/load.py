@@ -8,13 +8,12 @@ import torch
 import transformers
 
 from token_pruning.checkpoint import Checkpoint, load_model
-from token_pruning.checkpoint.settings import foreign_errors, quiet
+from token_pruning.checkpoint.settings import check_has_tokenizer, foreign_errors, quiet
 from token_pruning.errors import CheckpointError, ConfigError
 from token_pruning.lab.data import Task, TextExamples
 from token_pruning.lab.heads import refuse_several_answers
 from token_pruning.lab.training.features import label_order, labelled_features
 
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 _CLASSIFIER = "ForSequenceClassification"
 
 
@@ -32,8 +31,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             have.
     """
     path, config = checkpoint.path, checkpoint.model_config()
-    if not any((path / name).exists() for name in _VOCABULARIES):  # transformers would make an empty one
-        raise CheckpointError(f"{path} has no tokenizer: none of {', '.join(_VOCABULARIES)}")
+    check_has_tokenizer(path)
     with (
         quiet(),
         foreign_errors(f"{path} has no tokenizer that can be loaded: its files are broken, or of a newer version"),
