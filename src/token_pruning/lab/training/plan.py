@@ -88,9 +88,6 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
     teacher = _teacher(found, options)
     if teacher is not None:
         refuse_same_folder(run_dir, teacher.path, "--teacher")
-    if stack is not None:
-        stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
-    resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     data = load_data(start)
     examples = training_examples(data)
     distillation = None if teacher is None else _distillation(teacher, data.task, options)
@@ -101,6 +98,10 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
         raise ConfigError(
             f"--bs is {options.batch_size}; it must be a multiple of the {arguments.world_size} processes"
         )
+    budget_texts = _budget_texts(options)
+    if stack is not None:  # last: a process that is ended while another finds a mistake would leave the folder behind
+        stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
+    resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     return TrainPlan(
         options=options,
         start=start,
@@ -110,7 +111,7 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
         distillation=distillation,
         data=data,
         examples=examples,
-        budget_texts=_budget_texts(options),
+        budget_texts=budget_texts,
         run_dir=run_dir,
         resume=resume,
         arguments=arguments,
