@@ -1,6 +1,6 @@
 """Methods beside each other from the same dense models: METHOD.md and METHOD.json, out of the runs of runs.py.
 
-python results/glue/beside.py METHOD [RUNS]     (METHOD is elastic or context; without RUNS from METHOD.json)
+python results/glue/beside.py METHOD [RUNS]     (METHOD is elastic, context or mpnet; without RUNS from METHOD.json)
 """
 
 import json
@@ -23,6 +23,7 @@ COLUMNS = {
         "continued": "calibrated, then trained",
         "shallow": "the first layers, trained",
     },
+    "mpnet": {"context": "trained, context", "topk": "top-k"},
 }
 
 
