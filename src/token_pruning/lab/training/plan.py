@@ -88,20 +88,19 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
     teacher = _teacher(found, options)
     if teacher is not None:
         refuse_same_folder(run_dir, teacher.path, "--teacher")
+    if options.batch_size % (
+        processes := _processes()
+    ):  # before there is a folder, which one of them might leave behind
+        raise ConfigError(f"--bs is {options.batch_size}; it must be a multiple of the {processes} processes")
+    if stack is not None:
+        stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
+    resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     data = load_data(start)
     examples = training_examples(data)
     distillation = None if teacher is None else _distillation(teacher, data.task, options)
     if teacher is not None and options.teacher_states is not None:
         _check_states(teacher, start, pruner)
     arguments = _training_arguments(options, run_dir, data.task)
-    if options.batch_size % arguments.world_size:
-        raise ConfigError(
-            f"--bs is {options.batch_size}; it must be a multiple of the {arguments.world_size} processes"
-        )
-    budget_texts = _budget_texts(options)
-    if stack is not None:  # last: a process that is ended while another finds a mistake would leave the folder behind
-        stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
-    resume = run_dir.check(options.identity(), overwrite=options.overwrite_output_dir)
     return TrainPlan(
         options=options,
         start=start,
@@ -111,7 +110,7 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
         distillation=distillation,
         data=data,
         examples=examples,
-        budget_texts=budget_texts,
+        budget_texts=_budget_texts(options),
         run_dir=run_dir,
         resume=resume,
         arguments=arguments,
@@ -228,6 +227,11 @@ def _budget_texts(options: TrainOptions) -> TextExamples | None:
     return texts
 
 
+def _processes() -> int:
+    """Of one run, under torchrun or accelerate launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> TrainingArguments:
     by_steps = options.save_steps is not None
     strategy: dict[str, Any] = {
@@ -236,7 +240,7 @@ def _training_arguments(options: TrainOptions, run_dir: RunDir, task: Task) -> T
     if by_steps:
         strategy |= {f"{what}_steps": options.save_steps for what in ("eval", "save", "logging")}
     has_accelerator = torch.accelerator.is_available()
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = _processes() > 1
     arguments = TrainingArguments(
         output_dir=str(run_dir.path),
         learning_rate=options.lr,
