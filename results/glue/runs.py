@@ -168,8 +168,8 @@ def commands(
         start, lr, passes = recipe.dense[task]
         restore = recipe.find() if start is None else runs / start / f"seed{seed}" / "dense"
         only = ["--train-length-quantile", SHORT]
-        recipe = f"--masking-mode none --lr {lr} --epoch {passes}".split()
-        yield "short-dense", ["train", *common, "--restore", str(restore), *recipe, *only]
+        stage = f"--masking-mode none --lr {lr} --epoch {passes}".split()
+        yield "short-dense", ["train", *common, "--restore", str(restore), *stage, *only]
         dense = str(here / "short-dense")
         hard = ["train", *common, "--restore", dense, "--masking-mode", "hard", "--lr", str(recipe.lr), *epochs, *only]
         yield "short-budget-0.50", [*hard, *budget, str(BUDGETS["0.50"])]

@@ -24,6 +24,7 @@ from token_pruning.integrations.export.graph import GraphLayout, rounded_up
 from token_pruning.lab.cli import main
 from token_pruning.pruners import LayerTokens, Pruner
 from token_pruning.ragged import Layout
+from token_pruning.runtime.prune import attachment_of
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -207,7 +208,10 @@ def test_a_file_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_graph_are_the_dense_models(tmp_path: Path) -> None:
     tp.prune(tiny_model(), PRUNER).save_pretrained(tmp_path / "pruned")
-    folder = tp.export(tp.from_pretrained(tmp_path / "pruned"), tmp_path / "graph", format="onnx")
+    model = tp.from_pretrained(tmp_path / "pruned")
+    before = attachment_of(model).config_before.to_dict()
+    folder = tp.export(model, tmp_path / "graph", format="onnx")
+    assert attachment_of(model).config_before.to_dict() == before
     kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert not kept.keys() & {"prune_mode", "thresholds", "final_token_threshold", "scoring_mode"}
     assert kept["model_type"] == "bert"

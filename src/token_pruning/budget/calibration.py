@@ -170,7 +170,7 @@ def calibrate(
     )
     with prunable(runs, template, reads_of(model, reads)):
         comparison = Comparison(runs, batch, divergence_of(runs, batch), plan, seed=seed, progress=progress)
-        loss = None if max_drop is None else _Loss(comparison, _checked_metric(metric))
+        loss = None if max_drop is None else _Loss(comparison, _checked_metric(metric), max_drop)
         if target_flops is not None:
             given: Any = target_flops if several else [target_flops]
             targets = checked_targets(comparison, given)
@@ -185,10 +185,10 @@ def calibrate(
             found = Calibration(candidates[0].pruner, candidates[0], candidates)
             result = replace(found, dense_ms=clock.dense_ms, pruned_ms=taken)
         else:
-            assert max_drop is not None and loss is not None
-            result = _cheapest(comparison, max_drop, loss)
-        if max_drop is not None and loss is not None and result.drop_bound is None:
-            result = _checked_loss(result, max_drop, loss)
+            assert loss is not None
+            result = _cheapest(loss)
+        if loss is not None and result.drop_bound is None:
+            result = _checked_loss(result, loss)
     prune(model, result.pruner, reads=reads)
     return result
 
@@ -251,10 +251,11 @@ def _check_schedules(search: Sequence[Schedule], layers: int, allowed: tuple[int
 
 @dataclass(frozen=True)
 class _Loss:
-    """What pruning costs in points of a metric on the held-out examples."""
+    """What pruning costs in points of a metric on the held-out examples, and how many it may cost."""
 
     comparison: Comparison
     metric: Metric
+    max_drop: float
 
     def __post_init__(self) -> None:
         labels = self._labels
@@ -288,23 +289,24 @@ class _Loss:
         return pruned, self.dense - pruned + 100 * _standard_error(self.metric, comparison.dense, outputs, labels)
 
 
-def _checked_loss(result: Calibration, max_drop: float, loss: _Loss) -> Calibration:
+def _checked_loss(result: Calibration, loss: _Loss) -> Calibration:
     """With what it loses, which must be inside the bound."""
     pruned, bound = loss.of(result.pruner)
-    if not bound <= max_drop:
+    if not bound <= loss.max_drop:
         cost = f"relative FLOPs {result.chosen.relative_flops:.3f}"
         if result.pruned_ms is not None:
             cost += f", {result.pruned_ms:.3g} ms a batch,"
         raise ConfigError(
-            f"max_drop is {max_drop:g}; at {cost} the metric falls from {loss.dense:.2f} to {pruned:.2f} on "
+            f"max_drop is {loss.max_drop:g}; at {cost} the metric falls from {loss.dense:.2f} to {pruned:.2f} on "
             f"{len(loss.comparison.held_out)} held-out examples, by at most {bound:.2f} points with one standard "
             "error: both cannot be had"
         )
     return replace(result, metric_dense=loss.dense, metric_pruned=pruned, drop_bound=bound)
 
 
-def _cheapest(comparison: Comparison, max_drop: float, loss: _Loss) -> Calibration:
+def _cheapest(loss: _Loss) -> Calibration:
     """The cheapest budget whose estimated loss stays inside the bound, by halving what there is to save."""
+    comparison = loss.comparison
     model, fitting = comparison.model, comparison.part(comparison.fitting)
     no_number = ConfigError(
         f"the metric of the dense model on {len(comparison.held_out)} held-out examples is not a number"
@@ -324,7 +326,7 @@ def _cheapest(comparison: Comparison, max_drop: float, loss: _Loss) -> Calibrati
             return None
         seen.extend(fits)
         pruned, bound = loss.of(fits[0].pruner)
-        return Calibration(fits[0].pruner, fits[0], [], loss.dense, pruned, bound) if bound <= max_drop else None
+        return Calibration(fits[0].pruner, fits[0], [], loss.dense, pruned, bound) if bound <= loss.max_drop else None
 
     best, kept, lost = None, 0, steps + 1
     while lost - kept > 1:

@@ -175,9 +175,10 @@ class Course:
         if target_flops is None and not calibrated:
             raise ConfigError("target_flops is missing; give what the pruned model may cost")
         self.teacher = _teacher(model, teacher)
-        theirs, own = (adapter.outputs(each, held_out[:1]).shape[1] for each in (self.teacher, model))
-        if theirs != own:
-            raise ConfigError(f"teacher gives vectors of {theirs} numbers; the model's have {own}")
+        if teacher is not None:
+            theirs, own = (adapter.outputs(each, held_out[:1]).shape[1] for each in (self.teacher, model))
+            if theirs != own:
+                raise ConfigError(f"teacher gives vectors of {theirs} numbers; the model's have {own}")
         self.calibration = None
         if calibrated:
             _check_method(target_flops, attachment_of(inner).token_pruner.pruner)

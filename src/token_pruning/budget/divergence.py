@@ -78,7 +78,7 @@ class Divergence:
             if self.kind == "scores":
                 scale = dense.std().clamp(min=1e-6)
                 dense, pruned = dense / scale, pruned / scale
-            loss = _ranking_loss if self.kind == "ranking" else _scores_loss
+            loss = _ranking_loss if self.kind == "ranking" else scores_divergence
             return torch.stack(
                 [loss(dense[groups == group, 0], pruned[groups == group, 0]) for group in torch.unique(groups)]
             )
@@ -213,11 +213,12 @@ def _ranking_loss(dense: Tensor, pruned: Tensor) -> Tensor:
     return (gains * (before - after)).sum() / gains.sum()
 
 
-def _scores_loss(dense: Tensor, pruned: Tensor) -> Tensor:
+def scores_divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     """Of one query's passages, ``[passages]``: the Kullback–Leibler divergence of the softmax of their scores.
 
-    That is what training makes smaller, and rankings got better with it, where :func:`_ranking_loss` said that they got
-    worse: that is lower than 0 for a model that sets the first passage further apart than the dense one does.
+    Both are in units of the dense scores' spread over all pairs. That is what training makes smaller, and rankings got
+    better with it, where :func:`_ranking_loss` said that they got worse: that is lower than 0 for a model that sets the
+    first passage further apart than the dense one does.
     """
     return kl_div(pruned.log_softmax(0), dense.log_softmax(0), log_target=True, reduction="sum")
 

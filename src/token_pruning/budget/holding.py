@@ -100,11 +100,16 @@ class BudgetHolder(TrainerCallback, ExportableState):  # type: ignore[misc]
         set_thresholds(model, fit.thresholds)
         return fit
 
-    def _fit_thresholds(self, model: Any) -> Fit | None:
-        """With tokens leaving where they do; None where none does, or not early enough for the budget."""
+    def _where(self, model: Any) -> Schedule | None:
+        """The schedule, which the model's own thresholds say at first; None where no token leaves."""
         if self.schedule is None:
             self.schedule = where_tokens_leave(model, self.batch)
-        return fit_to_budget(model, self.batch, self.schedule, self.target) if any(self.schedule.weights) else None
+        return self.schedule if any(self.schedule.weights) else None
+
+    def _fit_thresholds(self, model: Any) -> Fit | None:
+        """With tokens leaving where they do; None where none does, or not early enough for the budget."""
+        schedule = self._where(model)
+        return None if schedule is None else fit_to_budget(model, self.batch, schedule, self.target)
 
     def finish(self, model: Any) -> Fit | None:
         """Fit once more, when training is over."""
@@ -181,9 +186,7 @@ class CalibratedHolder(BudgetHolder):
         """Fit probes, then thresholds; None where there are none to fit, or none reach the budget."""
         inner = hugging_face_model(model)
         with self.evaluating(model):
-            if self.schedule is None:
-                self.schedule = where_tokens_leave(inner, self.batch)
-            if self.pruner.probes is not None and self.dense is not None and any(self.schedule.weights):
+            if self._where(inner) is not None and self.pruner.probes is not None and self.dense is not None:
                 self._fit_probes(inner)
             fit = self._fit_thresholds(inner)
         if fit is not None:

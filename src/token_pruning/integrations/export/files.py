@@ -1,5 +1,6 @@
 """Writing a pruned model's graph, and what stands beside it in a folder."""
 
+import copy
 import inspect
 import os
 import tempfile
@@ -125,7 +126,7 @@ def _staged(path: Path) -> Iterator[Path]:
 def _save_settings(model: Any, tokenizer: Any, folder: Path) -> None:
     """``config.json`` as the dense model has it, since the graph has the pruning in it, and the tokenizer's files."""
     inner = hugging_face_model(model)
-    config = attachment_of(inner).config_before
+    config = copy.deepcopy(attachment_of(inner).config_before)
     for key in method_keys():  # of a model that was loaded pruned
         config.__dict__.pop(key, None)
     config.architectures = [type(inner).__name__]

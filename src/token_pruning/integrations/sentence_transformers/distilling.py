@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from sentence_transformers import CrossEncoder
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, normalize
+from torch.nn.functional import normalize
 
+from token_pruning.budget.divergence import scores_divergence
 from token_pruning.engine import compile
 from token_pruning.errors import ConfigError, UnsupportedModelError
 
@@ -79,7 +80,7 @@ class RankingLoss(nn.Module):
         loss: Tensor = (found - wanted).square().mean()
         sizes = [len(texts) for texts in passages]
         each = zip(torch.split(found, sizes), torch.split(wanted, sizes), strict=True)
-        rankings = [kl_div(f.log_softmax(0), w.log_softmax(0), log_target=True, reduction="sum") for f, w in each]
+        rankings = [scores_divergence(w, f) for f, w in each]
         return loss + torch.stack(rankings).mean()
 
 

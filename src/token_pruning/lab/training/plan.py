@@ -88,9 +88,8 @@ def plan_training(options: TrainOptions, load_data: DataSource, stack: ExitStack
     teacher = _teacher(found, options)
     if teacher is not None:
         refuse_same_folder(run_dir, teacher.path, "--teacher")
-    if options.batch_size % (
-        processes := _processes()
-    ):  # before there is a folder, which one of them might leave behind
+    processes = _processes()
+    if options.batch_size % processes:  # before there is a folder, which one of them might leave behind
         raise ConfigError(f"--bs is {options.batch_size}; it must be a multiple of the {processes} processes")
     if stack is not None:
         stack.enter_context(held(run_dir.path, room=weight_bytes(found.path)))
